@@ -1,0 +1,8 @@
+"""Data sources: one LightningDataModule each."""
+
+from convfirst.data.augment import Augment
+from convfirst.data.datamodule import ImageDataModule, TrainLoader
+from convfirst.data.digits import DigitsDataModule
+from convfirst.data.synthetic import SyntheticDataModule
+
+__all__ = ["Augment", "DigitsDataModule", "ImageDataModule", "SyntheticDataModule", "TrainLoader"]

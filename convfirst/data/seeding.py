@@ -1,0 +1,40 @@
+"""Randomness as a pure function of integers: (seed, epoch, image) or (seed, epoch, batch, rank)."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def seed_of(*key: int) -> int:
+    """A 63-bit seed from non-negative integers; different keys give independent streams (numpy's `SeedSequence`)."""
+    low, high = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    return (int(high) << 32 | int(low)) & (2**63 - 1)
+
+
+@contextmanager
+def seeded(*key: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed python's, numpy's and torch's global generators from `key` inside the block; restore them after it.
+
+    torchvision and timm draw from all three. The generators are set directly rather than by `torch.manual_seed`, which
+    would also queue a call on every CUDA device. With a CUDA `device` its generator is included.
+    """
+    generators = [torch.default_generator]
+    if device is not None and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    before = random.getstate(), np.random.get_state(legacy=False), [g.get_state() for g in generators]  # noqa: NPY002
+    seed = seed_of(*key)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002 - timm draws from this generator
+    for generator in generators:
+        generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        for generator, state in zip(generators, before[2], strict=True):
+            generator.set_state(state)
