@@ -20,6 +20,7 @@ convfirst_base     128/256/512/1024      3/4/18/3     12.36      70.37M
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -33,9 +34,10 @@ from timm.layers import (
     get_act_layer,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 __all__ = ["ConvFirst", "ConvFirstBlock"]
 
@@ -129,9 +131,31 @@ class ConvFirstStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        if self.grad_checkpointing and self.training:
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
+        if not self.grad_checkpointing:
+            return self.blocks(x)
+        for block in self.blocks:
+            x = _checkpoint(block, x)
+        return x
+
+
+def _checkpoint(block: nn.Module, x: Tensor) -> Tensor:
+    # torch.compile traces the block once and takes no context function; it needs none.
+    context = {} if torch.compiler.is_compiling() else {"context_fn": lambda: (nullcontext(), _statistics_kept(block))}
+    return checkpoint(block, x, use_reentrant=False, **context)
+
+
+@contextmanager
+def _statistics_kept(block: nn.Module):
+    """Keep batch norms from counting a batch a second time while their block is recomputed for the backward pass."""
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class ConvFirst(nn.Module):
