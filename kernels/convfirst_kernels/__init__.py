@@ -1,0 +1,29 @@
+"""Fused residual blocks for convolutional networks: CUDA kernels behind PyTorch operators.
+
+>>> import convfirst_kernels
+>>> report = convfirst_kernels.accelerate(model)   # swaps the blocks of ConvFirst and of timm's ConvNeXt in place
+>>> print(report)
+>>> report.undo()
+
+Importing needs no GPU. Without one, every operator runs its PyTorch reference.
+"""
+
+from convfirst_kernels.acceleration import Report, accelerate
+from convfirst_kernels.block import ACTIVATIONS, BlockWeights, conv_first_block, pack_block, pack_conv_weight, pack_vector
+from convfirst_kernels.planner import Device, explain, force_path
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ACTIVATIONS",
+    "BlockWeights",
+    "Device",
+    "Report",
+    "accelerate",
+    "conv_first_block",
+    "explain",
+    "force_path",
+    "pack_block",
+    "pack_conv_weight",
+    "pack_vector",
+]

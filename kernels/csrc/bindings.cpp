@@ -1,0 +1,35 @@
+// Registers every operator of the library with PyTorch through its stable ABI. What an operator does lies in its folder;
+// fake implementations, autograd, autocast and the CPU path are registered from Python beside it.
+#include <torch/csrc/stable/library.h>
+
+#include "block_fusion/op.h"
+
+// clang-format off
+#define CONV_FIRST_BLOCK_ARGUMENTS                                                                      \
+  "Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? norm_weight, Tensor? norm_bias, "           \
+  "Tensor expand_weight, Tensor? expand_bias, Tensor project_weight, Tensor? project_bias, "            \
+  "Tensor? layer_scale, Tensor? sample_scale, int group_width, str activation, float eps, bool has_norm"
+// clang-format on
+
+STABLE_TORCH_LIBRARY(convfirst, m) {
+  m.def("conv_first_block(" CONV_FIRST_BLOCK_ARGUMENTS ") -> Tensor");
+  m.def("conv_first_block_out(" CONV_FIRST_BLOCK_ARGUMENTS ", *, Tensor(a!) out) -> ()");
+  m.def("conv_first_block_check(" CONV_FIRST_BLOCK_ARGUMENTS ", *, Tensor? out=None) -> str");
+  // Gradients of the eleven tensors in order; those not asked for by output_mask, or absent, are empty.
+  m.def("conv_first_block_backward(Tensor grad, " CONV_FIRST_BLOCK_ARGUMENTS ", bool[11] output_mask) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("plan_conv_first_block(int batch, int height, int width, int channels, int hidden, int kernel_size, int group_width, "
+        "str dtype, str activation, bool has_norm, int capability, int multiprocessors, int max_shared_memory, str path) -> str");
+  m.def("force_path(str path) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(convfirst, CUDA, m) {
+  m.impl("conv_first_block", TORCH_BOX(&convfirst::block_fusion::conv_first_block));
+  m.impl("conv_first_block_out", TORCH_BOX(&convfirst::block_fusion::conv_first_block_out));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(convfirst, CompositeExplicitAutograd, m) {
+  m.impl("conv_first_block_check", TORCH_BOX(&convfirst::block_fusion::conv_first_block_check));
+  m.impl("plan_conv_first_block", TORCH_BOX(&convfirst::block_fusion::plan_conv_first_block));
+  m.impl("force_path", TORCH_BOX(&convfirst::block_fusion::force_path));
+}
