@@ -1,0 +1,1 @@
+"""What a person starts, as functions of a configuration."""

@@ -1,0 +1,302 @@
+"""Training from a configuration: build, resume, fit, test, report."""
+
+import logging
+import os
+import platform
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning
+import timm
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+from rich.table import Table
+from timm.layers import convert_sync_batchnorm
+
+from convfirst import __version__
+from convfirst.app.kernels import accelerate, check_kernels
+from convfirst.app.run_dir import RunDirectory, RunExistsError
+from convfirst.training import (
+    AtomicCheckpointIO,
+    BatchPlan,
+    Checkpointing,
+    ClassificationModule,
+    NonFiniteLossError,
+    StopRequested,
+    TrainLog,
+    plan_batch,
+)
+from convfirst.training.checkpoint import step_of
+from convfirst.training.curves import plot_curves
+
+log = logging.getLogger(__name__)
+
+
+def main(config: DictConfig) -> None:
+    """Train and exit with the status that `train.py --help` lists; a mistake in the input ends in one message.
+
+    ``HYDRA_FULL_ERROR=1`` shows where such a message comes from.
+    """
+    try:
+        train(config)
+    except StopRequested as stop:
+        if _is_main_process():
+            print(f"{signal.Signals(stop.signum).name}: saved {stop.path}; the same command goes on from there.")
+            sys.exit(128 + stop.signum)
+    except (InstantiationException, ValueError, FileNotFoundError, ModuleNotFoundError, NonFiniteLossError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+        sys.exit(f"error: {cause}")
+
+
+def train(config: DictConfig) -> dict[str, Any]:
+    """Run one training to its end, from wherever its directory says it stands.
+
+    Returns:
+        The summary that is also written to summary.json.
+
+    Raises:
+        ValueError: a setting that can't be honoured; `RunExistsError` if the run's directory holds something else.
+        NonFiniteLossError: the loss became NaN or infinite.
+        StopRequested: a signal ended the run after saving.
+    """
+    _quieten()
+    check_kernels(config.kernels)
+    _name_sweep_job(config)
+    run = RunDirectory(_absolute(config.run_dir))
+    if _is_main_process():
+        _prepare_directory(run, config)
+    if (summary := run.read_summary()) is not None and config.resume == "auto":
+        print(f"{run.path} is finished; for another run add run_id=..., to start anew resume=never overwrite=true")
+        report(summary)
+        return summary
+
+    seed_everything(config.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    data = instantiate(config.data)
+    start = run.find_start(config.resume)
+    with open_dict(config):
+        config.start_step = 0 if start is None else step_of(start)
+        config.model.num_classes, config.model.in_chans = data.num_classes, data.in_chans
+        if "tensorboard" in config.logger:
+            config.logger.tensorboard.purge_step = config.start_step
+        if "csv" in config.logger:
+            config.logger.csv.start_step = config.start_step
+    trainer = build_trainer(config)
+    plan = _plan(config, trainer, data)
+    module = build_module(config, data, plan)
+    if trainer.is_global_zero:
+        run.freeze(config)
+    if start is not None:
+        log.info("resuming from %s", start)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=start)
+        summary = _finish(config, run, trainer, module, data)
+    finally:
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish()
+    if trainer.is_global_zero:
+        run.write_summary(summary)
+        report(summary)
+    return summary
+
+
+def build_trainer(config: DictConfig) -> Trainer:
+    """Lightning's Trainer with the configured callbacks and loggers; ours save, resume and show progress."""
+    arguments = dict(config.trainer)
+    if isinstance(arguments["strategy"], DictConfig):
+        arguments["strategy"] = instantiate(arguments["strategy"])
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # the run saves and stops by itself
+    callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
+    for callback in callbacks:
+        if isinstance(callback, Checkpointing):
+            callback.run_config = OmegaConf.to_container(config, resolve=True)
+    trainer = Trainer(
+        **arguments,
+        callbacks=callbacks,
+        logger=[instantiate(logger) for logger in config.logger.values() if logger is not None],
+        plugins=plugins,
+        default_root_dir=_absolute(config.run_dir),
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    _refuse_sweep_of_subprocesses(trainer)
+    return trainer
+
+
+def build_module(config: DictConfig, data: LightningDataModule, plan: BatchPlan) -> ClassificationModule:
+    """The model of the configuration and what trains it."""
+    model = instantiate(config.model)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    if config.sync_bn and plan.processes > 1:
+        model = convert_sync_batchnorm(model)
+    plain = OmegaConf.to_container(config, resolve=True)
+    compile = {key: plain["compile"][key] for key in ("mode", "dynamic")} if config.compile.enabled else None
+    return ClassificationModule(
+        model,
+        num_classes=data.num_classes,
+        optimizer=plain["optimizer"],
+        scheduler=plain["scheduler"],
+        epochs=config.epochs,
+        steps_per_epoch=plan.steps_per_epoch(data.num_train_images),
+        loss=plain["loss"],
+        ema=plain["ema"],
+        seed=config.seed,
+        channels_last=config.channels_last,
+        compile=compile,
+    )
+
+
+def _plan(config: DictConfig, trainer: Trainer, data: LightningDataModule) -> BatchPlan:
+    """Work out the accumulation and let an epoch end with a whole update."""
+    if getattr(data, "num_train_images", None) is None:
+        data.prepare_data()
+        data.setup("fit")
+    plan = plan_batch(
+        config.batch.global_size, trainer.num_devices, trainer.num_nodes, data.batch_size, config.batch.accumulate
+    )
+    steps = plan.steps_per_epoch(data.num_train_images)
+    limit = trainer.limit_train_batches
+    if isinstance(limit, int):
+        steps = min(steps, limit // plan.accumulate)
+    elif limit != 1.0:
+        steps = int(steps * limit)
+    if steps < 1:
+        raise ValueError(f"trainer.limit_train_batches={limit} leaves no update of {plan.accumulate} batches an epoch")
+    trainer.accumulate_grad_batches = plan.accumulate
+    trainer.limit_train_batches = steps * plan.accumulate
+    if trainer.is_global_zero:
+        log.info(
+            "effective batch %d = %d processes x %d images x %d accumulated, %d updates an epoch",
+            plan.global_size, plan.processes, plan.per_device, plan.accumulate, steps,
+        )  # fmt: skip
+    return plan
+
+
+def _finish(
+    config: DictConfig, run: RunDirectory, trainer: Trainer, module: ClassificationModule, data: LightningDataModule
+) -> dict[str, Any]:
+    """Test the final weights, raw and EMA, and sum the run up."""
+    for model in [module.model] if module.ema is None else [module.model, module.ema.module]:
+        model.eval()
+        accelerate(model, trainer.strategy.root_device, config.kernels)
+    trainer.test(module, datamodule=data, verbose=False)
+    results = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test/")}
+    checkpointing = next(c for c in trainer.callbacks if isinstance(c, Checkpointing))
+    train_log = next((c for c in trainer.callbacks if isinstance(c, TrainLog)), None)
+    curves = None
+    if run.metrics.exists() and trainer.is_global_zero:
+        plot_curves(run.metrics, run.curves)
+        curves = str(run.curves)
+    return {
+        "run_id": config.run_id,
+        "name": config.name,
+        "model": config.model.model_name if "model_name" in config.model else config.model._target_,
+        "epochs": config.epochs,
+        "updates": trainer.global_step,
+        "test": {key.removeprefix("test/"): value for key, value in results.items()},
+        "test_images": getattr(data, "num_test_images", None),
+        "test_image_size": getattr(data, "eval_image_size", data.image_size),
+        "best_val": {"score": checkpointing.best_score, "update": checkpointing.best_step},
+        "images_per_s": None if train_log is None else train_log.images_per_s(),
+        "checkpoint": str(run.checkpoints[-1]) if run.checkpoints else None,
+        "best_checkpoint": str(run.path / "checkpoints" / "best.ckpt"),
+        "curves": curves,
+        "summary": str(run.summary),
+        "device": _device_name(trainer.strategy.root_device),
+        "processes": trainer.world_size,
+        "precision": trainer.precision,
+        "versions": {
+            "convfirst": __version__, "torch": torch.__version__, "timm": timm.__version__,
+            "lightning": lightning.__version__, "python": platform.python_version(),
+        },
+    }  # fmt: skip
+
+
+def report(summary: dict[str, Any]) -> None:
+    """Print the summary as a short table."""
+    table = Table(title=f"{summary['run_id']}: {summary['model']}, {summary['epochs']} epochs", show_header=False)
+    test = summary["test"]
+    for key, label in (("top1", "top-1"), ("top5", "top-5")):
+        if key in test:
+            ema = f" (EMA {test[f'{key}_ema']:.2f} %)" if f"{key}_ema" in test else ""
+            table.add_row(f"test {label}", f"{test[key]:.2f} %{ema}")
+    table.add_row("test images", f"{summary['test_images']} at {summary['test_image_size']} px")
+    if summary["images_per_s"]:
+        table.add_row("images/s in training", f"{summary['images_per_s']:,.0f}")
+    for key in ("checkpoint", "curves"):
+        table.add_row(key, str(summary[key]))
+    table.add_row("summary", summary["summary"])
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _prepare_directory(run: RunDirectory, config: DictConfig) -> None:
+    if config.resume == "never" and run.holds_run():
+        if not config.overwrite:
+            raise RunExistsError(
+                f"resume=never, but {run.path} holds a run; choose another run_id=..., or add overwrite=true, "
+                "which moves the old one aside"
+            )
+        print(f"moved the old run to {run.move_aside()}")
+    if config.resume != "never":
+        run.check_same_config(config)
+
+
+def _name_sweep_job(config: DictConfig) -> None:
+    """Give each job of a sweep its own run, named after its overrides."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return
+    if any(override.startswith("run_id=") for override in HydraConfig.get().overrides.task):
+        return
+    if dirname := HydraConfig.get().job.override_dirname:
+        config.run_id = f"{config.run_id},{dirname}".replace("/", "_")
+
+
+def _refuse_sweep_of_subprocesses(trainer: Trainer) -> None:
+    sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    launcher = trainer.strategy.launcher
+    if sweep and launcher is not None and isinstance(trainer.strategy.cluster_environment, LightningEnvironment):
+        raise ValueError(
+            f"trainer.devices={trainer.num_devices} in a sweep (-m): the processes that Lightning starts would each run "
+            "the whole sweep. Start one process a device (torchrun, srun), or run the jobs one by one"
+        )
+
+
+def _is_main_process() -> bool:
+    return all(int(os.environ.get(name, 0)) == 0 for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
+
+
+def _absolute(path: str) -> Path:
+    return Path(hydra.utils.to_absolute_path(path)) if HydraConfig.initialized() else Path(path).absolute()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
+def _quieten() -> None:
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # between Lightning and torch
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # ours is: by set_position
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # the EMA model
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")

@@ -1,0 +1,65 @@
+"""The effective batch: images behind one optimiser update, stated by the recipe and kept on any number of devices."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one update's images are spread: ``global_size = processes * per_device * accumulate``."""
+
+    global_size: int
+    processes: int
+    per_device: int
+    accumulate: int
+
+    def steps_per_epoch(self, num_train_images: int) -> int:
+        """Updates in an epoch; images beyond the last whole global batch wait for another epoch, as in ConvNeXt's code.
+
+        Raises:
+            ValueError: the data set holds less than one global batch.
+        """
+        steps = num_train_images // self.global_size
+        if steps == 0:
+            raise ValueError(
+                f"batch.global_size={self.global_size} is larger than the training set of {num_train_images} images; "
+                f"set batch.global_size to at most {num_train_images}"
+            )
+        return steps
+
+
+def plan_batch(
+    global_size: int, devices: int, nodes: int, per_device: int | None = None, accumulate: int | None = None
+) -> BatchPlan:
+    """Spread `global_size` images over devices * nodes processes and, where not given, derive the rest.
+
+    With `accumulate` alone missing it is derived; with `per_device` alone missing that is; with both missing nothing is
+    accumulated.
+
+    Raises:
+        ValueError: the product isn't the global batch, with the arithmetic.
+    """
+    for name, value in (("global_size", global_size), ("per_device", per_device), ("accumulate", accumulate)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"batch.{name}={value!r} must be an integer of at least 1")
+    processes = devices * nodes
+    shown = f"batch.global_size={global_size}, {devices} devices x {nodes} nodes"
+    if per_device is None:
+        parts = processes * (accumulate or 1)
+        if global_size % parts:
+            raise ValueError(f"{shown} x accumulate {accumulate or 1}: {global_size} / {parts} isn't whole")
+        per_device = global_size // parts
+    if accumulate is None:
+        images = processes * per_device
+        if global_size % images:
+            raise ValueError(
+                f"{shown} x batch.per_device={per_device} = {images} images: "
+                f"{global_size} isn't a multiple of {images}; change batch.per_device or trainer.devices"
+            )
+        accumulate = global_size // images
+    product = processes * per_device * accumulate
+    if product != global_size:
+        raise ValueError(
+            f"{shown} x batch.per_device={per_device} x batch.accumulate={accumulate} = {product}, not {global_size}; "
+            f"leave batch.accumulate out to derive it, or set batch.global_size={product} if you mean another recipe"
+        )
+    return BatchPlan(global_size, processes, per_device, accumulate)

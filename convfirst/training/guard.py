@@ -1,0 +1,94 @@
+"""What can end a run early: a signal, or a loss that is no number. All processes learn of it at the same step."""
+
+import signal
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+
+class NonFiniteLossError(RuntimeError):
+    """The training loss became NaN or infinite."""
+
+
+class StopRequested(Exception):
+    """A signal asked the run to stop; the checkpoint `path` holds everything up to this moment."""
+
+    def __init__(self, signum: int, path: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}, saved {path}")
+        self.signum, self.path = signum, path
+
+
+@dataclass
+class _Pending:
+    flags: torch.Tensor  # [signal number or 0, 1 if the loss isn't finite else 0]
+    work: dist.Work | None
+    where: str
+
+
+class StepGuard:
+    """Watches for signals and for a non-finite loss without making the device wait.
+
+    A signal handler only sets a flag. Each step's flags are reduced over the processes (maximum) and, on a GPU, read
+    one step later, when the device is done with them; `settle` reads them at once, which must come before a save.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._pending: _Pending | None = None
+        self._handlers: dict[int, object] = {}
+
+    def install(self, signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)) -> None:
+        """Take over `signals`. A second one of the same kind acts as it did before."""
+        for signum in signals:
+            self._handlers[signum] = signal.signal(signum, self._request)
+
+    def restore(self) -> None:
+        """Give the signals back to their former handlers."""
+        while self._handlers:
+            signum, handler = self._handlers.popitem()
+            signal.signal(signum, handler)
+
+    def _request(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        signal.signal(signum, self._handlers.pop(signum))
+
+    def observe(self, loss: torch.Tensor, where: str) -> int:
+        """Hand over a step's loss (scalar) and the text `where` it was; returns the signal agreed on so far, or 0.
+
+        Raises:
+            NonFiniteLossError: an earlier loss (on a CPU: this one) isn't finite on some process.
+        """
+        pending = self._reduce(loss, where)
+        signum = self._read() if loss.is_cuda else 0
+        self._pending = pending
+        return signum if loss.is_cuda else self._read()
+
+    def _reduce(self, loss: torch.Tensor, where: str) -> _Pending:
+        flags = torch.empty(2, device=loss.device, dtype=torch.float32)
+        flags[0].fill_(float(self.signum))
+        flags[1].copy_(~torch.isfinite(loss.detach()))
+        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True) if distributed else None
+        return _Pending(flags, work, where)
+
+    def agree(self, device: torch.device) -> int:
+        """The signal that any process has received by now, or 0; every process must call it."""
+        self._pending = self._reduce(torch.zeros((), device=device), "")
+        return self._read()
+
+    def settle(self) -> int:
+        """Read what is still pending, as `observe` does."""
+        return self._read()
+
+    def _read(self) -> int:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return 0
+        if pending.work is not None:
+            pending.work.wait()
+        signum, bad = pending.flags.tolist()
+        if bad:
+            raise NonFiniteLossError(f"the loss isn't finite at {pending.where}")
+        return int(signum)

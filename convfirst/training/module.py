@@ -1,0 +1,175 @@
+"""The LightningModule of image classification: model, loss, optimiser, schedule and EMA."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn as nn
+from lightning import LightningModule
+from timm.loss import BinaryCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch.distributed.fsdp import FSDPModule
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from convfirst.training.fsdp import shard
+from convfirst.training.schedule import create_scheduler
+from convfirst.training.seeding import step_seed
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class ClassificationModule(LightningModule):
+    """Trains `model` on batches of images float [B, C, H, W] and targets int64 [B] or float [B, num_classes].
+
+    Label smoothing, mixup and cutmix arrive inside dense targets; the loss adds none of its own.
+
+    Args:
+        model: gives logits [B, num_classes].
+        num_classes: for the metrics; top-5 is left out below five classes.
+        optimizer: arguments of `timm.optim.create_optimizer_v2`: opt, lr, weight_decay, layer_decay, ...
+        scheduler: arguments of `create_scheduler`.
+        epochs, steps_per_epoch: length of the schedule; a step is one optimiser update.
+        loss: type "ce" (softmax cross-entropy) or "bce" (timm's BinaryCrossEntropy), and for the latter its arguments.
+        ema: decay, and optionally warmup (bool), warmup_gamma, warmup_power of timm's `ModelEmaV3`; None keeps no EMA.
+        seed: of drop path and dropout, reseeded each batch from (seed, rank, epoch, batch) so that a resumed run draws
+            what the uninterrupted one would have.
+        channels_last: memory format of model and images.
+        compile: arguments of `torch.nn.Module.compile`; None runs eagerly. Evaluation is always eager: its ragged last
+            batch would recompile.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_classes: int,
+        optimizer: Mapping,
+        scheduler: Mapping,
+        epochs: int,
+        steps_per_epoch: int,
+        loss: Mapping | None = None,
+        ema: Mapping | None = None,
+        seed: int = 0,
+        channels_last: bool = False,
+        compile: Mapping | None = None,
+    ) -> None:
+        super().__init__()
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self.model = model.to(memory_format=self.memory_format)
+        self.ema, self._ema_warmup = _create_ema(self.model, ema)
+        self.criterion = _create_loss(**(loss or {}))
+        self.steps_per_epoch = steps_per_epoch
+        self.seed = seed
+        self._optimizer, self._scheduler, self._epochs = dict(optimizer), dict(scheduler), epochs
+        self._compile = None if compile is None else dict(compile)
+        self.schedule = None
+        names = ["raw"] if self.ema is None else ["raw", "ema"]
+        self.metrics = nn.ModuleDict({name: _metrics(num_classes) for name in names})
+        self.num_evaluated = SumMetric()
+
+    # Setting up ------------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Shard for FSDP, then compile in place: the keys of the state dict stay those of the plain model."""
+        if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
+            for module in [self.model] if self.ema is None else [self.model, self.ema.module]:
+                shard(module, self.device_mesh)
+        if self._compile is not None and self.trainer.training:
+            self.model.compile(**self._compile)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = create_optimizer_v2(self.model, **self._optimizer)
+        self.schedule = create_scheduler(optimizer, self._epochs, self.steps_per_epoch, **self._scheduler)
+        return optimizer
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        step_seed(self.seed, self.global_rank, self.trainer.current_epoch, batch_idx)
+        self.schedule.step_update(self.trainer.global_step)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        images, targets = batch
+        logits = self.model(images.to(memory_format=self.memory_format))
+        return self.criterion(logits.float(), targets)
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            # Lightning counts this step only after the hook
+            self.ema.update(self.model, step=self.trainer.global_step + 1 if self._ema_warmup else None)
+
+    # Evaluating ------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, batch: Batch) -> None:
+        images, targets = batch
+        images = images.to(memory_format=self.memory_format)
+        for name, metrics in self.metrics.items():
+            with torch.compiler.set_stance("force_eager"):
+                logits = (self.model if name == "raw" else self.ema.module)(images).float()
+            metrics["loss"].update(nn.functional.cross_entropy(logits, targets, reduction="none"))
+            metrics["top"].update(logits, targets)
+        self.num_evaluated.update(len(targets))
+
+    def _finish_evaluation(self, split: str) -> None:
+        """Reduce over processes, log, and check that each image was seen exactly once."""
+        values = {}
+        for name, metrics in self.metrics.items():
+            suffix = "" if name == "raw" else f"_{name}"
+            values[f"{split}/loss{suffix}"] = metrics["loss"].compute()
+            values |= {f"{split}/{key}{suffix}": 100 * value for key, value in metrics["top"].compute().items()}
+            metrics["loss"].reset()
+            metrics["top"].reset()
+        images = int(self.num_evaluated.compute())
+        self.num_evaluated.reset()
+        self._check_count(split, images)
+        values = {key: float(value) for key, value in values.items()}
+        self.log_dict(values, logger=False, sync_dist=False)  # for callbacks that monitor a metric
+        if split == "val":
+            epoch = self.trainer.current_epoch
+            for logger in self.trainer.loggers:
+                logger.log_metrics(values | {"epoch": epoch}, step=self.trainer.global_step)
+
+    def _check_count(self, split: str, images: int) -> None:
+        expected = getattr(self.trainer.datamodule, f"num_{split}_images", None)
+        limit = self.trainer.limit_val_batches if split == "val" else self.trainer.limit_test_batches
+        if expected is not None and limit == 1.0 and images != expected:
+            raise RuntimeError(f"{split}: {images} images were evaluated, but the data set holds {expected}")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish_evaluation("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        self._finish_evaluation("test")
+
+
+def _metrics(num_classes: int) -> nn.ModuleDict:
+    tops = [k for k in (1, 5) if k == 1 or k <= num_classes]
+    # no compute groups: they would merge the two for good once a first batch counts the same for both
+    top = {f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in tops}
+    return nn.ModuleDict({"loss": MeanMetric(), "top": MetricCollection(top, compute_groups=False)})
+
+
+def _create_loss(type: str = "ce", **kwargs) -> nn.Module:
+    if type == "ce":
+        return nn.CrossEntropyLoss(**kwargs)
+    if type == "bce":
+        return BinaryCrossEntropy(**{"smoothing": 0.0, **kwargs})
+    raise ValueError(f"loss.type={type!r} must be one of ce, bce")
+
+
+def _create_ema(model: nn.Module, ema: Mapping | None) -> tuple[ModelEmaV3 | None, bool]:
+    if ema is None:
+        return None, False
+    ema = dict(ema)
+    warmup = ema.pop("warmup", False)
+    average = ModelEmaV3(model, use_warmup=warmup, **ema)
+    average.requires_grad_(False)  # DDP must not wait for its gradients
+    return average, warmup

@@ -1,0 +1,101 @@
+"""What a run writes down while it trains: loss, learning rate, speed and memory."""
+
+import resource
+import time
+
+import torch
+import torch.distributed as dist
+from lightning import Callback, LightningModule, Trainer
+
+from convfirst.training.flops import forward_flops, peak_flops
+
+_TRAIN_FACTOR = 3  # a backward pass computes about twice what the forward pass does
+
+
+class TrainLog(Callback):
+    """Logs every `trainer.log_every_n_steps` updates to all loggers, under the number of updates.
+
+    train/loss (of that update, mean over micro-batches and processes), train/lr, speed/images_per_s (all processes),
+    speed/data_wait (share of the time spent outside the step: waiting for the loader and for the copy to the device),
+    speed/tflops (10^12 FLOP/s a device), speed/peak_share (of the device's dense peak, where known), memory/peak_gib.
+    Validation and checkpoints don't count in the speeds.
+    """
+
+    def __init__(self) -> None:
+        self.latest: dict[str, float] = {}
+        self.images_trained, self.seconds_trained = 0, 0.0
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # before the model is sharded or compiled
+            data = trainer.datamodule
+            self._flops = forward_flops(module.model, data.in_chans, data.image_size) / data.image_size**2
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._peak = peak_flops(module.device, trainer.precision)
+        self._world = trainer.world_size
+        if module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(module.device)
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._restart()
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._loss = None
+        self._start = self._left = time.perf_counter()
+        self._waited, self._images, self._pixels = 0.0, 0, 0
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch, batch_idx: int) -> None:
+        self._waited += time.perf_counter() - self._left
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
+        loss = outputs["loss"].detach()  # Lightning has divided it by the number of micro-batches
+        self._loss = loss if self._loss is None else self._loss + loss
+        self._images += len(batch[0])
+        self._pixels += len(batch[0]) * batch[0].shape[-1] ** 2
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            if trainer.global_step % trainer.log_every_n_steps == 0:
+                self._log(trainer, module)
+            self._loss = None
+        if trainer.is_last_batch:
+            self._count(time.perf_counter() - self._start)
+        self._left = time.perf_counter()
+
+    def _count(self, seconds: float) -> None:
+        self.images_trained += self._images * self._world
+        self.seconds_trained += seconds
+
+    def _log(self, trainer: Trainer, module: LightningModule) -> None:
+        loss = self._loss.clone()
+        if self._world > 1:
+            dist.all_reduce(loss)
+            loss /= self._world
+        metrics = {"train/loss": loss.item()}  # waits for the device, so that the time below is that of the work
+        seconds = time.perf_counter() - self._start
+        metrics["train/lr"] = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        metrics["speed/images_per_s"] = self._images * self._world / seconds
+        metrics["speed/data_wait"] = self._waited / seconds
+        flops = _TRAIN_FACTOR * self._flops * self._pixels / seconds
+        metrics["speed/tflops"] = flops / 1e12
+        if self._peak is not None:
+            metrics["speed/peak_share"] = flops / self._peak
+        metrics["memory/peak_gib"] = _peak_memory(module.device) / 2**30
+        self.latest = metrics
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics | {"epoch": trainer.current_epoch}, step=trainer.global_step)
+        self._count(seconds)
+        self._start = time.perf_counter()
+        self._waited, self._images, self._pixels = 0.0, 0, 0
+
+    def images_per_s(self) -> float | None:
+        """Mean over this process's part of the run, first step included; None if it trained nothing."""
+        return self.images_trained / self.seconds_trained if self.seconds_trained else None
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak bytes: allocated on a GPU, resident in memory otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux gives KiB
