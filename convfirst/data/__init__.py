@@ -3,6 +3,16 @@
 from convfirst.data.augment import Augment
 from convfirst.data.datamodule import ImageDataModule, TrainLoader
 from convfirst.data.digits import DigitsDataModule
+from convfirst.data.image_folder import ImageFolderDataModule
+from convfirst.data.image_tree import BadImageError
 from convfirst.data.synthetic import SyntheticDataModule
 
-__all__ = ["Augment", "DigitsDataModule", "ImageDataModule", "SyntheticDataModule", "TrainLoader"]
+__all__ = [
+    "Augment",
+    "BadImageError",
+    "DigitsDataModule",
+    "ImageDataModule",
+    "ImageFolderDataModule",
+    "SyntheticDataModule",
+    "TrainLoader",
+]
