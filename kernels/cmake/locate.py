@@ -61,8 +61,8 @@ def nvcc() -> Path:
     found = next((path for path in (source() for source in sources[choice]) if path), None)
     if found is None:
         sys.exit(
-            "convfirst_kernels: no nvcc found: pip install nvidia-cuda-nvcc==13.0.88 (with nvidia-nvvm, nvidia-cuda-crt, "
-            "nvidia-cuda-runtime, nvidia-cuda-cccl of CUDA 13.0), or set CUDA_HOME and CONVFIRST_KERNELS_CUDA=system"
+            "convfirst_kernels: no nvcc found: pip install nvidia-cuda-nvcc==13.0.88 (with nvidia-nvvm, nvidia-cuda-crt"
+            ", nvidia-cuda-runtime, nvidia-cuda-cccl of CUDA 13.0), or set CUDA_HOME and CONVFIRST_KERNELS_CUDA=system"
         )
     return found
 

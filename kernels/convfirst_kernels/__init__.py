@@ -9,8 +9,15 @@ Importing needs no GPU. Without one, every operator runs its PyTorch reference.
 """
 
 from convfirst_kernels.acceleration import Report, accelerate
-from convfirst_kernels.block import ACTIVATIONS, BlockWeights, conv_first_block, pack_block, pack_conv_weight, pack_vector
-from convfirst_kernels.planner import Device, explain, force_path
+from convfirst_kernels.block import (
+    ACTIVATIONS,
+    BlockWeights,
+    conv_first_block,
+    pack_block,
+    pack_conv_weight,
+    pack_vector,
+)
+from convfirst_kernels.planner import Device, Problem, explain, force_path
 
 __version__ = "0.1.0"
 
@@ -18,6 +25,7 @@ __all__ = [
     "ACTIVATIONS",
     "BlockWeights",
     "Device",
+    "Problem",
     "Report",
     "accelerate",
     "conv_first_block",

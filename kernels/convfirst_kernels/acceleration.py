@@ -1,9 +1,219 @@
 """Swaps a model's residual blocks for fused ones, in place, and back."""
 
+import logging
+from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor, nn
+
+from convfirst_kernels import block as fused
+from convfirst_kernels.blocks import Parts, Unsupported, check_hooks, read_block
+
+_log = logging.getLogger("convfirst_kernels")
+
+
+class FusedForward:
+    """Stands in for a block's ``forward``: one launch where a kernel covers the call, the block's own code elsewhere.
+
+    It lives in the block's ``__dict__``, where an attribute of that name hides the class's method; the block's modules,
+    parameters and state_dict stay as they are. Packed weights are kept until a parameter or buffer changes.
+    """
+
+    def __init__(self, block: nn.Module, kernels: str, frozen: bool):
+        self.block = block
+        self.kernels = kernels
+        self.frozen = frozen
+        self.packed: fused.BlockWeights | None = None
+        self.key: tuple | None = None
+        self.parts: Parts | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        block = self.block
+        try:
+            parts = self.read()
+            reason = refusal(parts, x.device, fused.compute_dtype(x))
+        except Unsupported as changed:
+            parts, reason = None, str(changed)
+        if reason is not None:
+            if self.kernels == "required":
+                raise RuntimeError(f"{type(block).__name__}: kernels='required', but {reason}")
+            fused.log_once(f"{type(block).__name__} runs its own PyTorch code: {reason}")
+            return type(block).forward(block, x)
+        weights = self.weights(parts, fused.compute_dtype(x), x.device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return torch.ops.convfirst.conv_first_block(
+            *fused.operator_arguments(x, weights, sample_scale(parts.drop_path, x))
+        )
+
+    def read(self) -> Parts:
+        """The block's parts; modules may be replaced, by converting batch norms for instance, unless it is frozen."""
+        if not self.frozen or torch.compiler.is_compiling():
+            return read_block(self.block)
+        if self.parts is None:
+            self.parts = read_block(self.block)
+        return self.parts
+
+    def weights(self, parts: Parts, dtype: torch.dtype, device: torch.device) -> fused.BlockWeights:
+        """Packed afresh, differentiably, where a gradient may be asked for; otherwise kept while they hold good."""
+        tensors = parts.tensors()
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return parts.pack(dtype)
+        kept = self.packed
+        fits = kept is not None and kept.conv_weight.dtype == dtype and kept.conv_weight.device == device
+        if torch.compiler.is_compiling():
+            # A traced program can't look at version counters: only weights declared frozen outlive its calls.
+            return kept if fits and self.frozen else parts.pack(dtype)
+        key = None if self.frozen else tuple(_state(tensor) for tensor in tensors)
+        if not fits or key != self.key:
+            with torch.no_grad():
+                self.packed, self.key = parts.pack(dtype), key
+        return self.packed
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "packed": None, "key": None, "parts": None}
+
+
+def _state(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype
+
+
+def sample_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
+    """Drop path's factor for each sample, [N] float32, or None where it drops nothing (timm's DropPath)."""
+    rate = getattr(drop_path, "drop_prob", 0.0) or 0.0
+    if rate == 0.0 or not drop_path.training:
+        return None
+    keep = 1.0 - rate
+    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device).bernoulli_(keep)
+    return scale / keep if keep > 0.0 and getattr(drop_path, "scale_by_keep", True) else scale
+
+
+def refusal(parts: Parts, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no kernel computes this block on a tensor of this device and dtype, or None where one does."""
+    if any(norm.training for norm in parts.batch_norms):
+        return "batch norm in training mode needs the batch's statistics; only evaluation mode folds"
+    conv = parts.conv
+    return fused.refusal(
+        device, dtype, conv.in_channels, parts.expand.weight.shape[0], conv.kernel_size[0],
+        conv.in_channels // conv.groups, parts.activation, parts.norm is not None,
+    )  # fmt: skip
+
+
+@dataclass
+class Row:
+    """What became of one block."""
+
+    name: str
+    block: str  # its class
+    detail: str  # its shape where it was swapped, else why not
+    swapped: bool
+
+
+@dataclass
 class Report:
-    pass
+    """What `accelerate` did; printable, and able to undo it."""
+
+    rows: list[Row]
+    kernels: str
+    _blocks: list[nn.Module] = field(default_factory=list, repr=False)
+
+    @property
+    def swapped(self) -> list[Row]:
+        return [row for row in self.rows if row.swapped]
+
+    @property
+    def skipped(self) -> list[Row]:
+        return [row for row in self.rows if not row.swapped]
+
+    def undo(self) -> None:
+        """Give every swapped block its own ``forward`` back."""
+        for block in self._blocks:
+            _restore(block)
+        self._blocks.clear()
+
+    def __str__(self) -> str:
+        width = max((len(row.name) for row in self.rows), default=0)
+        lines = [f"{len(self.swapped)} of {len(self.rows)} blocks fused (kernels={self.kernels!r})"]
+        for row in self.rows:
+            lines.append(f"  {row.name:{width}}  {'fused' if row.swapped else 'as it was'}  {row.block}: {row.detail}")
+        return "\n".join(lines)
 
 
-def accelerate(model, kernels="auto"):
-    raise NotImplementedError
+def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False) -> Report:
+    """Make the residual blocks of ConvFirst and of timm's ConvNeXt run as fused kernels, in place.
+
+    Parameters, buffers, state_dict, hooks on blocks, training, deepcopy and pickle stay as they were. Batch norms fold
+    in evaluation mode. Put the model in channels_last: a fused block converts its input otherwise.
+
+    Args:
+        model: any module that contains such blocks.
+        kernels: "auto" leaves alone what no kernel covers, block by block and call by call, and logs that once;
+            "required" raises instead; "off" takes fused forwards away again.
+        frozen: the weights will not change: pack them once and never look again. Under torch.compile it keeps the
+            packing out of the compiled program.
+
+    Returns:
+        A report of every block that was found: swapped or not, and why.
+
+    Raises:
+        ValueError: ``kernels`` is none of those.
+        RuntimeError: "required" and something is not covered; the message lists all of it, and the model is unchanged.
+    """
+    if kernels not in fused.KERNELS:
+        raise ValueError(f"kernels={kernels!r}; accepted: {', '.join(map(repr, fused.KERNELS))}")
+    found = [(name, module, *_examine(module)) for name, module in model.named_modules()]
+    found = [entry for entry in found if entry[2] is not None or entry[3] is not None]
+    if kernels == "off":
+        for _, block, _, _ in found:
+            _restore(block)
+        return Report([Row(n, type(b).__name__, "kernels='off'", False) for n, b, _, _ in found], kernels)
+    if kernels == "required":
+        _require(found)
+    report = Report([], kernels)
+    for name, block, parts, reason in found:
+        detail = parts.describe() if reason is None else reason
+        report.rows.append(Row(name, type(block).__name__, detail, reason is None))
+        if reason is None:
+            block.forward = FusedForward(block, kernels, frozen)
+            report._blocks.append(block)
+    if report.skipped:
+        first = report.skipped[0]
+        counts = len(report.skipped), len(found)
+        _log.warning("%d of %d blocks stay as they are, e.g. %s: %s", *counts, first.name, first.detail)
+    return report
+
+
+def _examine(module: nn.Module) -> tuple[Parts | None, str | None]:
+    """(parts, None) of a block that can be fused, (parts or None, reason) of one that can't, (None, None) of others."""
+    try:
+        parts = read_block(module)
+        if parts is not None:
+            check_hooks(module)
+    except Unsupported as reason:
+        return None, str(reason)
+    if parts is None:
+        return None, None
+    weight = parts.conv.weight
+    if weight.device.type != "cuda":
+        return parts, None  # decided at each call, when the model may have moved to a GPU
+    dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16  # as autocast may ask
+    conv = parts.conv
+    reason = fused.refusal(
+        weight.device, dtype, conv.in_channels, parts.expand.weight.shape[0], conv.kernel_size[0],
+        conv.in_channels // conv.groups, parts.activation, parts.norm is not None,
+    )  # fmt: skip
+    return parts, reason
+
+
+def _require(found: list) -> None:
+    problems = [f"{name} ({type(block).__name__}): {reason}" for name, block, _, reason in found if reason is not None]
+    if not found:
+        problems = ["the model has no block of ConvFirst or of timm's ConvNeXt"]
+    if not torch.cuda.is_available():
+        problems.append("there is no CUDA device")
+    if problems:
+        raise RuntimeError("accelerate(kernels='required') is not possible:\n  " + "\n  ".join(problems))
+
+
+def _restore(block: nn.Module) -> None:
+    if isinstance(block.__dict__.get("forward"), FusedForward):
+        del block.forward

@@ -11,7 +11,7 @@ from convfirst_kernels import (
     operators,  # noqa: F401  registers the operators
     reference,
 )
-from convfirst_kernels.planner import Device, plan
+from convfirst_kernels.planner import Device, Problem, plan
 
 ACTIVATIONS = ("relu", "silu", "gelu")
 KERNELS = ("auto", "required", "off")
@@ -141,7 +141,7 @@ def run_block(x: Tensor, weights: BlockWeights, sample_scale: Tensor | None = No
     if kernels not in KERNELS:
         raise ValueError(f"kernels={kernels!r}; accepted: {', '.join(map(repr, KERNELS))}")
     arguments = operator_arguments(x, weights, sample_scale)
-    reason = "kernels='off'" if kernels == "off" else refusal(x, weights)
+    reason = "kernels='off'" if kernels == "off" else _refusal_of(arguments)
     if reason is None:
         return torch.ops.convfirst.conv_first_block(*arguments)
     if kernels == "required":
@@ -151,12 +151,21 @@ def run_block(x: Tensor, weights: BlockWeights, sample_scale: Tensor | None = No
     return reference.conv_first_block(*arguments)
 
 
+def _refusal_of(arguments: tuple) -> str | None:
+    x, conv_weight, expand_weight = arguments[0], arguments[1], arguments[5]
+    group_width, activation, _, has_norm = arguments[11:]
+    side = {9: 3, 25: 5, 49: 7}.get(conv_weight.shape[0])
+    if side is None or activation not in ACTIVATIONS:
+        return f"{conv_weight.shape[0]} filter taps with activation {activation!r} have no kernel"
+    hidden, channels = expand_weight.shape
+    return refusal(x.device, x.dtype, channels, hidden, side, group_width, activation, has_norm)
+
+
 def operator_arguments(x: Tensor, weights: BlockWeights, sample_scale: Tensor | None) -> tuple:
     """The arguments of ``torch.ops.convfirst.conv_first_block`` in order."""
     *tensors, activation, eps, has_norm = weights
-    return (
-        x.to(weights.conv_weight.dtype), *tensors, sample_scale, weights.conv_weight.shape[2], activation, eps, has_norm,
-    )  # fmt: skip
+    group_width = weights.conv_weight.shape[2]
+    return (x.to(weights.conv_weight.dtype), *tensors, sample_scale, group_width, activation, eps, has_norm)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -165,32 +174,32 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def refusal(x: Tensor, weights: BlockWeights) -> str | None:
-    """Why no kernel computes this block on x, or None where one does."""
-    if x.device.type != "cuda":
-        return f"x is on {x.device.type}; the kernels run on CUDA devices"
-    dtype = weights.conv_weight.dtype
+def refusal(
+    device: torch.device,
+    dtype: torch.dtype,
+    channels: int,
+    hidden: int,
+    kernel_size: int,
+    group_width: int,
+    activation: str,
+    has_norm: bool,
+) -> str | None:
+    """Why no kernel computes such a block on a tensor of this device and dtype, or None where one does."""
+    if device.type != "cuda":
+        return f"x is on {device.type}; the kernels run on CUDA devices"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"x is {dtype}; the kernels take torch.float16 and torch.bfloat16"
-    taps, channels, group_width = weights.conv_weight.shape
-    return _uncovered(
-        int(channels), int(weights.expand_weight.shape[0]), int(taps), int(group_width), str(dtype).split(".")[1],
-        weights.activation, weights.has_norm, x.device.index or 0,
-    )  # fmt: skip
+    name = str(dtype).split(".")[1]
+    return _uncovered(channels, hidden, kernel_size, group_width, name, activation, has_norm, device.index or 0)
 
 
 @torch.compiler.assume_constant_result
 @cache
-def _uncovered(channels, hidden, taps, group_width, dtype, activation, has_norm, device_index) -> str | None:
+def _uncovered(channels, hidden, kernel_size, group_width, dtype, activation, has_norm, device_index) -> str | None:
     """What the planner says of a shape on a CUDA device; height, width and batch do not matter to coverage."""
-    side = {9: 3, 25: 5, 49: 7}.get(taps)
-    if side is None or activation not in ACTIVATIONS:
-        return f"{taps} taps with activation {activation!r} have no kernel"
-    answer = plan(
-        batch=1, height=14, width=14, channels=channels, hidden=hidden, kernel_size=side, group_width=group_width,
-        dtype=dtype, activation=activation, has_norm=has_norm, device=Device.of(device_index),
-    )  # fmt: skip
-    return None if answer["chosen"] else f"no variant covers {answer['problem']} on this device"
+    problem = Problem(1, 14, 14, channels, hidden, kernel_size, group_width, dtype, activation, has_norm)
+    answer = plan(problem, Device.of(device_index))
+    return None if answer["chosen"] else f"no kernel variant covers {answer['problem']} on this device"
 
 
 @torch.compiler.assume_constant_result

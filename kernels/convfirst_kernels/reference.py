@@ -1,4 +1,4 @@
-"""What the fused block computes, in plain PyTorch: the CPU path, the oracle of the tests (in float64) and the definition."""
+"""What the fused block computes, in plain PyTorch: the definition, the CPU path and, in float64, the tests' oracle."""
 
 import torch
 import torch.nn.functional as F
@@ -149,10 +149,11 @@ def conv_first_block_backward(
         x, conv_weight, conv_bias, norm_weight, norm_bias, expand_weight, expand_bias, project_weight, project_bias,
         layer_scale, sample_scale,
     )  # fmt: skip
-    return tuple(
-        empty_gradient(tensor, wanted, x) if not wanted or tensor is None else empty_gradient(tensor, wanted, x).copy_(result)
-        for result, tensor, wanted in zip(results, inputs, output_mask, strict=True)
-    )
+    gradients = tuple(empty_gradient(tensor, wanted, x) for tensor, wanted in zip(inputs, output_mask, strict=True))
+    for gradient, result in zip(gradients, results, strict=True):
+        if gradient.numel() and result is not None:
+            gradient.copy_(result)
+    return gradients
 
 
 def empty_gradient(tensor: Tensor | None, wanted: bool, x: Tensor) -> Tensor:
@@ -191,4 +192,3 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 def _sum(rows: Tensor) -> Tensor:
     return rows.sum(0, dtype=_wide(rows))
-
