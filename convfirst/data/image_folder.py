@@ -198,6 +198,7 @@ class ImageFolderDataModule(ImageDataModule):
         if self.augment.scale is None:
             self.augment.refuse("image_folder and augment.scale=null", "auto_augment", "hflip", "ratio", "color_jitter")
         self.bad_images: dict[str, str] = {}
+        self._loaders: list[DataLoader] = []
         if (self.root / "train").is_dir():
             require_same_classes(self.train_tree, self.val_tree)
 
@@ -258,6 +259,12 @@ class ImageFolderDataModule(ImageDataModule):
             targets = read_real_labels(self.test_tree, self.num_classes, self.real_labels)
         return self._eval_loader(self.test_tree, targets)
 
+    def teardown(self, stage: str) -> None:
+        """End the worker processes. Left to the garbage collector, they would be waited for in vain, 5 s each."""
+        for loader in self._loaders:
+            loader._iterator = None
+        self._loaders.clear()
+
     def _eval_loader(self, tree: ImageTree, targets: np.ndarray) -> EvalLoader:
         dataset = EvalImages(tree, targets, self.augment, self.eval_image_size)
         batches = KeyBatches()
@@ -267,7 +274,7 @@ class ImageFolderDataModule(ImageDataModule):
         return EvalLoader(len(batches), lambda: self._checked(loader))
 
     def _data_loader(self, dataset: Dataset, batches: KeyBatches) -> DataLoader:
-        return DataLoader(
+        loader = DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=self.num_workers,
@@ -277,6 +284,8 @@ class ImageFolderDataModule(ImageDataModule):
             # of its own: each iteration draws a number, which would move torch's global generator
             generator=torch.Generator(),
         )
+        self._loaders.append(loader)
+        return loader
 
     def _checked(self, loader: DataLoader) -> Iterator[Batch]:
         """(images, targets) of each batch; bad files are raised here, in the main process, or logged and counted."""

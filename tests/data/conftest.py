@@ -21,6 +21,8 @@ def tree(tmp_path_factory):
 def make_data(request):
     """make_data(source, rank=0, world_size=1, **options): a small instance of a source, by name."""
 
+    made = []
+
     def make(source, rank=0, world_size=1, **options):
         small = {"batch_size": 4, "eval_batch_size": 4}
         if source == "digits":
@@ -32,6 +34,7 @@ def make_data(request):
             folder = {"root": str(request.getfixturevalue("tree")), "num_workers": 0, "image_size": 32}
             augment = {**CROP, "auto_augment": "rand-m9-mstd0.5-inc1"}
             data = ImageFolderDataModule(**{**small, **folder, "augment": augment, **options})
+        made.append(data)
         data.trainer = SimpleNamespace(
             global_rank=rank,
             world_size=world_size,
@@ -40,4 +43,6 @@ def make_data(request):
         )
         return data
 
-    return make
+    yield make
+    for data in made:
+        data.teardown("fit")
