@@ -1,0 +1,100 @@
+"""A training loop in plain PyTorch, which the framework's speed is held against.
+
+Same model, batch, precision, compilation and optimiser as the trainer is given; random images that stay on the device;
+no EMA, no logging, no augmentation. Run by ``torchrun`` on several GPUs; prints one line of JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from contextlib import nullcontext
+
+import timm
+import torch
+import torch.distributed as dist
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+import convfirst  # noqa: F401  registers its models
+
+_AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def bare_loop(
+    model: str,
+    model_kwargs: dict,
+    batch: int,
+    image_size: int = 224,
+    precision: str = "bf16-mixed",
+    compile: bool = True,
+    channels_last: bool = True,
+    optimizer: dict | None = None,
+    steps: int = 100,
+    warmup_steps: int = 30,
+    interval: int = 10,
+) -> dict:
+    """Train for ``warmup_steps + steps`` updates; images/s of all processes, median over intervals of updates.
+
+    Uses the current CUDA device, or the CPU where there is none; wraps the model in DDP if a process group is there.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    network = timm.create_model(model, **model_kwargs).to(device, memory_format=memory_format).train()
+    images = torch.randn(batch, 3, image_size, image_size, device=device).to(memory_format=memory_format)
+    labels = torch.randint(network.num_classes, (batch,), device=device)
+    update = create_optimizer_v2(network, **(optimizer or {"opt": "adamw", "lr": 1e-3}))
+    if compile:
+        network.compile()
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if processes > 1:
+        network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
+    dtype = _AUTOCAST[precision]
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "16-mixed")
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            loss = nn.functional.cross_entropy(network(images).float(), labels)
+        update.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(update)
+        scaler.update()
+
+    for _ in range(warmup_steps):
+        step()
+    speeds = []
+    for _ in range(max(1, steps // interval)):
+        _synchronize(device)
+        start = time.perf_counter()
+        for _ in range(interval):
+            step()
+        _synchronize(device)
+        speeds.append(processes * batch * interval / (time.perf_counter() - start))
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    return {"images_per_s": statistics.median(speeds), "peak_memory_gib": peak}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("arguments", type=json.loads, help="keyword arguments of bare_loop as JSON")
+    arguments = parser.parse_args().arguments
+    if "LOCAL_RANK" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    torch.set_float32_matmul_precision("high")
+    result = bare_loop(**arguments)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(json.dumps(result), flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

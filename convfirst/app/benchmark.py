@@ -1,0 +1,130 @@
+"""Benchmarks: `benchmark(config)` runs the suite that the config names and writes its rows as JSON."""
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import timm
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from convfirst.app.kernels import accelerate, check_kernels
+from convfirst.app.results import REPOSITORY, write_results
+from convfirst.app.timing import captured, median_ms
+from convfirst.app.training_throughput import training_throughput
+from convfirst.training.flops import forward_flops
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MODES = ("eager", "eager+graph", "inductor", "inductor+graph")
+
+
+def benchmark(config: DictConfig) -> list[dict]:
+    """Run the suite ``config.suite``, print its rows, write them to ``config.output`` and return them.
+
+    Raises:
+        ValueError: the suite or one of its options is unknown; the message names what is accepted.
+    """
+    if config.suite not in SUITES:
+        raise ValueError(f"suite={config.suite!r} is unknown; accepted: {', '.join(SUITES)}")
+    rows = SUITES[config.suite](config)
+    _print_rows(config.suite, rows)
+    path = write_results(REPOSITORY / Path(config.output), config.suite, rows, append=config.append)
+    log.info("wrote %s", path)
+    return rows
+
+
+def throughput(config: DictConfig) -> list[dict]:
+    """Images/s of inference with calls queued up: one row for each model, mode and batch size."""
+    return _inference(config, config.throughput, synchronize=False)
+
+
+def latency(config: DictConfig) -> list[dict]:
+    """Time of one forward pass on an idle device, launching included: one row for each model, mode and batch size."""
+    return _inference(config, config.latency, synchronize=True)
+
+
+def _inference(config: DictConfig, suite: DictConfig, synchronize: bool) -> list[dict]:
+    _check("dtype", config.dtype, DTYPES)
+    check_kernels(config.kernels)
+    if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={config.device!r}, but there is no CUDA device here; use device=cpu")
+    rows = []
+    for name in config.models:
+        for mode in suite.modes:
+            _check("modes", mode, MODES)
+            for batch in suite.batches:
+                log.info("%s, %s, batch %d", name, mode, batch)
+                rows.append(_measure(config, name, mode, batch, synchronize))
+                torch.compiler.reset()
+    return rows
+
+
+@torch.no_grad()
+def _measure(config: DictConfig, name: str, mode: str, batch: int, synchronize: bool) -> dict:
+    device, dtype = torch.device(config.device), DTYPES[config.dtype]
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    compiler, _, graph = mode.partition("+")
+    if graph and device.type != "cuda":
+        raise ValueError(f"modes={mode!r} needs a CUDA device, but device={config.device!r}")
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.cuda.reset_peak_memory_stats()
+    model = timm.create_model(name).eval().to(device, dtype, memory_format=memory_format)
+    macs = forward_flops(model, 3, config.image_size) // 2
+    parameters = sum(p.numel() for p in model.parameters())
+    accelerate(model, device, config.kernels)
+    shape = (batch, 3, config.image_size, config.image_size)
+    inputs = [
+        torch.randn(shape, device=device, dtype=dtype).to(memory_format=memory_format) for _ in range(config.inputs)
+    ]
+    run: Callable[[Tensor], Tensor] = torch.compile(model) if compiler == "inductor" else model
+    if graph:
+        run = captured(run, inputs)
+    ms = median_ms(run, inputs, config.warmup, config.iterations, synchronize)
+    return {
+        "name": name,
+        "batch": batch,
+        "dtype": config.dtype,
+        "path": mode,
+        "kernels": config.kernels,
+        "channels_last": config.channels_last,
+        "image_size": config.image_size,
+        "ms": round(ms, 4),
+        "images_per_s": round(1e3 * batch / ms, 1),
+        "gmacs": round(macs / 1e9, 3),
+        "mparams": round(parameters / 1e6, 3),
+        "tflops": round(2e-9 * macs * batch / ms, 2),
+        "peak_memory_mib": round(torch.cuda.max_memory_allocated() / 2**20) if device.type == "cuda" else None,
+    }
+
+
+def _check(option: str, value: str, accepted) -> None:
+    if value not in accepted:
+        raise ValueError(f"{option}={value!r} is unknown; accepted: {', '.join(accepted)}")
+
+
+def _print_rows(suite: str, rows: list[dict]) -> None:
+    """One table of what differs between the rows, above a line of what doesn't."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    same = [key for key in columns if len(rows) > 1 and len({str(row.get(key)) for row in rows}) == 1]
+    table = Table(title=suite, caption=", ".join(f"{key}={rows[0].get(key)}" for key in same))
+    shown = [key for key in columns if key not in same]
+    for column in shown:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(row.get(column, "")) for column in shown))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+# What suite=... may name. A suite takes the configuration and returns rows of plain values.
+SUITES: Mapping[str, Callable[[DictConfig], list[dict]]] = {
+    "throughput": throughput,
+    "latency": latency,
+    "training_throughput": training_throughput,
+}

@@ -1,0 +1,83 @@
+"""Measured results as JSON: where and with what they were measured, and rows."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def write_results(path: str | Path, suite: str, rows: list[dict], append: bool = False) -> Path:
+    """Write ``{suite, device, date, commit, versions, rows}`` to ``path``; return the path.
+
+    ``append`` keeps the rows that the file already has.
+
+    Raises:
+        ValueError: the file's rows were measured on another device, at another commit or with other versions.
+    """
+    path, here = Path(path), environment()
+    if append and path.exists():
+        before = json.loads(path.read_text())
+        for key in ("device", "commit", "versions"):
+            if before[key] != here[key]:
+                raise ValueError(f"append=true, but {path} has {key}={before[key]} and this run {here[key]}")
+        rows = before["rows"] + rows
+    write_json(path, {"suite": suite, **here, "rows": rows})
+    return path
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def environment() -> dict:
+    """Device name, date (UTC), commit and versions of what a measurement depends on."""
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    if torch.backends.cudnn.is_available():
+        versions["cudnn"] = str(torch.backends.cudnn.version())
+    for package in ("torch", "triton", "timm", "lightning", "ffcv", "convfirst-kernels"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": device_name(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "commit": git_object("HEAD", variable="GIT_COMMIT"),
+        "versions": versions,
+    }
+
+
+def device_name() -> str:
+    """The GPU's marketing name, or the processor's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def git_object(revision: str, variable: str) -> str:
+    """Hash of a git revision; the environment's ``variable`` where set, "unknown" where there is no repository."""
+    if os.environ.get(variable):
+        return os.environ[variable]
+    command = ["git", "-C", str(REPOSITORY), "rev-parse", "--verify", "--quiet", revision]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # git itself is missing
+        return "unknown"
+    return found.stdout.strip() or "unknown"

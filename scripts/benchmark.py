@@ -1,0 +1,20 @@
+"""Run a benchmark suite: python scripts/benchmark.py suite=throughput [option=value ...]."""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from convfirst.app.benchmark import benchmark
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="benchmark")
+def main(config: DictConfig) -> None:
+    try:
+        benchmark(config)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+import json
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+
+from convfirst.app import benchmark as benchmark_module
+from convfirst.app.bare_loop import bare_loop
+from convfirst.app.benchmark import SUITES, benchmark
+from convfirst.app.results import environment, git_object, write_results
+from convfirst.app.timing import median_ms
+
+CONFIGS = str(Path(__file__).parents[1] / "configs")
+SMALL = ["device=cpu", "dtype=float32", "models=[convfirst_atto]", "image_size=32"]
+SMALL += ["iterations=2", "warmup=1", "inputs=2"]
+
+
+@pytest.fixture(autouse=True)
+def _hydra():
+    with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
+        yield
+
+
+def compose(*overrides: str):
+    return hydra.compose("benchmark", overrides=list(overrides))
+
+
+@pytest.mark.parametrize("suite", ["throughput", "latency"])
+def test_inference_rows_are_written_with_their_circumstances(tmp_path, monkeypatch, suite):
+    monkeypatch.setenv("GIT_COMMIT", "0123abc")
+    output = tmp_path / "out.json"
+    rows = benchmark(
+        compose(*SMALL, f"suite={suite}", f"output={output}", f"{suite}.modes=[eager]", f"{suite}.batches=[1,2]")
+    )
+    written = json.loads(output.read_text())
+    assert written["rows"] == rows
+    assert written["commit"] == "0123abc"
+    assert torch.__version__.startswith(written["versions"]["torch"])
+    assert written["device"] and written["date"]
+    assert [row["batch"] for row in rows] == [1, 2]
+    assert all(row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms"], rel=0.01) for row in rows)
+    assert rows[0]["mparams"] == 1.312
+
+
+def test_training_is_held_against_the_bare_loop(tmp_path):
+    sources = '{synthetic: ["data=synthetic","augment=none","model=convfirst_atto","data.image_size=32"]}'
+    small = ["batch=4", "precision=32-true", "compile=false", "steps=4", "warmup_steps=2", "interval=2"]
+    options = [f"training_throughput.{option}" for option in (*small, "recipes=[convfirst_nano]", f"sources={sources}")]
+    overrides = 'training_throughput.overrides=["ema=null","data.num_train_images=1000","trainer.accelerator=cpu"]'
+    (row,) = benchmark(compose("suite=training_throughput", f"output={tmp_path / 'out.json'}", overrides, *options))
+    assert row["model"] == "convfirst_atto"
+    assert row["images_per_s"] > 0
+    assert row["ratio_to_bare"] == pytest.approx(row["images_per_s"] / row["bare_images_per_s"], abs=1e-3)
+    assert 0 <= row["data_wait"] < 1
+
+
+def test_bare_loop_measures_any_timm_model():
+    short = dict(steps=2, warmup_steps=1, interval=1)
+    result = bare_loop("convfirst_atto", {}, batch=2, image_size=32, precision="32-true", compile=False, **short)
+    assert result["images_per_s"] > 0
+
+
+def test_timing_takes_the_inputs_in_turn():
+    seen = []
+    inputs = [torch.zeros(1), torch.ones(1)]
+    assert median_ms(lambda x: seen.append(x.item()), inputs, warmup=1, iterations=4) >= 0
+    assert seen == [0, 0, 1, 0, 1]
+
+
+def test_append_keeps_rows_of_the_same_circumstances_only(tmp_path, monkeypatch):
+    path = tmp_path / "out.json"
+    write_results(path, "suite", [{"a": 1}])
+    write_results(path, "suite", [{"a": 2}], append=True)
+    assert json.loads(path.read_text())["rows"] == [{"a": 1}, {"a": 2}]
+    monkeypatch.setenv("GIT_COMMIT", "another")
+    with pytest.raises(ValueError, match="append=true, but .* has commit="):
+        write_results(path, "suite", [{"a": 3}], append=True)
+    write_results(path, "suite", [{"a": 3}])
+    assert json.loads(path.read_text())["rows"] == [{"a": 3}]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_commit_of_the_environment_wins_and_its_lack_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("GIT_COMMIT", "abc")
+    assert environment()["commit"] == "abc"
+    monkeypatch.delenv("GIT_COMMIT")
+    monkeypatch.setattr("convfirst.app.results.REPOSITORY", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_object("HEAD", variable="GIT_COMMIT") == "unknown"
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["suite=speed"], "suite='speed' is unknown; accepted: throughput, latency, training_throughput"),
+        (["dtype=int8"], "dtype='int8' is unknown; accepted: float32, float16, bfloat16"),
+        (["kernels=on"], "kernels='on' must be one of auto, required, off"),
+        (["throughput.modes=[jit]"], "modes='jit' is unknown; accepted: eager, eager.graph, inductor"),
+        (["throughput.modes=[eager+graph]"], "needs a CUDA device, but device='cpu'"),
+    ],
+)
+def test_bad_options_are_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        benchmark(compose(*SMALL, *overrides))
+
+
+def test_missing_gpu_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device='cuda', but there is no CUDA device here"):
+        benchmark(compose(*SMALL, "device=cuda"))
+
+
+def test_suites_are_found_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark_module, "SUITES", {**SUITES, "mine": lambda config: [{"name": config.suite}]})
+    assert benchmark(compose("suite=mine", f"output={tmp_path / 'out.json'}")) == [{"name": "mine"}]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["eager", "eager+graph", "inductor", "inductor+graph"])
+def test_modes_on_a_gpu(tmp_path, mode):
+    overrides = ["device=cuda", "dtype=float16", f"throughput.modes=[{mode}]", "throughput.batches=[2]"]
+    (row,) = benchmark(compose(*SMALL, *overrides, f"output={tmp_path / 'out.json'}"))
+    assert row["ms"] > 0 and row["peak_memory_mib"] > 0
