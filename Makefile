@@ -22,6 +22,9 @@ else
   FULL := $(VENV)/full.stamp $(if $(wildcard kernels/pyproject.toml),$(VENV)/kernels.stamp)
 endif
 
+# Scripts find the package where it isn't installed.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
 .PHONY: train test gpu-test bench system-packages clean
 
 train: $(BASE)
