@@ -194,16 +194,27 @@ def refusal(
 
 
 @torch.compiler.assume_constant_result
+def _uncovered(*shape) -> str | None:
+    # Dynamo traces through a cache, so the cache must lie inside what it takes for a constant.
+    return _uncovered_cached(*shape)
+
+
 @cache
-def _uncovered(channels, hidden, kernel_size, group_width, dtype, activation, has_norm, device_index) -> str | None:
+def _uncovered_cached(
+    channels, hidden, kernel_size, group_width, dtype, activation, has_norm, device_index
+) -> str | None:
     """What the planner says of a shape on a CUDA device; height, width and batch do not matter to coverage."""
     problem = Problem(1, 14, 14, channels, hidden, kernel_size, group_width, dtype, activation, has_norm)
     answer = plan(problem, Device.of(device_index))
     return None if answer["chosen"] else f"no kernel variant covers {answer['problem']} on this device"
 
 
+_logged: set[str] = set()
+
+
 @torch.compiler.assume_constant_result
-@cache
 def log_once(message: str) -> None:
     """One warning a process for each message."""
-    _log.warning(message)
+    if message not in _logged:
+        _logged.add(message)
+        _log.warning(message)

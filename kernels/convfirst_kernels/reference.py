@@ -96,6 +96,11 @@ def conv_first_block_backward(
     Matrix products run in x's dtype, sums over pixels in float32 at least. A gradient that ``output_mask`` does not ask
     for, or whose tensor is None, is an empty tensor.
     """
+    inputs = (
+        x, conv_weight, conv_bias, norm_weight, norm_bias, expand_weight, expand_bias, project_weight, project_bias,
+        layer_scale, sample_scale,
+    )  # fmt: skip
+    output_mask = [wanted and tensor is not None for wanted, tensor in zip(output_mask, inputs, strict=True)]
     pixels, hidden_pixels = (-1, x.shape[1]), (-1, expand_weight.shape[0])
     a = conv(x, conv_weight, conv_bias, group_width).permute(0, 2, 3, 1)
     nhwc = a.shape
@@ -145,10 +150,6 @@ def conv_first_block_backward(
         d_layer,
         d_sample,
     )
-    inputs = (
-        x, conv_weight, conv_bias, norm_weight, norm_bias, expand_weight, expand_bias, project_weight, project_bias,
-        layer_scale, sample_scale,
-    )  # fmt: skip
     gradients = tuple(empty_gradient(tensor, wanted, x) for tensor, wanted in zip(inputs, output_mask, strict=True))
     for gradient, result in zip(gradients, results, strict=True):
         if gradient.numel() and result is not None:

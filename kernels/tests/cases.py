@@ -15,6 +15,7 @@ SIZES = [(1, 1), (1, 29), (23, 1), (7, 7), (14, 14), (13, 17), (28, 28), (56, 56
 BATCHES = [1, 2, 3, 7, 128]
 MAX_ELEMENTS = 128 * 56 * 56 * 64  # of x: bounds a case's work and memory
 MAX_PRODUCTS = 24e9  # multiply-adds of the two matrix products
+SLICE_ELEMENTS = 1 << 24  # of x that the oracle computes at once
 TILE = 8  # side, in pixels, of the tiles that errors are compared over
 
 
@@ -204,7 +205,7 @@ def oracle(arguments: tuple) -> Tensor:
     """The float64 result, in slices of the batch that bound its memory."""
     x, *rest = arguments
     wide = [a.double() if isinstance(a, Tensor) else a for a in rest]
-    images = max(1, (1 << 24) // x[0].numel())
+    images = max(1, SLICE_ELEMENTS // x[0].numel())
     parts = []
     for start in range(0, x.shape[0], images):
         part = slice(start, start + images)
