@@ -1,0 +1,63 @@
+// Definitions of launch_sm80.h; an instantiation file includes this and instantiates one struct of each type it is for.
+#pragma once
+
+#include "conv_first_block_fwd_sm80_mma.cuh"
+#include "conv_norm_fwd_sm80.cuh"
+#include "launch_sm80.h"
+#include "linear_fwd_sm80_mma.cuh"
+
+namespace convfirst::block_fusion::sm80 {
+
+namespace detail {
+
+template <DType kType>
+struct Element {
+  using type = __half;
+};
+template <>
+struct Element<DType::kBFloat16> {
+  using type = __nv_bfloat16;
+};
+
+template <typename Kernel, typename... Args>
+int start(Kernel kernel, int grid, int threads, int shared_memory, cudaStream_t stream, Args... args) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory);
+  if (error != cudaSuccess) return static_cast<int>(error);
+  kernel<<<grid, threads, shared_memory, stream>>>(args...);
+  return static_cast<int>(cudaGetLastError());
+}
+
+}  // namespace detail
+
+template <DType kType, int kWidth, bool kDepthwise>
+const void* Fused<kType, kWidth, kDepthwise>::kernel() {
+  return reinterpret_cast<const void*>(&conv_first_block_fwd_sm80<typename detail::Element<kType>::type, kWidth, kDepthwise>);
+}
+
+template <DType kType, int kWidth, bool kDepthwise>
+int Fused<kType, kWidth, kDepthwise>::launch(const BlockParams& p, int grid, int shared_memory, cudaStream_t stream) {
+  return detail::start(conv_first_block_fwd_sm80<typename detail::Element<kType>::type, kWidth, kDepthwise>, grid,
+                       fused_tile(kWidth, kDepthwise).threads(), shared_memory, stream, p);
+}
+
+template <DType kType, bool kDepthwise>
+const void* ConvNorm<kType, kDepthwise>::kernel() {
+  return reinterpret_cast<const void*>(&conv_norm_fwd_sm80<typename detail::Element<kType>::type, kDepthwise>);
+}
+
+template <DType kType, bool kDepthwise>
+int ConvNorm<kType, kDepthwise>::launch(const BlockParams& p, void* output, int grid, int shared_memory, cudaStream_t stream) {
+  using T = typename detail::Element<kType>::type;
+  return detail::start(conv_norm_fwd_sm80<T, kDepthwise>, grid, conv_tile(kDepthwise).threads, shared_memory, stream, p,
+                       static_cast<T*>(output));
+}
+
+template <DType kType, int kTile, bool kProject>
+int Linear<kType, kTile, kProject>::launch(const LinearParams& p, cudaStream_t stream) {
+  constexpr LinearTile tile = linear_tile(kTile);
+  const int grid = (p.rows + tile.m - 1) / tile.m * ((p.columns + tile.n - 1) / tile.n);
+  return detail::start(linear_fwd_sm80<typename detail::Element<kType>::type, kTile, kProject>, grid, tile.threads(),
+                       tile.shared_bytes(), stream, p);
+}
+
+}  // namespace convfirst::block_fusion::sm80

@@ -1,0 +1,148 @@
+// Warp-level matrix products from shared memory, and the epilogue that adds the residual.
+#pragma once
+
+#include "../common/activation.cuh"
+#include "../common/ptx.cuh"
+#include "params.h"
+
+namespace convfirst::block_fusion::sm80 {
+
+// Lane offsets of ldmatrix.x4 for a 16x16 block of A (rows by k) and of B (columns by k), rows `pitch` bytes apart.
+__device__ __forceinline__ uint32_t a_lane_offset(int pitch) {
+  const int lane = threadIdx.x % 32;
+  return lane % 16 * pitch + lane / 16 * 16;
+}
+
+__device__ __forceinline__ uint32_t b_lane_offset(int pitch) {
+  const int lane = threadIdx.x % 32;
+  return (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 16;
+}
+
+// acc[m][n] += A B^T over kSteps k16 steps. load_a(fragments, step) yields A; B's rows are the product's columns.
+template <typename T, int kRows, int kColumns, int kSteps, int kUnroll, typename LoadA>
+__device__ __forceinline__ void multiply(float (&acc)[kRows][kColumns][4], LoadA load_a, uint32_t b, int b_pitch) {
+#pragma unroll kUnroll
+  for (int step = 0; step < kSteps; ++step) {
+    uint32_t fa[kRows][4];
+    load_a(fa, step);
+#pragma unroll
+    for (int n = 0; n < kColumns / 2; ++n) {
+      uint32_t fb[4];
+      ptx::ldmatrix_x4(fb, b + n * 16 * b_pitch + step * 32);
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+        ptx::mma_16816<T>(acc[m][2 * n], fa[m], fb[0], fb[1]);
+        ptx::mma_16816<T>(acc[m][2 * n + 1], fa[m], fb[2], fb[3]);
+      }
+    }
+  }
+}
+
+// A from shared memory, rows `pitch` bytes apart.
+template <int kRows>
+struct SharedA {
+  uint32_t address;  // with the lane's offset
+  int pitch;
+  __device__ __forceinline__ void operator()(uint32_t (&fa)[kRows][4], int step) const {
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) ptx::ldmatrix_x4(fa[m], address + m * 16 * pitch + step * 32);
+  }
+};
+
+// A from registers: the fragments of all steps, or a product's accumulators once rounded.
+template <int kRows, int kSteps>
+struct RegisterA {
+  uint32_t (&fragments)[kRows][kSteps][4];
+  __device__ __forceinline__ void operator()(uint32_t (&fa)[kRows][4], int step) const {
+#pragma unroll
+    for (int m = 0; m < kRows; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) fa[m][i] = fragments[m][step][i];
+  }
+};
+
+template <int kRows, int kColumns>
+__device__ __forceinline__ void activate(float (&s)[kRows][kColumns][4], int activation) {
+  auto each = [&](auto function) {
+#pragma unroll
+    for (int m = 0; m < kRows; ++m)
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        function(s[m][n][0], s[m][n][1]);
+        function(s[m][n][2], s[m][n][3]);
+      }
+  };
+  if (activation == static_cast<int>(Activation::kSilu)) {
+    each([](float& x, float& y) { silu_pair(x, y); });
+  } else if (activation == static_cast<int>(Activation::kGelu)) {
+    each([](float& x, float& y) { gelu_pair(x, y); });
+  } else {
+    each([](float& x, float& y) { relu_pair(x, y); });
+  }
+}
+
+// A warp's result tile: 16 * kRows rows by 8 * kColumns channels from `channel` on, staged in shared memory that is the warp's
+// own. row_pixel(row) is the pixel of a row of the tile, or -1.
+template <typename T, int kRows, int kColumns, typename RowPixel>
+struct ResultTile {
+  static constexpr int kChunks = kRows * 16 * kColumns;
+  unsigned char* stage;
+  int pitch;
+  int channel;
+  int channels;
+  RowPixel row_pixel;
+
+  // Starts copying x into the stage; the caller commits.
+  __device__ __forceinline__ void load(const T* x) const {
+    for (int i = threadIdx.x % 32; i < kChunks; i += 32) {
+      const int row = i / kColumns, c = channel + i % kColumns * 8;
+      const int pixel = row_pixel(row);
+      const bool valid = pixel >= 0 && c < channels;
+      ptx::cp_async16(ptx::smem_address(stage + row * pitch + i % kColumns * 16),
+                      valid ? x + static_cast<size_t>(pixel) * channels + c : x, valid);
+    }
+  }
+
+  __device__ __forceinline__ void store(T* y) const {
+    for (int i = threadIdx.x % 32; i < kChunks; i += 32) {
+      const int row = i / kColumns, c = channel + i % kColumns * 8;
+      const int pixel = row_pixel(row);
+      if (pixel >= 0 && c < channels)
+        *reinterpret_cast<uint4*>(y + static_cast<size_t>(pixel) * channels + c) =
+            *reinterpret_cast<const uint4*>(stage + row * pitch + i % kColumns * 16);
+    }
+  }
+
+  // stage = stage + sample_scale * layer_scale * (acc + bias), rounded once.
+  __device__ __forceinline__ void add_residual(const float (&acc)[kRows][kColumns][4], const Tensors& t, int image_pixels) const {
+    const int lane = threadIdx.x % 32;
+    float sample[kRows][2];
+#pragma unroll
+    for (int m = 0; m < kRows; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int pixel = t.sample_scale ? row_pixel(m * 16 + half * 8 + lane / 4) : -1;
+        sample[m][half] = pixel >= 0 ? t.sample_scale[pixel / image_pixels] : 1.f;
+      }
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const int c = channel + n * 8 + lane % 4 * 2;
+      if (c >= channels) continue;
+      const float b0 = t.project_bias ? __ldg(t.project_bias + c) : 0.f;
+      const float b1 = t.project_bias ? __ldg(t.project_bias + c + 1) : 0.f;
+      const float s0 = t.layer_scale ? __ldg(t.layer_scale + c) : 1.f;
+      const float s1 = t.layer_scale ? __ldg(t.layer_scale + c + 1) : 1.f;
+#pragma unroll
+      for (int m = 0; m < kRows; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint32_t* word = reinterpret_cast<uint32_t*>(stage + (m * 16 + half * 8 + lane / 4) * pitch + n * 16 + lane % 4 * 4);
+          const float2 x = ptx::unpack2<T>(*word);
+          *word = ptx::pack2<T>(x.x + sample[m][half] * s0 * (acc[m][n][2 * half] + b0),
+                                x.y + sample[m][half] * s1 * (acc[m][n][2 * half + 1] + b1));
+        }
+    }
+  }
+};
+
+}  // namespace convfirst::block_fusion::sm80

@@ -1,0 +1,213 @@
+// The portable path's rows of the planner's table: what each kernel takes, how it is configured and what it should cost.
+#include <algorithm>
+#include <iterator>
+
+#include "launch_sm80.h"
+
+namespace convfirst::block_fusion {
+namespace sm80 {
+namespace {
+
+constexpr double kClockMhz = 1700;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool within_operator(const Problem& p, bool depthwise, int max_channels) {
+  const bool conv = depthwise ? p.group_width == 1 && p.kernel_size == 7 && p.channels % 8 == 0
+                              : (p.group_width == 8 || p.group_width == 16) && (p.kernel_size == 3 || p.kernel_size == 5) &&
+                                    p.channels % 32 == 0;
+  return conv && p.channels > 0 && p.channels <= max_channels && p.hidden > 0 && p.hidden % 8 == 0 && p.batch > 0 &&
+         p.height > 0 && p.width > 0 && p.batch * p.height * p.width <= (int64_t{1} << 31) / p.channels;
+}
+
+// Slices of x in flight: as many as the bytes up to `shared_memory` hold, at least one, no more than there are.
+int slice_buffers(const Problem& p, const Geometry& g, int slice, int region, int shared_memory) {
+  const int slice_bytes = g.halo_pixels * row_bytes(slice);
+  return static_cast<int>(std::clamp<int64_t>((shared_memory - region) / slice_bytes, 1,
+                                              std::min<int64_t>(4, ceil_div(p.channels, slice))));
+}
+
+// ---- one launch ----
+
+template <int kWidth, bool kDepthwise>
+struct FusedRow {
+  static constexpr FusedTile kTile = fused_tile(kWidth, kDepthwise);
+  static constexpr FusedLayout kLayout = fused_layout(kWidth, kDepthwise);
+
+  static int least_shared_memory(const Geometry& g) {
+    return std::max(kLayout.end, kLayout.region + g.halo_pixels * row_bytes(kTile.slice));
+  }
+
+  static bool supports(const Problem& p, const Device& d) {
+    if (!within_operator(p, kDepthwise, kWidth) || (!kDepthwise && p.channels != kWidth)) return false;
+    const Geometry g = choose_geometry(p, kTile.pixels(), kDepthwise);
+    return g.tiles > 0 && least_shared_memory(g) <= d.max_shared_memory;
+  }
+
+  static Config configure(const Problem& p, const Device& d) {
+    const Geometry g = choose_geometry(p, kTile.pixels(), kDepthwise);
+    const int least = least_shared_memory(g);
+    // More slices in flight, as long as as many blocks as the registers allow still fit a multiprocessor.
+    const int budget = (d.max_shared_memory + 1024) / kTile.min_blocks - 1024;
+    const int buffers = slice_buffers(p, g, kTile.slice, kLayout.region, std::max(least, budget));
+    Config c{};
+    c.tile_height = g.tile_height;
+    c.tile_width = g.tile_width;
+    c.tile_pixels = kTile.pixels();
+    c.hidden_chunk = kTile.hidden_chunk;
+    c.stages = kTile.slots;
+    c.threads = kTile.threads();
+    c.grid = g.tiles;
+    c.shared_memory = std::max(least, kLayout.region + buffers * g.halo_pixels * row_bytes(kTile.slice));
+    c.launches = 1;
+    return c;
+  }
+
+  // A tile's products at a rate of multiply-adds a clock, its convolution, and a fixed part; the blocks of a multiprocessor share it.
+  static double cost(const Problem& p, const Device& d, const Config& c) {
+    const double products = 2.0 * c.tile_pixels * kWidth * (ceil_div(p.hidden, kTile.hidden_chunk) * kTile.hidden_chunk) / 800;
+    const double taps = p.kernel_size * p.kernel_size;
+    const double conv = c.tile_pixels * kWidth * taps / (kDepthwise ? 64 : 512);
+    const int blocks = std::max(1, std::min(kTile.min_blocks, (d.max_shared_memory + 1024) / (c.shared_memory + 1024)));
+    const int64_t resident = std::min<int64_t>(blocks, ceil_div(c.grid, d.multiprocessors));
+    const int64_t waves = ceil_div(c.grid, d.multiprocessors * resident);
+    return 3 + waves * resident * (products + conv + 1500) / kClockMhz;
+  }
+
+  static int launch(const Problem& p, const Tensors& t, const Config& c, void*, cudaStream_t stream) {
+    const Geometry g = geometry_of(p, c);
+    const BlockParams params = block_params(p, t, g, slice_buffers(p, g, kTile.slice, kLayout.region, c.shared_memory));
+    return p.dtype == DType::kHalf ? Fused<DType::kHalf, kWidth, kDepthwise>::launch(params, c.grid, c.shared_memory, stream)
+                                   : Fused<DType::kBFloat16, kWidth, kDepthwise>::launch(params, c.grid, c.shared_memory, stream);
+  }
+
+  static const void* kernel(const Problem& p) {
+    return p.dtype == DType::kHalf ? Fused<DType::kHalf, kWidth, kDepthwise>::kernel()
+                                   : Fused<DType::kBFloat16, kWidth, kDepthwise>::kernel();
+  }
+
+  static constexpr Variant row(const char* name) { return {name, 80, 999, supports, configure, cost, launch, kernel}; }
+};
+
+// ---- convolution and LayerNorm, then two linear layers ----
+
+template <bool kDepthwise, int kExpandTile, int kProjectTile>
+struct SplitRow {
+  static constexpr ConvTile kConv = conv_tile(kDepthwise);
+
+  static int linear_shared_memory() {
+    return std::max(linear_tile(kExpandTile).shared_bytes(), linear_tile(kProjectTile).shared_bytes());
+  }
+
+  static int conv_shared_memory(const Problem& p, const Geometry& g, int buffers) {
+    return conv_layout(p.channels, kDepthwise).region + buffers * g.halo_pixels * row_bytes(kConv.slice);
+  }
+
+  static bool supports(const Problem& p, const Device& d) {
+    if (!within_operator(p, kDepthwise, kConv.max_channels)) return false;
+    const Geometry g = choose_geometry(p, kConv.pixels, kDepthwise);
+    return g.tiles > 0 && std::max(linear_shared_memory(), conv_shared_memory(p, g, 1)) <= d.max_shared_memory;
+  }
+
+  static Config configure(const Problem& p, const Device& d) {
+    const Geometry g = choose_geometry(p, kConv.pixels, kDepthwise);
+    const int region = conv_layout(p.channels, kDepthwise).region;
+    const int budget = std::min(d.max_shared_memory, std::max(linear_shared_memory(), conv_shared_memory(p, g, 2)));
+    const int buffers = slice_buffers(p, g, kConv.slice, region, budget);
+    Config c{};
+    c.tile_height = g.tile_height;
+    c.tile_width = g.tile_width;
+    c.tile_pixels = kConv.pixels;
+    c.hidden_chunk = linear_tile(kExpandTile).n;
+    c.stages = linear_tile(kExpandTile).stages;
+    c.threads = linear_tile(kExpandTile).threads();
+    c.grid = g.tiles;
+    c.shared_memory = std::max(linear_shared_memory(), conv_shared_memory(p, g, buffers));
+    c.launches = 3;
+    c.workspace = normalised_bytes(p) + p.batch * p.height * p.width * p.hidden * 2;
+    return c;
+  }
+
+  static int64_t normalised_bytes(const Problem& p) { return ceil_div(p.batch * p.height * p.width * p.channels * 2, 256) * 256; }
+
+  static double linear_cost(const Device& d, const LinearTile& t, int64_t rows, int columns, int depth) {
+    const int64_t tiles = ceil_div(rows, t.m) * ceil_div(columns, t.n);
+    const int64_t resident = std::min<int64_t>(t.min_blocks, ceil_div(tiles, d.multiprocessors));
+    const int64_t waves = ceil_div(tiles, d.multiprocessors * resident);
+    return 2 + waves * resident * (static_cast<double>(t.m) * t.n * depth / 800 + 1200) / kClockMhz;
+  }
+
+  static double cost(const Problem& p, const Device& d, const Config& c) {
+    const int64_t pixels = p.batch * p.height * p.width;
+    const double taps = p.kernel_size * p.kernel_size;
+    const double conv = c.tile_pixels * p.channels * taps / (kDepthwise ? 30 : 256) + 1500;
+    return 4 + ceil_div(c.grid, d.multiprocessors) * conv / kClockMhz +
+           linear_cost(d, linear_tile(kExpandTile), pixels, p.hidden, p.channels) +
+           linear_cost(d, linear_tile(kProjectTile), pixels, p.channels, p.hidden) + pixels * p.hidden * 4.0 / 3e6;
+  }
+
+  template <DType kType>
+  static int launch_all(const Problem& p, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
+    const Geometry g = geometry_of(p, c);
+    const int region = conv_layout(p.channels, kDepthwise).region;
+    const int buffers = slice_buffers(p, g, kConv.slice, region, c.shared_memory);
+    const int pixels = static_cast<int>(p.batch * p.height * p.width);
+    void* hidden = static_cast<char*>(workspace) + normalised_bytes(p);
+    int error = ConvNorm<kType, kDepthwise>::launch(block_params(p, t, g, buffers), workspace, c.grid,
+                                                    conv_shared_memory(p, g, buffers), stream);
+    if (error != 0) return error;
+    LinearParams expand{workspace, t.expand_weight, t.expand_bias, hidden, pixels, p.hidden, p.channels,
+                        static_cast<int>(p.activation), {}, 1};
+    error = Linear<kType, kExpandTile, false>::launch(expand, stream);
+    if (error != 0) return error;
+    LinearParams project{hidden, t.project_weight, nullptr, t.y, pixels, p.channels, p.hidden, 0, t,
+                         static_cast<int>(p.height * p.width)};
+    return Linear<kType, kProjectTile, true>::launch(project, stream);
+  }
+
+  static int launch(const Problem& p, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
+    return p.dtype == DType::kHalf ? launch_all<DType::kHalf>(p, t, c, workspace, stream)
+                                   : launch_all<DType::kBFloat16>(p, t, c, workspace, stream);
+  }
+
+  static const void* kernel(const Problem& p) {
+    return p.dtype == DType::kHalf ? ConvNorm<DType::kHalf, kDepthwise>::kernel() : ConvNorm<DType::kBFloat16, kDepthwise>::kernel();
+  }
+
+  static constexpr Variant row(const char* name) { return {name, 80, 999, supports, configure, cost, launch, kernel}; }
+};
+
+constexpr Variant kRows[] = {
+    FusedRow<32, false>::row("sm80_conv_first_c32"),
+    FusedRow<64, false>::row("sm80_conv_first_c64"),
+    FusedRow<96, false>::row("sm80_conv_first_c96"),
+    FusedRow<128, false>::row("sm80_conv_first_c128"),
+    FusedRow<192, false>::row("sm80_conv_first_c192"),
+    FusedRow<256, false>::row("sm80_conv_first_c256"),
+    FusedRow<384, false>::row("sm80_conv_first_c384"),
+    FusedRow<48, true>::row("sm80_convnext_c48"),
+    FusedRow<64, true>::row("sm80_convnext_c64"),
+    FusedRow<96, true>::row("sm80_convnext_c96"),
+    FusedRow<128, true>::row("sm80_convnext_c128"),
+    FusedRow<192, true>::row("sm80_convnext_c192"),
+    FusedRow<256, true>::row("sm80_convnext_c256"),
+    FusedRow<384, true>::row("sm80_convnext_c384"),
+    SplitRow<false, 0, 0>::row("sm80_conv_first_split_128x128"),
+    SplitRow<false, 1, 1>::row("sm80_conv_first_split_192x128"),
+    SplitRow<false, 2, 2>::row("sm80_conv_first_split_128x256"),
+    SplitRow<false, 3, 3>::row("sm80_conv_first_split_96x128"),
+    SplitRow<true, 0, 0>::row("sm80_convnext_split_128x128"),
+    SplitRow<true, 1, 1>::row("sm80_convnext_split_192x128"),
+    SplitRow<true, 2, 2>::row("sm80_convnext_split_128x256"),
+    SplitRow<true, 3, 3>::row("sm80_convnext_split_96x128"),
+};
+
+}  // namespace
+}  // namespace sm80
+
+const Variant* sm80_variants(int* count) {
+  *count = static_cast<int>(std::size(sm80::kRows));
+  return sm80::kRows;
+}
+
+}  // namespace convfirst::block_fusion
