@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from convfirst_kernels import block as fused
 from convfirst_kernels.blocks import Parts, Unsupported, check_hooks, read_block
 
+launch = torch.ops.convfirst.conv_first_block
 _log = logging.getLogger("convfirst_kernels")
 
 
@@ -41,9 +42,7 @@ class FusedForward:
             return type(block).forward(block, x)
         weights = self.weights(parts, fused.compute_dtype(x), x.device)
         x = x.contiguous(memory_format=torch.channels_last)
-        return torch.ops.convfirst.conv_first_block(
-            *fused.operator_arguments(x, weights, sample_scale(parts.drop_path, x))
-        )
+        return launch(*fused.operator_arguments(x, weights, sample_scale(parts.drop_path, x)))
 
     def read(self) -> Parts:
         """The block's parts; modules may be replaced, by converting batch norms for instance, unless it is frozen."""

@@ -200,12 +200,10 @@ def _uncovered(*shape) -> str | None:
 
 
 @cache
-def _uncovered_cached(
-    channels, hidden, kernel_size, group_width, dtype, activation, has_norm, device_index
-) -> str | None:
+def _uncovered_cached(channels, hidden, kernel_size, group_width, dtype, activation, has_norm, index) -> str | None:
     """What the planner says of a shape on a CUDA device; height, width and batch do not matter to coverage."""
     problem = Problem(1, 14, 14, channels, hidden, kernel_size, group_width, dtype, activation, has_norm)
-    answer = plan(problem, Device.of(device_index))
+    answer = plan(problem, Device.of(index))
     return None if answer["chosen"] else f"no kernel variant covers {answer['problem']} on this device"
 
 

@@ -1,8 +1,9 @@
 """A small matrix of shapes for compute-sanitizer.
 
 ``compute-sanitizer --tool memcheck --error-exitcode 1 python kernels/tests/sanitize.py``, and so with racecheck,
-initcheck and synccheck. ``--path sm80`` restricts it to one path. Under PYTORCH_NO_CUDA_MEMORY_CACHING=1, which it sets,
-every tensor is an allocation of its own, so that memcheck sees reads past its end.
+initcheck and synccheck. ``--path sm80`` restricts it to one path. Under
+PYTORCH_NO_CUDA_MEMORY_CACHING=1, which it sets, every tensor is an allocation
+of its own, so that memcheck sees reads past its end.
 """
 
 import argparse
