@@ -3,6 +3,7 @@
 from convfirst.data.augment import Augment
 from convfirst.data.datamodule import ImageDataModule, TrainLoader
 from convfirst.data.digits import DigitsDataModule
+from convfirst.data.ffcv import FFCVDataModule
 from convfirst.data.image_folder import ImageFolderDataModule
 from convfirst.data.image_tree import BadImageError
 from convfirst.data.synthetic import SyntheticDataModule
@@ -11,6 +12,7 @@ __all__ = [
     "Augment",
     "BadImageError",
     "DigitsDataModule",
+    "FFCVDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
     "SyntheticDataModule",

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-SOURCES = ["digits", "image_folder", "synthetic"]
-RANDOM_SOURCES = ["digits", "image_folder"]
+SOURCES = ["digits", "image_folder", "ffcv", "synthetic"]
+RANDOM_SOURCES = ["digits", "image_folder", "ffcv"]
 
 
 def read(loader):
