@@ -5,11 +5,14 @@ environment variables KERNELS_TREE and GIT_COMMIT tell them.
 """
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from convfirst.app.results import REPOSITORY, environment, git_object, write_json
+
+RESULTS = Path(REPOSITORY / "results/gpu-tests.json")
 
 
 class Tally:
@@ -37,12 +40,12 @@ def main(paths: list[str]) -> int:
         return 1
     tally = Tally()
     default = [path for path in ("tests", "kernels/tests") if (REPOSITORY / path).is_dir()]
-    code = pytest.main(["-m", "gpu", "--rootdir", str(REPOSITORY), *(paths or default)], plugins=[tally])
+    options = ["-m", "gpu", "-c", str(REPOSITORY / "pyproject.toml"), "--rootdir", str(REPOSITORY)]
+    code = pytest.main([*options, *(paths or default)], plugins=[tally])
     result = {outcome: tally.count(outcome) for outcome in ("passed", "failed", "skipped")}
     tree = git_object("HEAD:kernels", variable="KERNELS_TREE")
-    path = REPOSITORY / "results/gpu-tests.json"
-    write_json(path, {"kernels_tree": tree, **result, **environment()})
-    print(f"wrote {path}: {result}")
+    write_json(RESULTS, {"kernels_tree": tree, **result, **environment()})
+    print(f"wrote {RESULTS}: {result}")
     return int(code)
 
 

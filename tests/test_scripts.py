@@ -1,0 +1,114 @@
+"""The scripts around results/: README's figures are those measured, and the GPU tests are counted right."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = {
+    "device": "GPU",
+    "date": "2026-01-02",
+    "commit": "0123456789abcdef",
+    "versions": {"torch": "2.14.1"},
+    "rows": [
+        {"name": "a", "path": "eager", "ms": 1.23456, "rate": 12345.6, "none": None},
+        {"name": "a", "path": "fused", "ms": 0.5, "rate": 2.0, "none": None},
+    ],
+}
+
+
+@pytest.fixture
+def render(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+    from render_results import render
+
+    return render
+
+
+def readme(request: str) -> str:
+    return f"before\n<!-- {request} -->\nold\n<!-- end -->\nafter\n"
+
+
+def test_table_shows_the_chosen_columns_and_rows(render, tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(RESULTS))
+    text = render(readme("table r.json name:model ms rate:images/s none where path=eager"), tmp_path)
+    assert "| model | ms | images/s | none |\n| --- | --- | --- | --- |\n| a | 1.23 | 12,346 | – |\n\n" in text
+    assert "Measured on GPU, 2026-01-02, commit 0123456789, PyTorch 2.14.1." in text
+    assert "old" not in text and text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n")
+    assert render(text, tmp_path) == text
+
+
+def test_plot_is_drawn_and_linked(render, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/r.json").write_text(json.dumps(RESULTS))
+    text = render(readme("plot results/r.json ms by name over path"), tmp_path)
+    assert "![ms by name](results/r-ms.png)" in text
+    assert (tmp_path / "results/r-ms.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_not_measured_is_said(render, tmp_path):
+    assert "\nNot measured yet.\n<!-- end -->" in render(readme("table missing.json name"), tmp_path)
+
+
+def test_the_readme_is_up_to_date():
+    command = [sys.executable, str(REPOSITORY / "scripts/render_results.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def run_gpu_test(tmp_path, available: bool) -> subprocess.CompletedProcess:
+    program = f"""
+import sys, torch
+torch.cuda.is_available = lambda: {available}
+torch.cuda.get_device_name = lambda: "GPU"
+torch.backends.cudnn.version = lambda: 90000
+sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "scripts")!r}]
+import gpu_test
+gpu_test.RESULTS = gpu_test.Path({str(tmp_path / "gpu-tests.json")!r})
+sys.exit(gpu_test.main([{str(tmp_path)!r}]))
+"""
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+
+
+# Both run the script with a pretended device, in a process of its own.
+def test_gpu_tests_are_counted_and_named_by_tree(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERNELS_TREE", "cafe")
+    (tmp_path / "test_some.py").write_text("""
+import pytest
+
+@pytest.fixture
+def broken():
+    raise RuntimeError
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("i", range(3))
+def test_good(i): pass
+
+@pytest.mark.gpu
+def test_bad(): assert False
+
+@pytest.mark.gpu
+def test_broken(broken): pass
+
+@pytest.mark.gpu
+def test_other(): pytest.skip("not here")
+
+def test_without_a_gpu(): assert False
+""")
+    done = run_gpu_test(tmp_path, available=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    result = json.loads((tmp_path / "gpu-tests.json").read_text())
+    assert {key: result[key] for key in ("passed", "failed", "skipped")} == {"passed": 3, "failed": 2, "skipped": 1}
+    assert result["kernels_tree"] == "cafe"
+    assert result["device"] == "GPU"
+    assert {"date", "commit", "versions"} <= result.keys()
+
+
+def test_gpu_tests_need_a_gpu(tmp_path):
+    done = run_gpu_test(tmp_path, available=False)
+    assert done.returncode == 1
+    assert "no CUDA device" in done.stderr
+    assert not (tmp_path / "gpu-tests.json").exists()
