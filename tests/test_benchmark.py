@@ -43,6 +43,11 @@ def test_inference_rows_are_written_with_their_circumstances(tmp_path, monkeypat
     assert rows[0]["mparams"] == 1.312
 
 
+def test_cost_counts_without_computing(tmp_path):
+    (row,) = benchmark(compose("suite=cost", "models=[convnext_tiny]", f"output={tmp_path / 'out.json'}"))
+    assert (row["gmacs"], row["mparams"]) == (4.456, 28.589)  # ConvNeXt's README: 4.5 G, 29 M
+
+
 def test_training_is_held_against_the_bare_loop(tmp_path):
     sources = '{synthetic: ["data=synthetic","augment=none","model=convfirst_atto","data.image_size=32"]}'
     small = ["batch=4", "precision=32-true", "compile=false", "steps=4", "warmup_steps=2", "interval=2"]
@@ -93,7 +98,7 @@ def test_commit_of_the_environment_wins_and_its_lack_is_said(monkeypatch, tmp_pa
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["suite=speed"], "suite='speed' is unknown; accepted: throughput, latency, training_throughput"),
+        (["suite=speed"], "suite='speed' is unknown; accepted: throughput, latency, cost, training_throughput"),
         (["dtype=int8"], "dtype='int8' is unknown; accepted: float32, float16, bfloat16"),
         (["kernels=on"], "kernels='on' must be one of auto, required, off"),
         (["throughput.modes=[jit]"], "modes='jit' is unknown; accepted: eager, eager.graph, inductor"),

@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from convfirst.app.kernels import accelerate, check_kernels
 from convfirst.app.results import REPOSITORY, write_results
@@ -27,6 +27,8 @@ MODES = ("eager", "eager+graph", "inductor", "inductor+graph")
 def benchmark(config: DictConfig) -> list[dict]:
     """Run the suite ``config.suite``, print its rows, write them to ``config.output`` and return them.
 
+    Without an output the file is results/<suite>.json, with hyphens for underscores.
+
     Raises:
         ValueError: the suite or one of its options is unknown; the message names what is accepted.
     """
@@ -34,7 +36,8 @@ def benchmark(config: DictConfig) -> list[dict]:
         raise ValueError(f"suite={config.suite!r} is unknown; accepted: {', '.join(SUITES)}")
     rows = SUITES[config.suite](config)
     _print_rows(config.suite, rows)
-    path = write_results(REPOSITORY / Path(config.output), config.suite, rows, append=config.append)
+    output = REPOSITORY / Path(config.output or f"results/{config.suite.replace('_', '-')}.json")
+    path = write_results(output, config.suite, rows, append=config.append)
     log.info("wrote %s", path)
     return rows
 
@@ -47,6 +50,21 @@ def throughput(config: DictConfig) -> list[dict]:
 def latency(config: DictConfig) -> list[dict]:
     """Time of one forward pass on an idle device, launching included: one row for each model, mode and batch size."""
     return _inference(config, config.latency, synchronize=True)
+
+
+def cost(config: DictConfig) -> list[dict]:
+    """Multiply-accumulates of convolutions and matrix products for one image, and parameters, of each model."""
+    rows = []
+    for name in config.models:
+        with torch.device("meta"):
+            gmacs, mparams = _cost(timm.create_model(name), config.image_size)
+        rows.append({"name": name, "image_size": config.image_size, "gmacs": gmacs, "mparams": mparams})
+    return rows
+
+
+def _cost(model: nn.Module, image_size: int) -> tuple[float, float]:
+    macs = forward_flops(model, 3, image_size) / 2
+    return round(macs / 1e9, 3), round(sum(p.numel() for p in model.parameters()) / 1e6, 3)
 
 
 def _inference(config: DictConfig, suite: DictConfig, synchronize: bool) -> list[dict]:
@@ -76,9 +94,8 @@ def _measure(config: DictConfig, name: str, mode: str, batch: int, synchronize: 
         torch.backends.cudnn.benchmark = True
         torch.cuda.reset_peak_memory_stats()
     model = timm.create_model(name).eval().to(device, dtype, memory_format=memory_format)
-    macs = forward_flops(model, 3, config.image_size) // 2
-    parameters = sum(p.numel() for p in model.parameters())
-    accelerate(model, device, config.kernels)
+    gmacs, mparams = _cost(model, config.image_size)
+    accelerate([model], device, config.kernels)
     shape = (batch, 3, config.image_size, config.image_size)
     inputs = [
         torch.randn(shape, device=device, dtype=dtype).to(memory_format=memory_format) for _ in range(config.inputs)
@@ -97,9 +114,9 @@ def _measure(config: DictConfig, name: str, mode: str, batch: int, synchronize: 
         "image_size": config.image_size,
         "ms": round(ms, 4),
         "images_per_s": round(1e3 * batch / ms, 1),
-        "gmacs": round(macs / 1e9, 3),
-        "mparams": round(parameters / 1e6, 3),
-        "tflops": round(2e-9 * macs * batch / ms, 2),
+        "gmacs": gmacs,
+        "mparams": mparams,
+        "tflops": round(2 * gmacs * batch / ms, 2),
         "peak_memory_mib": round(torch.cuda.max_memory_allocated() / 2**20) if device.type == "cuda" else None,
     }
 
@@ -126,5 +143,6 @@ def _print_rows(suite: str, rows: list[dict]) -> None:
 SUITES: Mapping[str, Callable[[DictConfig], list[dict]]] = {
     "throughput": throughput,
     "latency": latency,
+    "cost": cost,
     "training_throughput": training_throughput,
 }
