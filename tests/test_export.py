@@ -6,7 +6,7 @@ import timm
 import torch
 from omegaconf import OmegaConf
 
-from convfirst.app.export import export, find_checkpoint, load_trained
+from convfirst.app.export import export, find_checkpoint, load_trained, preprocessing
 
 MODEL = dict(
     _target_="timm.create_model",
@@ -68,10 +68,10 @@ def test_folder_of_images_may_be_gone(tmp_path):
     data = dict(_target_="convfirst.data.ImageFolderDataModule", root="/gone", image_size=64)
     augment = dict(_target_="convfirst.data.Augment", test_size=96)
     write_checkpoint(tmp_path / "a.ckpt", {"model.": randomised(model)}, dict(model=model, data=data, augment=augment))
-    _, preprocessing = load_trained(tmp_path / "a.ckpt")
-    assert preprocessing["mean"] == timm.data.IMAGENET_DEFAULT_MEAN
-    assert preprocessing["input_size"] == (3, 64, 64)
-    assert preprocessing["test_input_size"] == (3, 96, 96)
+    _, config = load_trained(tmp_path / "a.ckpt")
+    assert preprocessing(config)["mean"] == timm.data.IMAGENET_DEFAULT_MEAN
+    assert preprocessing(config)["input_size"] == (3, 64, 64)
+    assert preprocessing(config)["test_input_size"] == (3, 96, 96)
 
 
 def test_onnx_has_the_logits_at_any_batch(tmp_path):

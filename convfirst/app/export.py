@@ -41,7 +41,8 @@ def export(config: DictConfig) -> Path:
     if output.exists():
         raise FileExistsError(f"output={output} exists; remove it or choose another folder")
     path = find_checkpoint(config.checkpoint)
-    model, data_config = load_trained(path, config.weights)
+    model, run_config = load_trained(path, config.weights)
+    data_config = preprocessing(run_config)
     image = torch.randn(2, *data_config["input_size"], generator=torch.Generator().manual_seed(0))
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     for library in ("timm", "onnxscript", "onnx_ir"):
@@ -72,8 +73,8 @@ def find_checkpoint(path: str | Path) -> Path:
     return found[0]
 
 
-def load_trained(path: Path, weights: str = "auto") -> tuple[nn.Module, dict]:
-    """The trained model in evaluation mode on the CPU, and its preprocessing in timm's terms.
+def load_trained(path: Path, weights: str = "auto") -> tuple[nn.Module, DictConfig]:
+    """The trained model in evaluation mode on the CPU, and the configuration of its run.
 
     ``weights`` picks the EMA's (``"ema"``), the optimiser's (``"raw"``), or the EMA's where there are any (``"auto"``).
     """
@@ -91,10 +92,11 @@ def load_trained(path: Path, weights: str = "auto") -> tuple[nn.Module, dict]:
     config.model.pop("pretrained", None)  # those weights are overwritten
     model = instantiate(config.model).eval()
     model.load_state_dict(state)
-    return model, _preprocessing(config)
+    return model, config
 
 
-def _preprocessing(config: DictConfig) -> dict:
+def preprocessing(config: DictConfig) -> dict:
+    """How a run's evaluation prepares images, in timm's terms: input_size, mean, std, crop_pct, interpolation."""
     if "root" in config.data:  # on a disk that may be gone, and normalised as ImageNet unless the run says otherwise
         mean = config.data.get("mean", IMAGENET_DEFAULT_MEAN)
         std = config.data.get("std", IMAGENET_DEFAULT_STD)
