@@ -9,7 +9,8 @@ SYSTEM_PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
-KERNEL_SOURCES := $(shell find kernels -type f -not -path '*/build/*' -not -path '*/tests/*' -not -name '*.pyc' 2>/dev/null)
+KERNEL_SOURCES := $(shell find kernels/pyproject.toml kernels/CMakeLists.txt kernels/cmake kernels/csrc kernels/convfirst_kernels \
+  -type f -not -name '*.pyc' -not -name '*.so' -not -name '*.json' 2>/dev/null)
 KERNEL_TESTS := $(wildcard kernels/tests)
 
 # The stamps are touched last, so an interrupted installation is taken up again and a finished one is not repeated.
