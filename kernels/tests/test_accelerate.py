@@ -145,7 +145,7 @@ def test_packs_once(images, covered, monkeypatch):
 @pytest.mark.parametrize(("name", "frozen"), [("convfirst-batchnorm", False), ("convnext", True)])
 def test_compiles_without_graph_break(name, frozen, images, monkeypatch):
     monkeypatch.setattr("convfirst_kernels.block.refusal", lambda *shape: None)
-    network = build(name, depths=(1, 1), dims=(16, 32))
+    network = build(name, depths=(1, 1, 1, 1))
     with torch.no_grad():
         expected = network(images)
         ck.accelerate(network, frozen=frozen)
