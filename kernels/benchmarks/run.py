@@ -1,0 +1,67 @@
+"""Run a suite of kernel benchmarks and write results/<suite>-<device>.json.
+
+python kernels/benchmarks/run.py blocks --select convfirst-c --dtypes float16 bfloat16
+python kernels/benchmarks/run.py blocks --peer none              # ours alone: no compilation
+python kernels/benchmarks/run.py models --batches 1 128 --reuse results/models-h100.json
+"""
+
+import argparse
+import inspect
+import sys
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).parents[2]
+sys.path[:0] = [str(Path(__file__).parent), str(REPOSITORY)]
+
+from convfirst.app.results import write_results  # noqa: E402
+from suites import SUITES  # noqa: E402
+
+
+def device_slug() -> str:
+    """ "NVIDIA H100 80GB HBM3" -> "h100"."""
+    words = torch.cuda.get_device_name().lower().replace("nvidia", "").replace("geforce", "").split()
+    return "-".join(words[:2]) if words[0] == "rtx" else words[0]
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--select", help="regular expression over names")
+    parser.add_argument("--dtypes", nargs="+", help="float16 bfloat16")
+    parser.add_argument("--batches", nargs="+", type=int)
+    parser.add_argument("--peer", help="inductor, inductor-max-autotune or none")
+    parser.add_argument("--reuse", help="a result file to take peer times from")
+    parser.add_argument("--path", help="sm80, sm90 or a variant's name")
+    parser.add_argument("--iterations", type=int)
+    parser.add_argument("--eager-outside", action="store_true", help="models: nothing of ours goes through Inductor")
+    parser.add_argument("--output", type=Path, help="default: results/<suite>-<device>.json")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA device: these benchmarks need one")
+    given = {key: value for key, value in vars(options).items() if value is not None}
+    if given.get("peer") == "none":
+        given["peer"] = None
+    if given.pop("eager_outside"):
+        given["compiled"] = False
+    suite = SUITES[given.pop("suite")]
+    output = given.pop("output", REPOSITORY / f"results/{options.suite}-{device_slug()}.json")
+    unknown = set(given) - set(inspect.signature(suite).parameters)
+    if unknown:
+        sys.exit(f"suite {options.suite} has no option {', '.join(sorted(unknown))}")
+    rows = suite(**given)
+    print_table(rows)
+    print("wrote", write_results(output, options.suite, rows))
+
+
+def print_table(rows: list[dict]) -> None:
+    columns = ("name", "batch", "dtype", "path", "ours_ms", "peer", "peer_ms", "speedup", "tflops", "efficiency")
+    lines = [[str(row[column]) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *lines, strict=True)]
+    for line in (columns, *lines):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,275 @@
+"""Benchmark suites: fused blocks, and networks with fused blocks, against Inductor in the same run.
+
+Every suite returns rows {name, batch, dtype, path, ours_ms, peer, peer_ms, speedup, tflops, ceiling_tflops, efficiency}
+and a few columns more. Both sides run in channels_last inside CUDA graphs on rotating inputs; times are medians.
+`SUITES` names them; `python kernels/benchmarks/run.py` runs them.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import convfirst.models  # noqa: F401  registers ConvFirst with timm
+import timm
+import torch
+from graph_timing import copy_tbps, graph_ms, matmul_tflops, rotating_inputs
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import convfirst_kernels
+from convfirst_kernels.planner import Device, Problem, plan, problems_of
+
+# Peers: a mode of torch.compile, or none.
+PEERS = {"inductor": None, "inductor-max-autotune": "max-autotune-no-cudagraphs"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One residual block of a network, at its resolution for 224 x 224 images."""
+
+    name: str
+    channels: int
+    side: int
+
+    def build(self) -> nn.Module:
+        if self.name.startswith("convfirst"):
+            norm = "batchnorm" if "batchnorm" in self.name else "layernorm"
+            return convfirst.models.ConvFirstBlock(self.channels, norm=norm, layer_scale=0.5)
+        return timm.models.convnext.ConvNeXtBlock(self.channels, ls_init_value=0.5)
+
+
+BLOCKS = [
+    *(Block(f"convfirst-c{c}", c, side) for c, side in ((64, 56), (128, 28), (256, 14), (512, 7))),
+    *(Block(f"convnext-c{c}", c, side) for c, side in ((96, 56), (192, 28), (384, 14), (768, 7))),
+    *(Block(f"convfirst-batchnorm-c{c}", c, side) for c, side in ((64, 56), (128, 28), (256, 14), (512, 7))),
+]
+
+# Networks, each with the other network that it is also held against.
+MODELS = {
+    "convfirst_nano": None,
+    "convfirst_tiny": "convnext_tiny",
+    "convfirst_small": "convnext_small",
+    "convfirst_base": "convnext_base",
+    "convnext_tiny": None,
+    "convnext_small": None,
+    "convnext_base": None,
+}
+
+
+def blocks(
+    select: str = "^conv(first|next)-c",
+    dtypes: Sequence[str] = ("float16",),
+    batches: Sequence[int] = (128,),
+    peer: str | None = "inductor",
+    reuse: str | None = None,
+    path: str = "",
+    iterations: int = 15,
+) -> list[dict]:
+    """One fused block against the same plain modules compiled by Inductor.
+
+    Args:
+        select: regular expression that picks from BLOCKS by name; the default leaves out batch norm.
+        dtypes: "float16", "bfloat16".
+        batches: images in a batch.
+        peer: "inductor", "inductor-max-autotune", or None to time ours alone, which needs no compilation.
+        reuse: a result file whose peer times to take, instead of timing peers again; its rows say so.
+        path: restricts the planner to a path or variant.
+    """
+    chosen = [block for block in BLOCKS if re.search(select, block.name)]
+    if not chosen:
+        raise ValueError(f"select={select!r} matches none of {', '.join(block.name for block in BLOCKS)}")
+    known = _peer_times(reuse)
+    rows = []
+    for dtype in dtypes:
+        for block in chosen:
+            for batch in batches:
+                rows.append(_block_row(block, dtype, batch, peer, known, path, iterations))
+                print(json.dumps(rows[-1]), flush=True)
+                torch.compiler.reset()
+    return rows
+
+
+@torch.no_grad()
+def _block_row(block: Block, dtype: str, batch: int, peer: str | None, known: dict, path: str, iterations: int) -> dict:
+    torch_dtype = getattr(torch, dtype)
+    torch.manual_seed(0)
+    plain = block.build().eval().to("cuda", torch_dtype, memory_format=torch.channels_last)
+    shape = (batch, block.channels, block.side, block.side)
+    inputs = rotating_inputs(lambda: _images(shape, torch_dtype))
+    fused = copy.deepcopy(plain)
+    convfirst_kernels.accelerate(fused, kernels="required", frozen=True)
+    (problem,) = problems_of(plain, shape, dtype)
+    with convfirst_kernels.force_path(path):
+        _check_agreement(fused, plain, inputs[0])
+        variant = plan(problem, Device.of(inputs[0].device.index))["chosen"]
+        ours = graph_ms(fused, inputs, iterations)
+    peer_ms, peer = _time_peer(plain, inputs, peer, known.get((block.name, batch, dtype)), iterations)
+    flops = _block_flops(problem)
+    traffic = 2 * inputs[0].numel() * inputs[0].element_size()
+    ceiling = matmul_tflops(torch_dtype)
+    return {
+        **_row(block.name, batch, dtype, variant.split("_")[0], ours, peer, peer_ms, flops, ceiling),
+        "variant": variant,
+        "floor_tensor_ms": round(1e-9 * flops / ceiling, 5),
+        "floor_memory_ms": round(1e-9 * traffic / copy_tbps(), 5),
+        "copy_tbps": round(copy_tbps(), 3),
+    }
+
+
+def models(
+    select: str = "^convfirst_tiny$|^convnext_tiny$",
+    dtypes: Sequence[str] = ("float16",),
+    batches: Sequence[int] = (128,),
+    peer: str | None = "inductor",
+    reuse: str | None = None,
+    path: str = "",
+    iterations: int = 15,
+    compiled: bool = True,
+    image_size: int = 224,
+) -> list[dict]:
+    """Whole networks: accelerated, in a CUDA graph, against the plain network and its counterpart in Inductor.
+
+    Arguments as of `blocks`, and ``compiled``: what lies outside the blocks goes through Inductor on our side too.
+    Rows have ``images_per_s``, and ``peak_mib`` and ``peer_peak_mib``, memory beyond weights and inputs.
+    """
+    chosen = [name for name in MODELS if re.search(select, name)]
+    if not chosen:
+        raise ValueError(f"select={select!r} matches none of {', '.join(MODELS)}")
+    known = _peer_times(reuse)
+    rows = []
+    for dtype in dtypes:
+        for batch in batches:
+            peers: dict[str, tuple] = {}
+            for name in chosen:
+                rows += _model_rows(name, dtype, batch, peer, known, path, iterations, compiled, image_size, peers)
+                torch.compiler.reset()
+    return rows
+
+
+@torch.no_grad()
+def _model_rows(name, dtype, batch, peer, known, path, iterations, compiled, image_size, peers) -> list[dict]:
+    torch_dtype = getattr(torch, dtype)
+    inputs = [_images((batch, 3, image_size, image_size), torch_dtype) for _ in range(2)]
+
+    def time_peer(other: str) -> tuple:
+        if other not in peers:
+            network = _network(other, torch_dtype)
+            reused = known.get((other, batch, dtype))
+            peers[other] = _with_peak(lambda: _time_peer(network, inputs, peer, reused, iterations, calls=2))
+        return peers[other]
+
+    network = _network(name, torch_dtype)
+    (problem, *_) = problems_of(network, (batch, 3, image_size, image_size), dtype)
+    fused = copy.deepcopy(network)
+    convfirst_kernels.accelerate(fused, kernels="required", frozen=True)
+    with convfirst_kernels.force_path(path):
+        _check_agreement(fused, network, inputs[0])
+        variant = plan(problem, Device.of(inputs[0].device.index))["chosen"]
+        function = torch.compile(fused) if compiled else fused
+        ours, peak = _with_peak(lambda: graph_ms(function, inputs, iterations, calls=2))
+    flops = _network_flops(name, batch, image_size)
+    rows = []
+    for other in filter(None, (name, MODELS[name] if peer else None)):
+        (peer_ms, peer_name), peer_peak = time_peer(other)
+        label = peer_name and f"{other} {peer_name}"
+        row = {
+            **_row(name, batch, dtype, variant.split("_")[0], ours, label, peer_ms, flops, matmul_tflops(torch_dtype)),
+            "images_per_s": round(1e3 * batch / ours, 1),
+            "outside_blocks": "inductor" if compiled else "eager",
+            "peak_mib": peak,
+            "peer_peak_mib": peer_peak,
+        }
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    return rows
+
+
+def _row(name, batch, dtype, path, ours, peer, peer_ms, flops, ceiling) -> dict:
+    tflops = 1e-9 * flops / ours
+    return {
+        "name": name,
+        "batch": batch,
+        "dtype": dtype,
+        "path": path,
+        "ours_ms": round(ours, 5),
+        "peer": peer,
+        "peer_ms": round(peer_ms, 5) if peer_ms else None,
+        "speedup": round(peer_ms / ours, 3) if peer_ms else None,
+        "tflops": round(tflops, 1),
+        "ceiling_tflops": round(ceiling, 1),
+        "efficiency": round(tflops / ceiling, 4),
+    }
+
+
+def _time_peer(
+    plain: nn.Module, inputs: list[Tensor], peer: str | None, reused: float | None, iterations: int, calls: int = 8
+) -> tuple[float | None, str | None]:
+    if reused is not None:
+        return reused, f"{peer or 'inductor'} (reused)"
+    if peer is None:
+        return None, None
+    if peer not in PEERS:
+        raise ValueError(f"peer={peer!r}; accepted: {', '.join(PEERS)} or none")
+    compiled = torch.compile(plain, mode=PEERS[peer], dynamic=False)
+    return graph_ms(compiled, inputs, iterations, calls), peer
+
+
+def _peer_times(file: str | None) -> dict[tuple, float]:
+    """Peer times of an earlier result on the same device, by (name, batch, dtype)."""
+    if file is None:
+        return {}
+    before = json.loads(Path(file).read_text())
+    if before["device"] != torch.cuda.get_device_name():
+        raise ValueError(f"{file} was measured on {before['device']}, this is {torch.cuda.get_device_name()}")
+    times = {}
+    for row in before["rows"]:
+        # A network's peer is named "network compiler", a block's by its compiler alone.
+        name = row["peer"].split()[0] if row["peer"] and row["name"] in MODELS else row["name"]
+        if row["peer_ms"]:
+            times[name, row["batch"], row["dtype"]] = row["peer_ms"]
+    return times
+
+
+def _check_agreement(fused: nn.Module, plain: nn.Module, x: Tensor) -> None:
+    """A benchmark of wrong results is worth nothing: a coarse comparison (the tests have the fine one)."""
+    x = x[: min(len(x), 16)]
+    ours, theirs = fused(x).float(), plain(x).float()
+    difference, scale = (ours - theirs).abs().max(), theirs.abs().max()
+    if not difference <= 0.03 * scale:
+        raise RuntimeError(f"fused and plain results differ by {difference:.3g} at a magnitude of {scale:.3g}")
+
+
+def _with_peak(function: Callable) -> tuple:
+    """The function's result, and MiB of device memory that it used on top of what was there."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = function()
+    return result, round((torch.cuda.max_memory_allocated() - before) / 2**20)
+
+
+def _images(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype, memory_format=torch.channels_last)
+
+
+def _network(name: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, ls_init_value=0.5).eval().to("cuda", dtype, memory_format=torch.channels_last)
+
+
+def _block_flops(p: Problem) -> int:
+    macs = p.kernel_size**2 * p.group_width * p.channels + 2 * p.channels * p.hidden
+    return 2 * p.batch * p.height * p.width * macs
+
+
+def _network_flops(name: str, batch: int, image_size: int) -> int:
+    model = timm.create_model(name).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return batch * counter.get_total_flops()
+
+
+SUITES: dict[str, Callable[..., list[dict]]] = {"blocks": blocks, "models": models}
