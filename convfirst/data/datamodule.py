@@ -114,6 +114,7 @@ class ImageDataModule(LightningDataModule):
         self.mean, self.std = tuple(mean), tuple(std)
         self.train_loader: TrainLoader | None = None
         self._mixup = self.augment.make_mixup(num_classes)
+        self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def rank_and_world(self) -> tuple[int, int]:
@@ -155,8 +156,10 @@ class ImageDataModule(LightningDataModule):
         return self._augment_batch(images, targets, (epoch, index, self.rank_and_world[0]))
 
     def _normalise(self, images: torch.Tensor) -> torch.Tensor:
-        mean = torch.tensor(self.mean, device=images.device).mul_(255).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).mul_(255).view(1, -1, 1, 1)
+        if images.device not in self._on_device:
+            values = torch.tensor([self.mean, self.std], device=images.device).mul_(255)
+            self._on_device[images.device] = tuple(values.view(2, 1, -1, 1, 1))
+        mean, std = self._on_device[images.device]
         return images.float().sub_(mean).div_(std)
 
     def _augment_batch(self, images: torch.Tensor, targets: torch.Tensor, key: tuple[int, int, int]) -> Batch:

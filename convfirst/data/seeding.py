@@ -10,7 +10,8 @@ import torch
 
 def seed_of(*key: int) -> int:
     """A 63-bit seed from non-negative integers; different keys give independent streams (numpy's `SeedSequence`)."""
-    low, high = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    # SeedSequence takes (1, 2) and (1, 2, 0) for the same: the length tells them apart
+    low, high = np.random.SeedSequence((len(key), *key)).generate_state(2, np.uint32)
     return (int(high) << 32 | int(low)) & (2**63 - 1)
 
 
