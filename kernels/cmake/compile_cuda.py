@@ -69,7 +69,7 @@ def compile_source(command: list[str], target: Path, spills_allowed: bool) -> in
     found += re.findall(r".*\(C751[0-5]\).*|.*wgmma.*serializ.*", done.stdout)
     if found:
         target.unlink()
-        print(f"{command[-1]}: kernels spill registers or serialise wgmma:", *found, sep="\n  ", file=sys.stderr)
+        print(f"{target.stem}: kernels spill registers or serialise wgmma:", *found, sep="\n  ", file=sys.stderr)
         return 1
     write(Path(f"{target}.json"), json.dumps(table, indent=1, sort_keys=True))
     return 0
