@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -24,25 +25,24 @@ def check_kernels(kernels: str) -> None:
         raise ModuleNotFoundError("kernels=required, but the package convfirst_kernels isn't installed")
 
 
-def accelerate(model: nn.Module, device: torch.device, kernels: str) -> nn.Module:
-    """`model`, in evaluation mode on `device`, with fused kernels where `kernels` asks for them and they are to be had.
+def accelerate(models: Sequence[nn.Module], device: torch.device, kernels: str) -> None:
+    """Swap fused kernels into `models`, which are in evaluation mode on `device`, where `kernels` asks for them.
 
     Raises:
         RuntimeError: `kernels` is "required", but `device` is no CUDA device.
     """
     check_kernels(kernels)
     if kernels == "off":
-        return model
+        return
     if device.type != "cuda":
         if kernels == "required":
             raise RuntimeError(f"kernels=required, but the fused kernels need a CUDA device, not {device}")
         log.info("kernels=auto: no CUDA device, evaluation runs in plain PyTorch")
-        return model
+        return
     if importlib.util.find_spec("convfirst_kernels") is None:
         log.info("kernels=auto: convfirst_kernels isn't installed, evaluation runs in plain PyTorch")
-        return model
+        return
     import convfirst_kernels
 
-    report = convfirst_kernels.accelerate(model, kernels=kernels)
-    log.info("kernels=%s: %s", kernels, report)
-    return model
+    reports = [convfirst_kernels.accelerate(model, kernels=kernels) for model in models]
+    log.info("kernels=%s: %s", kernels, reports[0])

@@ -106,7 +106,7 @@ class RunDirectory:
         if changed:
             raise RunExistsError(
                 f"{self.path} was started with another configuration ({'; '.join(changed)}); "
-                "choose another run_id=..., or start it anew with resume=never overwrite=true, which keeps the old one under another name"
+                "choose another run_id=..., or start anew: resume=never overwrite=true (the old one is moved aside)"
             )
 
 

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning import LightningDataModule, Trainer, seed_everything
+from lightning import Trainer, seed_everything
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
@@ -27,9 +27,10 @@ from timm.layers import convert_sync_batchnorm
 from convfirst import __version__
 from convfirst.app.kernels import accelerate, check_kernels
 from convfirst.app.run_dir import RunDirectory, RunExistsError
+from convfirst.data import ImageDataModule
+from convfirst.data.order import TrainOrder
 from convfirst.training import (
     AtomicCheckpointIO,
-    BatchPlan,
     Checkpointing,
     ClassificationModule,
     NonFiniteLossError,
@@ -85,7 +86,7 @@ def train(config: DictConfig) -> dict[str, Any]:
 
     seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision(config.matmul_precision)
-    data = instantiate(config.data)
+    data = instantiate(config.data, _convert_="all")
     start = run.find_start(config.resume)
     with open_dict(config):
         config.start_step = 0 if start is None else step_of(start)
@@ -95,8 +96,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         if "csv" in config.logger:
             config.logger.csv.start_step = config.start_step
     trainer = build_trainer(config)
-    plan = _plan(config, trainer, data)
-    module = build_module(config, data, plan)
+    module = build_module(config, data, trainer.world_size, steps_per_epoch=_plan(config, trainer, data))
     if trainer.is_global_zero:
         run.freeze(config)
     if start is not None:
@@ -122,9 +122,10 @@ def build_trainer(config: DictConfig) -> Trainer:
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # the run saves and stops by itself
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
-    for callback in callbacks:
-        if isinstance(callback, Checkpointing):
-            callback.run_config = OmegaConf.to_container(config, resolve=True)
+    checkpointing = [callback for callback in callbacks if isinstance(callback, Checkpointing)]
+    if len(checkpointing) != 1:
+        raise ValueError(f"callbacks holds {len(checkpointing)} Checkpointing; a run needs exactly one")
+    checkpointing[0].run_config = OmegaConf.to_container(config, resolve=True)
     trainer = Trainer(
         **arguments,
         callbacks=callbacks,
@@ -141,12 +142,14 @@ def build_trainer(config: DictConfig) -> Trainer:
     return trainer
 
 
-def build_module(config: DictConfig, data: LightningDataModule, plan: BatchPlan) -> ClassificationModule:
+def build_module(
+    config: DictConfig, data: ImageDataModule, processes: int, steps_per_epoch: int
+) -> ClassificationModule:
     """The model of the configuration and what trains it."""
-    model = instantiate(config.model)
+    model = instantiate(config.model, _convert_="all")
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
-    if config.sync_bn and plan.processes > 1:
+    if config.sync_bn and processes > 1:
         model = convert_sync_batchnorm(model)
     plain = OmegaConf.to_container(config, resolve=True)
     compile = {key: plain["compile"][key] for key in ("mode", "dynamic")} if config.compile.enabled else None
@@ -156,7 +159,7 @@ def build_module(config: DictConfig, data: LightningDataModule, plan: BatchPlan)
         optimizer=plain["optimizer"],
         scheduler=plain["scheduler"],
         epochs=config.epochs,
-        steps_per_epoch=plan.steps_per_epoch(data.num_train_images),
+        steps_per_epoch=steps_per_epoch,
         loss=plain["loss"],
         ema=plain["ema"],
         seed=config.seed,
@@ -165,22 +168,19 @@ def build_module(config: DictConfig, data: LightningDataModule, plan: BatchPlan)
     )
 
 
-def _plan(config: DictConfig, trainer: Trainer, data: LightningDataModule) -> BatchPlan:
-    """Work out the accumulation and let an epoch end with a whole update."""
+def _plan(config: DictConfig, trainer: Trainer, data: ImageDataModule) -> int:
+    """Work out the accumulation, let an epoch end with a whole update, and return the updates of an epoch."""
     if getattr(data, "num_train_images", None) is None:
         data.prepare_data()
         data.setup("fit")
     plan = plan_batch(
         config.batch.global_size, trainer.num_devices, trainer.num_nodes, data.batch_size, config.batch.accumulate
     )
-    steps = plan.steps_per_epoch(data.num_train_images)
+    order = TrainOrder(
+        data.num_train_images, data.batch_size, config.seed, world_size=plan.processes, repeats=data.augment.repeats
+    )
     limit = trainer.limit_train_batches
-    if isinstance(limit, int):
-        steps = min(steps, limit // plan.accumulate)
-    elif limit != 1.0:
-        steps = int(steps * limit)
-    if steps < 1:
-        raise ValueError(f"trainer.limit_train_batches={limit} leaves no update of {plan.accumulate} batches an epoch")
+    steps = plan.steps_per_epoch(min(len(order), limit) if isinstance(limit, int) else int(len(order) * limit))
     trainer.accumulate_grad_batches = plan.accumulate
     trainer.limit_train_batches = steps * plan.accumulate
     if trainer.is_global_zero:
@@ -188,16 +188,15 @@ def _plan(config: DictConfig, trainer: Trainer, data: LightningDataModule) -> Ba
             "effective batch %d = %d processes x %d images x %d accumulated, %d updates an epoch",
             plan.global_size, plan.processes, plan.per_device, plan.accumulate, steps,
         )  # fmt: skip
-    return plan
+    return steps
 
 
 def _finish(
-    config: DictConfig, run: RunDirectory, trainer: Trainer, module: ClassificationModule, data: LightningDataModule
+    config: DictConfig, run: RunDirectory, trainer: Trainer, module: ClassificationModule, data: ImageDataModule
 ) -> dict[str, Any]:
     """Test the final weights, raw and EMA, and sum the run up."""
-    for model in [module.model] if module.ema is None else [module.model, module.ema.module]:
-        model.eval()
-        accelerate(model, trainer.strategy.root_device, config.kernels)
+    models = [module.model] if module.ema is None else [module.model, module.ema.module]
+    accelerate([model.eval() for model in models], trainer.strategy.root_device, config.kernels)
     trainer.test(module, datamodule=data, verbose=False)
     results = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test/")}
     checkpointing = next(c for c in trainer.callbacks if isinstance(c, Checkpointing))
@@ -275,8 +274,8 @@ def _refuse_sweep_of_subprocesses(trainer: Trainer) -> None:
     launcher = trainer.strategy.launcher
     if sweep and launcher is not None and isinstance(trainer.strategy.cluster_environment, LightningEnvironment):
         raise ValueError(
-            f"trainer.devices={trainer.num_devices} in a sweep (-m): the processes that Lightning starts would each run "
-            "the whole sweep. Start one process a device (torchrun, srun), or run the jobs one by one"
+            f"trainer.devices={trainer.num_devices} in a sweep (-m): the processes that Lightning starts would each "
+            "run the whole sweep. Start one process a device (torchrun, srun), or run the jobs one by one"
         )
 
 
@@ -293,6 +292,8 @@ def _device_name(device: torch.device) -> str:
 
 
 def _quieten() -> None:
+    if not _is_main_process():
+        logging.getLogger("convfirst").setLevel(logging.WARNING)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # between Lightning and torch

@@ -12,17 +12,19 @@ class BatchPlan:
     per_device: int
     accumulate: int
 
-    def steps_per_epoch(self, num_train_images: int) -> int:
-        """Updates in an epoch; images beyond the last whole global batch wait for another epoch, as in ConvNeXt's code.
+    def steps_per_epoch(self, num_batches: int) -> int:
+        """Updates in an epoch of `num_batches` batches a process.
+
+        Batches beyond the last whole update are left to another epoch, as in ConvNeXt's code.
 
         Raises:
-            ValueError: the data set holds less than one global batch.
+            ValueError: there is no whole update.
         """
-        steps = num_train_images // self.global_size
+        steps = num_batches // self.accumulate
         if steps == 0:
             raise ValueError(
-                f"batch.global_size={self.global_size} is larger than the training set of {num_train_images} images; "
-                f"set batch.global_size to at most {num_train_images}"
+                f"an update takes {self.accumulate} batches of {self.per_device} images on {self.processes} processes, "
+                f"but an epoch holds {num_batches}; lower batch.global_size={self.global_size}"
             )
         return steps
 

@@ -9,8 +9,7 @@ from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.distributed.fsdp import FSDPModule
-from torchmetrics import MeanMetric, MetricCollection, SumMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MeanMetric, SumMetric
 
 from convfirst.training.fsdp import shard
 from convfirst.training.schedule import create_scheduler
@@ -108,8 +107,10 @@ class ClassificationModule(LightningModule):
         for name, metrics in self.metrics.items():
             with torch.compiler.set_stance("force_eager"):
                 logits = (self.model if name == "raw" else self.ema.module)(images).float()
-            metrics["loss"].update(nn.functional.cross_entropy(logits, targets, reduction="none"))
-            metrics["top"].update(logits, targets)
+            if targets.ndim == 1:
+                metrics["loss"].update(nn.functional.cross_entropy(logits, targets, reduction="none"))
+            for key in metrics.keys() - {"loss"}:
+                metrics[key].update(_hits(logits, targets, k=int(key.removeprefix("top"))))
         self.num_evaluated.update(len(targets))
 
     def _finish_evaluation(self, split: str) -> None:
@@ -117,15 +118,15 @@ class ClassificationModule(LightningModule):
         values = {}
         for name, metrics in self.metrics.items():
             suffix = "" if name == "raw" else f"_{name}"
-            values[f"{split}/loss{suffix}"] = metrics["loss"].compute()
-            values |= {f"{split}/{key}{suffix}": 100 * value for key, value in metrics["top"].compute().items()}
-            metrics["loss"].reset()
-            metrics["top"].reset()
-        images = int(self.num_evaluated.compute())
+            for key, metric in metrics.items():
+                if metric.update_called:
+                    values[f"{split}/{key}{suffix}"] = float(metric.compute()) * (1 if key == "loss" else 100)
+                metric.reset()
+        self.images_evaluated = int(self.num_evaluated.compute())
         self.num_evaluated.reset()
-        self._check_count(split, images)
-        values = {key: float(value) for key, value in values.items()}
-        self.log_dict(values, logger=False, sync_dist=False)  # for callbacks that monitor a metric
+        self._check_count(split, self.images_evaluated)
+        # for callbacks that monitor a metric; all processes have the same values already
+        self.log_dict(values, logger=False, sync_dist=True)
         if split == "val":
             epoch = self.trainer.current_epoch
             for logger in self.trainer.loggers:
@@ -134,7 +135,8 @@ class ClassificationModule(LightningModule):
     def _check_count(self, split: str, images: int) -> None:
         expected = getattr(self.trainer.datamodule, f"num_{split}_images", None)
         limit = self.trainer.limit_val_batches if split == "val" else self.trainer.limit_test_batches
-        if expected is not None and limit == 1.0 and images != expected:
+        skips = getattr(self.trainer.datamodule, "on_bad_image", "raise") == "skip"
+        if expected is not None and limit == 1.0 and not skips and images != expected:
             raise RuntimeError(f"{split}: {images} images were evaluated, but the data set holds {expected}")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -151,10 +153,19 @@ class ClassificationModule(LightningModule):
 
 
 def _metrics(num_classes: int) -> nn.ModuleDict:
-    tops = [k for k in (1, 5) if k == 1 or k <= num_classes]
-    # no compute groups: they would merge the two for good once a first batch counts the same for both
-    top = {f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in tops}
-    return nn.ModuleDict({"loss": MeanMetric(), "top": MetricCollection(top, compute_groups=False)})
+    return nn.ModuleDict({key: MeanMetric() for key in ["loss", "top1"] + ["top5"] * (num_classes >= 5)})
+
+
+def _hits(logits: torch.Tensor, targets: torch.Tensor, k: int) -> torch.Tensor:
+    """float [b]: 1 where one of the k highest of [B, num_classes] logits is right, else 0.
+
+    Targets are int64 [B], or [B, L] padded with -1 where any of several labels is right; images without a label don't
+    count (b < B).
+    """
+    labels = targets.view(len(targets), -1)
+    predicted = logits.topk(k, dim=1).indices
+    hit = (predicted.unsqueeze(2) == labels.unsqueeze(1)).flatten(1).any(1)
+    return hit[(labels >= 0).any(1)].float()
 
 
 def _create_loss(type: str = "ce", **kwargs) -> nn.Module:

@@ -1,0 +1,106 @@
+"""Evaluation of a run's checkpoint, or of any timm model, on any test set."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from hydra.utils import instantiate
+from lightning import Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from convfirst.app.export import find_checkpoint, load_trained
+from convfirst.app.kernels import accelerate, check_kernels
+from convfirst.data import ImageDataModule, ImageFolderDataModule
+from convfirst.training import ClassificationModule
+from convfirst.training.checkpoint import checkpoints, write_atomically
+
+
+def evaluate(config: DictConfig) -> dict[str, Any]:
+    """Evaluate what `configs/evaluate.yaml` describes, print the result as JSON and write it to ``config.output``.
+
+    Returns:
+        top1, top5 (in %; top5 from five classes on), loss (cross-entropy; not with ReaL labels), images, image_size,
+        crop_pct, interpolation, test_set, and what was evaluated.
+
+    Raises:
+        ValueError: not exactly one of run and model is given, or the model's classes aren't the data's.
+        RuntimeError: an image wasn't evaluated exactly once.
+    """
+    check_kernels(config.kernels)
+    if (config.run is None) == (config.model is None):
+        raise ValueError("give either run=<folder or checkpoint> or model=<timm model>")
+    evaluated, model, data = _from_run(config) if config.model is None else _from_timm(config)
+    if data.num_classes != model.num_classes:
+        raise ValueError(f"{evaluated} has {model.num_classes} classes, the data {data.num_classes}")
+    module = ClassificationModule(
+        model,
+        num_classes=data.num_classes,
+        optimizer={},
+        scheduler={},
+        epochs=0,
+        steps_per_epoch=0,
+        channels_last=config.channels_last,
+    )
+    trainer = Trainer(
+        **config.trainer,
+        logger=False,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    accelerate([model.eval()], trainer.strategy.root_device, config.kernels)
+    trainer.test(module, datamodule=data, verbose=False)
+    result = {
+        "evaluated": evaluated,
+        **{key.removeprefix("test/"): float(value) for key, value in trainer.callback_metrics.items()},
+        "images": module.images_evaluated,
+        "image_size": data.eval_image_size,
+        "crop_pct": data.augment.crop_pct,
+        "interpolation": data.augment.test_interpolation,
+        "test_set": getattr(data, "test_set", type(data).__name__),
+    }
+    if trainer.is_global_zero:
+        text = json.dumps(result, indent=2)
+        print(text)
+        if config.output is not None:
+            write_atomically(config.output, lambda file: file.write(text.encode() + b"\n"))
+    return result
+
+
+def _given(section: DictConfig) -> dict[str, Any]:
+    return {key: value for key, value in OmegaConf.to_container(section).items() if value is not None}
+
+
+def _preprocessing(config: DictConfig) -> dict[str, Any]:
+    options = {"test_size": config.test_size, "crop_pct": config.crop_pct, "test_interpolation": config.interpolation}
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _from_run(config: DictConfig) -> tuple[str, nn.Module, ImageDataModule]:
+    newest = checkpoints(Path(config.run) / "checkpoints")[-1:]
+    path = newest[0] if newest else find_checkpoint(config.run)
+    model, _ = load_trained(path, config.weights)
+    run_config = OmegaConf.create(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["config"])
+    data_config = OmegaConf.merge(run_config.data, _given(config.data))
+    augment = OmegaConf.merge(run_config.augment, _preprocessing(config))
+    return str(path), model, instantiate(data_config, augment=augment)
+
+
+def _from_timm(config: DictConfig) -> tuple[str, nn.Module, ImageDataModule]:
+    overlay = None if config.pretrained is True else {"file": config.pretrained}
+    model = timm.create_model(config.model, pretrained=config.pretrained is not False, pretrained_cfg_overlay=overlay)
+    own = timm.data.resolve_data_config(model=model, use_test_size=True)
+    size = own["input_size"][-1]
+    augment = {"test_size": size, "crop_pct": own["crop_pct"], "test_interpolation": own["interpolation"]}
+    data = ImageFolderDataModule(
+        **{"root": None, **_given(config.data)},
+        augment={**augment, **_preprocessing(config)},
+        image_size=size,
+        mean=own["mean"],
+        std=own["std"],
+    )
+    return config.model, model, data

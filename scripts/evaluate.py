@@ -1,0 +1,21 @@
+"""Evaluate a run or a timm model: python scripts/evaluate.py run=runs/digits (or model=NAME data.root=ROOT)."""
+
+import sys
+
+import hydra
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig
+
+from convfirst.app.evaluate import evaluate
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
+def main(config: DictConfig) -> None:
+    try:
+        evaluate(config)
+    except (InstantiationException, FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error.__cause__ or error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Several processes on one machine, through the command that a person would type."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from convfirst.app.train import train
+from tests.training.helpers import REPOSITORY, TINY, last_checkpoint, losses, tiny_config
+
+ONE_UPDATE = ["epochs=2", "trainer.limit_train_batches=1", "augment=none", "+model.drop_path_rate=0"]
+ONE_UPDATE += ["batch.global_size=64"]
+TWO = ["trainer.devices=2", "data.batch_size=32"]
+
+
+def command(run_root, *overrides):
+    # the last value of a key counts in TINY's stead
+    keys = {override.lstrip("+").split("=")[0] for override in overrides}
+    base = [override for override in TINY if override.lstrip("+").split("=")[0] not in keys]
+    options = [override for override in overrides if override.startswith("-")]
+    values = [override for override in overrides if not override.startswith("-")]
+    return [sys.executable, "train.py", *options, *base, f"run_root={run_root}", *values]
+
+
+def start(run_root, *overrides, **kwargs):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        command(run_root, *overrides), cwd=REPOSITORY, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
+    )  # fmt: skip
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    root = tmp_path_factory.mktemp("alone")
+    options = [o.replace("+model.drop", "model.drop") for o in ONE_UPDATE]
+    train(tiny_config(root, *options, "data.batch_size=64"))
+    return root / "digits"
+
+
+STRATEGIES = {
+    "ddp": [],
+    "fsdp": ["trainer=fsdp", "trainer.precision=32-true"],
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, alone, strategy):
+    finish(start(tmp_path, *ONE_UPDATE, *TWO, *STRATEGIES[strategy]))
+    together = tmp_path / "digits"
+    ours, theirs = last_checkpoint(together)["state_dict"], last_checkpoint(alone)["state_dict"]
+    assert ours.keys() == theirs.keys()
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5)
+    for a, b in zip(losses(together), losses(alone), strict=True):
+        assert [float(x or 0) for x in a] == pytest.approx([float(x or 0) for x in b], rel=1e-4)
+    summary = json.loads((together / "summary.json").read_text())
+    assert (summary["processes"], summary["test_images"]) == (2, 360)
+    assert summary["test"] == pytest.approx(json.loads((alone / "summary.json").read_text())["test"], rel=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits"]  # no directories of the second process
+
+
+def test_sigterm_to_one_of_two_processes_saves_and_ends_both(tmp_path):
+    long = ["epochs=500", "trainer.devices=2", "callbacks.checkpoint.every_n_steps=null"]
+    process = start(tmp_path, *long)
+    try:
+        metrics = tmp_path / "digits" / "metrics.csv"
+        deadline = time.monotonic() + 200
+        while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "SIGTERM: saved" in output
+    assert last_checkpoint(tmp_path / "digits")["global_step"] > 0
+
+
+def test_a_sweep_of_subprocess_ddp_is_refused(tmp_path):
+    process = start(tmp_path, "-m", "seed=0,1", "trainer.devices=2")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert "in a sweep (-m)" in output
+    assert "Start one process a device" in output
+
+
+def test_a_sweep_gives_each_job_its_run(tmp_path):
+    finish(start(tmp_path, "-m", "seed=0,1", "epochs=2", "trainer.limit_train_batches=2"))
+    runs = {path.name for path in tmp_path.iterdir() if path.name != "multirun"}
+    assert len(runs) == 2
+    assert all("seed=" in name for name in runs)

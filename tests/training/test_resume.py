@@ -1,0 +1,95 @@
+"""An interrupted run ends where the uninterrupted one does, bit for bit."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from convfirst.app.run_dir import RunExistsError
+from convfirst.app.train import train
+from convfirst.training import StopRequested
+from tests.training.helpers import REPOSITORY, TINY, Dies, assert_same_weights, last_checkpoint, losses, tiny_config
+
+AT = "+callbacks.at={_target_:tests.training.helpers.AtUpdate,step:%d,action:%s,at:%s}"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    train(tiny_config(root))
+    return root / "digits"
+
+
+def check_same(whole, run):
+    assert losses(run) == losses(whole)
+    a, b = last_checkpoint(whole), last_checkpoint(run)
+    assert_same_weights(a["state_dict"], b["state_dict"])
+    torch.testing.assert_close(a["optimizer_states"], b["optimizer_states"], rtol=0, atol=0)
+    assert a["callbacks"]["Checkpointing"] == b["callbacks"]["Checkpointing"]
+
+
+@pytest.mark.parametrize(
+    ("step", "at"), [(1, "update"), (4, "update"), (6, "update"), (8, "update"), (5, "validation"), (12, "update")]
+)
+def test_dying_anywhere_changes_nothing(tmp_path, whole, step, at):
+    with pytest.raises(Dies):
+        train(tiny_config(tmp_path, AT % (step, "die", at)))
+    train(tiny_config(tmp_path))
+    check_same(whole, tmp_path / "digits")
+
+
+def test_dying_twice_changes_nothing(tmp_path, whole):
+    for step in (5, 10):
+        with pytest.raises(Dies):
+            train(tiny_config(tmp_path, AT % (step, "die", "update")))
+    train(tiny_config(tmp_path))
+    check_same(whole, tmp_path / "digits")
+
+
+def test_kill_9_changes_nothing(tmp_path, whole):
+    command = [sys.executable, "train.py", *TINY, f"run_root={tmp_path}", AT % (7, "SIGKILL", "update")]
+
+    killed = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    assert killed.returncode == -9
+    train(tiny_config(tmp_path))
+    check_same(whole, tmp_path / "digits")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_at_once_and_the_run_goes_on(tmp_path, whole, name):
+    with pytest.raises(StopRequested) as stop:
+        train(tiny_config(tmp_path, AT % (5, name, "update"), "callbacks.checkpoint.every_n_steps=null"))
+    assert stop.value.path.endswith("step_00000006.ckpt")  # the update in the making is finished first
+    train(tiny_config(tmp_path))
+    check_same(whole, tmp_path / "digits")
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, whole, capsys):
+    before = (whole / "metrics.csv").read_bytes()
+    train(tiny_config(whole.parent))
+    assert "is finished" in capsys.readouterr().out
+    assert (whole / "metrics.csv").read_bytes() == before
+
+
+def test_another_configuration_is_refused_with_both_values(whole):
+    with pytest.raises(RunExistsError, match=r"optimizer.lr: 0.004 -> 0.001"):
+        train(tiny_config(whole.parent, "optimizer.lr=1e-3"))
+
+
+def test_starting_anew_keeps_the_old_run(tmp_path):
+    train(tiny_config(tmp_path, "epochs=2"))
+    with pytest.raises(RunExistsError, match="overwrite=true"):
+        train(tiny_config(tmp_path, "resume=never"))
+    train(tiny_config(tmp_path, "resume=never", "overwrite=true"))
+    assert len(losses(tmp_path / "digits.1")) < len(losses(tmp_path / "digits"))
+
+
+def test_a_checkpoint_cut_short_is_passed_over(tmp_path, whole):
+    with pytest.raises(Dies):
+        train(tiny_config(tmp_path, AT % (7, "die", "update")))
+    newest = max((tmp_path / "digits" / "checkpoints").glob("step_*.ckpt"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    train(tiny_config(tmp_path))
+    check_same(whole, tmp_path / "digits")
