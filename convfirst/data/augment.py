@@ -77,12 +77,12 @@ class Augment:
         """Whether images of a batch are mixed with one another."""
         return self.mixup > 0 or self.cutmix > 0
 
-    def refuse(self, source: str, *names: str) -> None:
+    def refuse(self, source: str, *names: str, advice: str = "leave it off") -> None:
         """Raise ValueError if one of the fields `names`, which `source` can't honour, is switched on."""
         for name in names:
             value = getattr(self, name)
             if value != type(self).__dataclass_fields__[name].default:
-                raise ValueError(f"augment.{name}={value!r} isn't available with data={source}: leave it off")
+                raise ValueError(f"augment.{name}={value!r} isn't available with data={source}: {advice}")
 
     def make_mixup(self, num_classes: int) -> Mixup | None:
         """timm's mixup/cutmix for [B, C, H, W] images and int64 [B] targets, or None if both are off."""

@@ -64,7 +64,9 @@ class FFCVDataModule(ImageDataModule):
             mean=mean,
             std=std,
         )
-        self.augment.refuse("ffcv", "auto_augment", "color_jitter", "rotate", "translate", "zoom")
+        advice = "FFCV has none; take augment=convnext_ffcv (ConvNeXt's recipe without it), light or none"
+        self.augment.refuse("ffcv", "auto_augment", "color_jitter", advice=advice)
+        self.augment.refuse("ffcv", "rotate", "translate", "zoom")
         if self.augment.scale is None:
             self.augment.refuse("ffcv and augment.scale=null", "hflip", "ratio")
         self.batches_ahead = batches_ahead
