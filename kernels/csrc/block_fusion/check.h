@@ -1,17 +1,12 @@
-// What the operator refuses, and how it says so. The one place where arguments are checked.
+// What the operator refuses. The one place where its arguments are checked.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
 #include <string>
 
 #include "block_fusion/params.h"
+#include "common/checks.h"
 
 namespace convfirst::block_fusion {
-
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 // The operator's arguments as it receives them; layouts in params.h.
 struct Arguments {

@@ -1,68 +1,19 @@
 #include "block_fusion/op.h"
 
-#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cstdlib>
-#include <map>
-#include <mutex>
 #include <stdexcept>
 
 #include "block_fusion/plan.h"
-
-// Absent from a torch without CUDA, where no tensor can lead here.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#include "common/runtime.h"
 
 namespace convfirst::block_fusion {
 namespace {
 
-struct Path {
-  std::mutex mutex;
-  std::string value;
-};
-
-Path& forced() {
-  static Path path{{}, std::getenv("CONVFIRST_KERNELS_PATH") ? std::getenv("CONVFIRST_KERNELS_PATH") : ""};
-  return path;
-}
-
-std::string forced_path() {
-  std::lock_guard<std::mutex> lock(forced().mutex);
-  return forced().value;
-}
-
-void check_cuda(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("conv_first_block: ") + what + ": " + cudaGetErrorString(error));
-}
-
-Device query_device(int index) {
-  int major = 0, minor = 0;
-  Device device{};
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "cudaDeviceGetAttribute");
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "cudaDeviceGetAttribute");
-  check_cuda(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index), "cudaDeviceGetAttribute");
-  check_cuda(cudaDeviceGetAttribute(&device.max_shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
-             "cudaDeviceGetAttribute");
-  device.capability = 10 * major + minor;
-  return device;
-}
-
 Device device_of(int index) {
-  static std::mutex mutex;
-  static std::map<int, Device> known;
-  std::lock_guard<std::mutex> lock(mutex);
-  auto found = known.find(index);
-  return found != known.end() ? found->second : known[index] = query_device(index);
-}
-
-cudaStream_t current_stream(int index) {
-  void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream == nullptr || aoti_torch_get_current_cuda_stream(index, &stream) != 0) {
-    throw std::runtime_error("conv_first_block: this torch gives no CUDA stream");
-  }
-  return static_cast<cudaStream_t>(stream);
+  const DeviceInfo info = device_info(index);
+  return Device{info.capability, info.multiprocessors, info.max_shared_memory};
 }
 
 const float* pointer(const MaybeTensor& tensor) {
@@ -110,13 +61,12 @@ void launch(const Arguments& arguments, const Problem& problem, const Tensor& y)
   }
   const int error =
       choice.variant->launch(problem, tensors_of(arguments, y), choice.config, scratch, current_stream(index));
-  check_cuda(static_cast<cudaError_t>(error), choice.variant->name);
+  check_cuda(error, "conv_first_block", choice.variant->name);
 }
 
-// The library's own CUDA runtime (linked statically) must see the device that torch's guard made current.
 void run(const Arguments& arguments, const Problem& problem, const Tensor& y) {
   if (arguments.x.numel() == 0) return;
-  check_cuda(cudaSetDevice(arguments.x.get_device_index()), "cudaSetDevice");
+  make_current(arguments.x.get_device_index());
   launch(arguments, problem, y);
 }
 
@@ -190,10 +140,7 @@ std::string plan_conv_first_block(int64_t batch, int64_t height, int64_t width, 
 
 std::string force_path(const std::string& path) {
   check_path(path);
-  std::lock_guard<std::mutex> lock(forced().mutex);
-  std::string former = path;
-  former.swap(forced().value);
-  return former;
+  return exchange_forced_path(path);
 }
 
 }  // namespace convfirst::block_fusion
