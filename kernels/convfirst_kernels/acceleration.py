@@ -63,10 +63,20 @@ class FusedForward:
             # A traced program can't look at version counters: only weights declared frozen outlive its calls.
             return kept if fits and self.frozen else parts.pack(dtype)
         key = None if self.frozen else tuple(_state(tensor) for tensor in tensors)
-        if not fits or key != self.key:
+        if fits and key == self.key:
+            return kept
+        with torch.inference_mode(False), torch.no_grad():
+            packed = parts.pack(dtype)
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # a captured packing has not run yet
+            self.packed, self.key = packed, key
+        return packed
+
+    def prepare(self, parts: Parts) -> None:
+        """Pack now what a 16-bit model on a GPU will need, so that no later stream finds a packing in progress."""
+        weight = parts.conv.weight
+        if weight.device.type == "cuda" and weight.dtype in (torch.float16, torch.bfloat16):
             with torch.no_grad():
-                self.packed, self.key = parts.pack(dtype), key
-        return self.packed
+                self.weights(parts, weight.dtype, weight.device)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "packed": None, "key": None, "parts": None}
@@ -173,6 +183,7 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False) ->
         report.rows.append(Row(name, type(block).__name__, detail, reason is None))
         if reason is None:
             block.forward = FusedForward(block, kernels, frozen)
+            block.forward.prepare(parts)
             report._blocks.append(block)
     if report.skipped:
         first = report.skipped[0]

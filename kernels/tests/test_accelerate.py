@@ -199,6 +199,16 @@ def test_drop_path_drops_samples(covered):
     torch.testing.assert_close(branch[~dropped], 2 * kept[~dropped], rtol=1e-3, atol=1e-5)
 
 
+def test_weights_packed_under_inference_mode_serve_gradients_of_x(images, covered):
+    network = build("convnext").requires_grad_(False)
+    ck.accelerate(network)
+    with torch.inference_mode():
+        network(images)
+    images.requires_grad_()
+    network(images).sum().backward()
+    assert images.grad is not None
+
+
 def test_channels_first_input_is_converted(images, covered):
     network = build("convnext")
     with torch.no_grad():
