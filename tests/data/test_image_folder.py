@@ -1,5 +1,6 @@
 """image_folder: workers, parity with timm, bad input."""
 
+import json
 import logging
 import random
 import shutil
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from timm.data import create_transform
 
-from convfirst.data import Augment, BadImageError
+from convfirst.data import Augment, BadImageError, imagenet_labels
 from convfirst.data.image_folder import train_transform
 from convfirst.data.image_tree import read_tree
 
@@ -208,3 +209,28 @@ def test_numeric_class_folders_are_ordered_as_numbers(tmp_path):
     (tmp_path / "4").rename(tmp_path / "eleven")
     with pytest.raises(ValueError, match="class folders must be named 0 to 10, found"):
         read_tree(tmp_path, numeric=True)
+
+
+def test_imagenet_v2_is_read_in_numeric_order(make_data, own_tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(imagenet_labels, "NUM_CLASSES", 3)
+    monkeypatch.setattr(imagenet_labels, "V2_IMAGES_PER_CLASS", 5)
+    for label in range(3):
+        shutil.copytree(own_tree / "val" / f"n{label:08d}", tmp_path / "v2" / str(label))
+    options = {"root": str(own_tree), "test_set": "imagenet_v2", "test_root": str(tmp_path / "v2")}
+    data = make_data("image_folder", **options)
+    assert data.num_test_images == 15
+    for (images, targets), (others, labels) in zip(data.test_dataloader(), data.val_dataloader(), strict=True):
+        assert torch.equal(images, others) and torch.equal(targets, labels)
+
+
+def test_real_labels_arrive_as_padded_rows(make_data, own_tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(imagenet_labels, "NUM_CLASSES", 3)
+    monkeypatch.setattr(imagenet_labels, "NUM_VAL_IMAGES", 15)
+    for number, path in enumerate(sorted((own_tree / "val").rglob("*.JPEG")), start=1):
+        path.rename(path.with_name(f"ILSVRC2012_val_{number:08d}.JPEG"))
+    labels = tmp_path / "real.json"
+    labels.write_text(json.dumps([[number % 3] for number in range(14)] + [[0, 2]]))
+    data = make_data("image_folder", root=str(own_tree), test_set="imagenet_real", real_labels=str(labels))
+    targets = torch.cat([targets for _, targets in data.test_dataloader()])
+    assert targets.shape == (15, 2) and targets[-1].tolist() == [0, 2]
+    assert targets[:14].tolist() == [[number % 3, -1] for number in range(14)]
