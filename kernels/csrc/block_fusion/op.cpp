@@ -45,7 +45,8 @@ void launch(const Arguments& arguments, const Problem& problem, const Tensor& y)
   const int index = arguments.x.get_device_index();
   const Device device = device_of(index);
   const std::string path = forced_path();
-  const Choice choice = choose(problem, device, path);
+  check_path(path);
+  const Choice<Variant> choice = choose(all_variants(), problem, device, path);
   if (choice.variant == nullptr) {
     throw std::runtime_error("conv_first_block: no kernel variant covers " + describe(problem) + " on compute capability " +
                              std::to_string(device.capability) + (path.empty() ? "" : " on path " + path) +
@@ -135,7 +136,9 @@ std::string plan_conv_first_block(int64_t batch, int64_t height, int64_t width, 
                         parse_activation(activation),
                         has_norm};
   const Device device{static_cast<int>(capability), static_cast<int>(multiprocessors), static_cast<int>(max_shared_memory)};
-  return explain_json(problem, device, path.empty() ? forced_path() : path);
+  const std::string restriction = path.empty() ? forced_path() : path;
+  check_path(restriction);
+  return explain_json(all_variants(), problem, device, restriction);
 }
 
 std::string force_path(const std::string& path) {
