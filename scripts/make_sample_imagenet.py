@@ -6,6 +6,7 @@ python train.py data=image_folder data.root=data/sample
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--max-side", type=int, default=SampleTree.max_side, help="pixels")
     parser.add_argument("--quality", type=int, default=SampleTree.quality, help="of the JPEGs")
     parser.add_argument("--seed", type=int, default=SampleTree.seed)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args()
     try:
         tree = SampleTree(
@@ -35,7 +37,7 @@ def main() -> None:
             seed=args.seed,
             quality=args.quality,
         )
-        tree.write(args.root)
+        tree.write(args.root, args.workers)
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
     per_class = args.train_images + args.val_images

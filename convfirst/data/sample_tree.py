@@ -4,6 +4,7 @@ import colorsys
 import os
 import shutil
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +47,8 @@ class SampleTree:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be at least 0")
 
-    def write(self, root: str | Path) -> None:
-        """Write `root`/train and `root`/val, whole or not at all.
+    def write(self, root: str | Path, num_workers: int = 1) -> None:
+        """Write `root`/train and `root`/val, whole or not at all, with `num_workers` processes.
 
         Raises:
             FileExistsError: `root` exists.
@@ -59,18 +60,23 @@ class SampleTree:
         root.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
         try:
-            for split, count in zip(SPLITS, (self.train_images, self.val_images), strict=True):
-                for label in range(self.num_classes):
-                    self._write_class(unfinished / split / f"n{label:08d}", split, label, count)
+            parts = [(unfinished, split, label) for split in SPLITS for label in range(self.num_classes)]
+            if num_workers > 1:
+                with ProcessPoolExecutor(num_workers) as pool:
+                    list(pool.map(self._write_class, *zip(*parts, strict=True)))
+            else:
+                for part in parts:
+                    self._write_class(*part)
             os.replace(unfinished, root)
         except OSError as error:
             raise OSError(error.errno, f"can't write the sample tree {root}: {error.strerror or error}") from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
-    def _write_class(self, folder: Path, split: str, label: int, count: int) -> None:
+    def _write_class(self, root: Path, split: str, label: int) -> None:
+        folder = root / split / f"n{label:08d}"
         folder.mkdir(parents=True)
-        for number in range(count):
+        for number in range(self.train_images if split == "train" else self.val_images):
             generator = np.random.default_rng([self.seed, SPLITS.index(split), label, number])
             image = Image.fromarray(draw_image(label, self.num_classes, self.min_side, self.max_side, generator))
             image.save(folder / f"{folder.name}_{number}.JPEG", quality=self.quality)

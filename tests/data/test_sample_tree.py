@@ -21,9 +21,9 @@ def test_tree_has_the_asked_counts_and_sizes(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tree"]
 
 
-def test_seed_decides_the_images(tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        SampleTree(**SMALL, seed=seed).write(tmp_path / name)
+def test_seed_alone_decides_the_images(tmp_path):
+    for name, seed, workers in (("a", 0, 1), ("b", 0, 2), ("c", 1, 1)):
+        SampleTree(**SMALL, seed=seed).write(tmp_path / name, workers)
     first = "train/n00000000/n00000000_0.JPEG"
     assert filecmp.cmp(tmp_path / "a" / first, tmp_path / "b" / first, shallow=False)
     assert not filecmp.cmp(tmp_path / "a" / first, tmp_path / "c" / first, shallow=False)
