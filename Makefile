@@ -39,6 +39,7 @@ gpu-test: $(FULL)
 	$(PYTHON) scripts/gpu_test.py $(ARGS)
 
 bench: $(FULL)
+	$(PYTHON) scripts/benchmark.py suite=cost
 	$(PYTHON) scripts/benchmark.py suite=throughput $(ARGS)
 	$(PYTHON) scripts/benchmark.py suite=latency $(ARGS)
 	$(PYTHON) scripts/benchmark.py suite=training_throughput $(ARGS)

@@ -44,7 +44,7 @@ def test_inference_rows_are_written_with_their_circumstances(tmp_path, monkeypat
 
 
 def test_cost_counts_without_computing(tmp_path):
-    (row,) = benchmark(compose("suite=cost", "models=[convnext_tiny]", f"output={tmp_path / 'out.json'}"))
+    (row,) = benchmark(compose("suite=cost", "cost.models=[convnext_tiny]", f"output={tmp_path / 'out.json'}"))
     assert (row["gmacs"], row["mparams"]) == (4.456, 28.589)  # ConvNeXt's README: 4.5 G, 29 M
 
 

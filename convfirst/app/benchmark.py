@@ -55,7 +55,7 @@ def latency(config: DictConfig) -> list[dict]:
 def cost(config: DictConfig) -> list[dict]:
     """Multiply-accumulates of convolutions and matrix products for one image, and parameters, of each model."""
     rows = []
-    for name in config.models:
+    for name in config.cost.models:
         with torch.device("meta"):
             gmacs, mparams = _cost(timm.create_model(name), config.image_size)
         rows.append({"name": name, "image_size": config.image_size, "gmacs": gmacs, "mparams": mparams})
