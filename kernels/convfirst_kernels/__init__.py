@@ -17,6 +17,7 @@ from convfirst_kernels.block import (
     pack_conv_weight,
     pack_vector,
 )
+from convfirst_kernels.mbconv import mbconv_block
 from convfirst_kernels.planner import Device, Problem, explain, force_path
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "conv_first_block",
     "explain",
     "force_path",
+    "mbconv_block",
     "pack_block",
     "pack_conv_weight",
     "pack_vector",

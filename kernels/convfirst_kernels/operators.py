@@ -52,6 +52,16 @@ for _key in ("CPU", "CUDA"):
     _implementations.impl("conv_first_block_backward", reference.conv_first_block_backward, _key)
 
 
+@torch.library.register_fake("convfirst::mbconv_block")
+def _mbconv_fake(x: Tensor, *arguments) -> Tensor:
+    return _channels_last_like(x)
+
+
+@torch.library.impl(_implementations, "mbconv_block", "CPU")
+def _mbconv_cpu(x: Tensor, *arguments) -> Tensor:
+    return _channels_last_like(x).copy_(reference.mbconv_block(x, *arguments))
+
+
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:_TENSORS])
     ctx.scalars = inputs[_TENSORS:]

@@ -78,6 +78,27 @@ def plan(problem: Problem, device: Device, path: str = "") -> dict:
     )  # fmt: skip
 
 
+def mbconv_plan(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    hidden: int,
+    group_width: int,
+    dtype: str,
+    activation: str,
+    device: Device,
+    path: str = "",
+) -> dict:
+    """As `plan`, of the MBConv block (3x3)."""
+    return json.loads(
+        torch.ops.convfirst.plan_mbconv_block(
+            batch, height, width, channels, hidden, 3, group_width, dtype, activation,
+            device.capability, device.multiprocessors, device.max_shared_memory, path,
+        )
+    )  # fmt: skip
+
+
 @contextmanager
 def force_path(path: str):
     """Within the context every launch uses this path ("sm80", "sm90") or variant; what it lacks is an error.

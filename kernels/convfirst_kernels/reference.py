@@ -55,6 +55,40 @@ def conv_first_block(
     return x + branch.permute(0, 3, 1, 2)
 
 
+def mbconv_block(
+    x: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    sample_scale: Tensor | None,
+    group_width: int,
+    activation: str,
+) -> Tensor:
+    """``x + sample_scale * project(act(conv(act(expand(x)))))`` in x's dtype: MBConv of stride 1 with folded norms.
+
+    1x1 convolution, grouped 3x3 convolution with padding 1, 1x1 convolution (Sandler et al., arXiv 1801.04381; fused in
+    Lavin, arXiv 2404.03617).
+
+    Args:
+        x: [N, C, H, W].
+        expand_weight: [hidden, C]; expand_bias, conv_bias: [hidden] or None.
+        conv_weight: [9, hidden, group_width], packed as `convfirst_kernels.pack_conv_weight` does.
+        project_weight: [C, hidden]; project_bias: [C] or None.
+        sample_scale: [N] or None: drop path's factor for each sample.
+        activation: "relu", "silu" or "gelu" (exact).
+    """
+    act = _ACTIVATIONS[activation]
+    hidden = act(F.conv2d(x, expand_weight[:, :, None, None], _as(expand_bias, x)))
+    hidden = act(conv(hidden, conv_weight, conv_bias, group_width))
+    branch = F.conv2d(hidden, project_weight[:, :, None, None], _as(project_bias, x))
+    if sample_scale is not None:
+        branch = branch * _as(sample_scale, x)[:, None, None, None]
+    return x + branch
+
+
 def conv(x: Tensor, packed: Tensor, bias: Tensor | None, group_width: int) -> Tensor:
     """The block's grouped convolution on a packed weight: [N, C, H, W] -> [N, C, H, W]."""
     weight = unpack_conv_weight(packed)

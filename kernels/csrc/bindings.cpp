@@ -3,12 +3,16 @@
 #include <torch/csrc/stable/library.h>
 
 #include "block_fusion/op.h"
+#include "mbconv/op.h"
 
 // clang-format off
 #define CONV_FIRST_BLOCK_ARGUMENTS                                                                      \
   "Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? norm_weight, Tensor? norm_bias, "           \
   "Tensor expand_weight, Tensor? expand_bias, Tensor project_weight, Tensor? project_bias, "            \
   "Tensor? layer_scale, Tensor? sample_scale, int group_width, str activation, float eps, bool has_norm"
+#define MBCONV_BLOCK_ARGUMENTS                                                                          \
+  "Tensor x, Tensor expand_weight, Tensor? expand_bias, Tensor conv_weight, Tensor? conv_bias, "        \
+  "Tensor project_weight, Tensor? project_bias, Tensor? sample_scale, int group_width, str activation"
 // clang-format on
 
 STABLE_TORCH_LIBRARY(convfirst, m) {
@@ -20,16 +24,23 @@ STABLE_TORCH_LIBRARY(convfirst, m) {
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("plan_conv_first_block(int batch, int height, int width, int channels, int hidden, int kernel_size, int group_width, "
         "str dtype, str activation, bool has_norm, int capability, int multiprocessors, int max_shared_memory, str path) -> str");
+  m.def("mbconv_block(" MBCONV_BLOCK_ARGUMENTS ") -> Tensor");
+  m.def("mbconv_block_check(" MBCONV_BLOCK_ARGUMENTS ") -> str");
+  m.def("plan_mbconv_block(int batch, int height, int width, int channels, int hidden, int kernel_size, int group_width, "
+        "str dtype, str activation, int capability, int multiprocessors, int max_shared_memory, str path) -> str");
   m.def("force_path(str path) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(convfirst, CUDA, m) {
   m.impl("conv_first_block", TORCH_BOX(&convfirst::block_fusion::conv_first_block));
   m.impl("conv_first_block_out", TORCH_BOX(&convfirst::block_fusion::conv_first_block_out));
+  m.impl("mbconv_block", TORCH_BOX(&convfirst::mbconv::mbconv_block));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(convfirst, CompositeExplicitAutograd, m) {
   m.impl("conv_first_block_check", TORCH_BOX(&convfirst::block_fusion::conv_first_block_check));
   m.impl("plan_conv_first_block", TORCH_BOX(&convfirst::block_fusion::plan_conv_first_block));
+  m.impl("mbconv_block_check", TORCH_BOX(&convfirst::mbconv::mbconv_block_check));
+  m.impl("plan_mbconv_block", TORCH_BOX(&convfirst::mbconv::plan_mbconv_block));
   m.impl("force_path", TORCH_BOX(&convfirst::block_fusion::force_path));
 }

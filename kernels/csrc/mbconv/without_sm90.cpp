@@ -1,0 +1,11 @@
+// The empty table of a build without MBConv kernels for the sm_90 path.
+#include "mbconv/params.h"
+
+namespace convfirst::mbconv {
+
+const Variant* sm90_variants(int* count) {
+  *count = 0;
+  return nullptr;
+}
+
+}  // namespace convfirst::mbconv
