@@ -26,14 +26,17 @@ endif
 # Scripts find the package where it isn't installed.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: train test gpu-test bench system-packages clean
+.PHONY: train test style gpu-test bench system-packages clean
 
 train: $(BASE)
 	$(PYTHON) train.py $(ARGS)
 
-test: $(FULL)
-	$(PYTHON) -m ruff check .
+test: style $(FULL)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 tests $(KERNEL_TESTS) $(ARGS)
+
+# Before the kernels are compiled, which takes longest.
+style: $(firstword $(FULL))
+	$(PYTHON) -m ruff check .
 
 gpu-test: $(FULL)
 	$(PYTHON) scripts/gpu_test.py $(ARGS)
