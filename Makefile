@@ -16,11 +16,13 @@ KERNEL_TESTS := $(wildcard kernels/tests)
 # The stamps are touched last, so an interrupted installation is taken up again and a finished one is not repeated.
 ifdef PYTHON
   BASE :=
+  EXTRAS :=
   FULL :=
 else
   PYTHON := $(VENV)/bin/python
   BASE := $(VENV)/base.stamp
-  FULL := $(VENV)/full.stamp $(if $(wildcard kernels/pyproject.toml),$(VENV)/kernels.stamp)
+  EXTRAS := system-packages $(VENV)/full.stamp
+  FULL := $(EXTRAS) $(if $(wildcard kernels/pyproject.toml),$(VENV)/kernels.stamp)
 endif
 
 # Scripts find the package where it isn't installed.
@@ -35,7 +37,7 @@ test: style $(FULL)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 tests $(KERNEL_TESTS) $(ARGS)
 
 # Before the kernels are compiled, which takes longest.
-style: $(firstword $(FULL))
+style: $(EXTRAS)
 	$(PYTHON) -m ruff check .
 
 gpu-test: $(FULL)
@@ -59,7 +61,7 @@ $(VENV)/base.stamp: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/full.stamp: $(VENV)/base.stamp | system-packages
+$(VENV)/full.stamp: $(VENV)/base.stamp
 	$(PIP) --editable '.[ffcv,slurm,dev]'
 	@touch $@
 
