@@ -1,4 +1,4 @@
-"""Evaluate a run or a timm model: python scripts/evaluate.py run=runs/digits (or model=NAME data.root=ROOT)."""
+"""Evaluate a run or a timm model: python scripts/evaluate.py run=runs/digits (or timm_model=NAME data.root=ROOT)."""
 
 import sys
 

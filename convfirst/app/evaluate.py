@@ -1,6 +1,7 @@
 """Evaluation of a run's checkpoint, or of any timm model, on any test set."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         crop_pct, interpolation, test_set, and what was evaluated.
 
     Raises:
-        ValueError: not exactly one of run and model is given, or the model's classes aren't the data's.
+        ValueError: not exactly one of run and timm_model is given, or the model's classes aren't the data's.
         RuntimeError: an image wasn't evaluated exactly once.
     """
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # between Lightning and torch
     check_kernels(config.kernels)
-    if (config.run is None) == (config.model is None):
-        raise ValueError("give either run=<folder or checkpoint> or model=<timm model>")
-    evaluated, model, data = _from_run(config) if config.model is None else _from_timm(config)
+    if (config.run is None) == (config.timm_model is None):
+        raise ValueError("give either run=<folder or checkpoint> or timm_model=<name>")
+    evaluated, model, data = _from_run(config) if config.timm_model is None else _from_timm(config)
     if data.num_classes != model.num_classes:
         raise ValueError(f"{evaluated} has {model.num_classes} classes, the data {data.num_classes}")
     module = ClassificationModule(
@@ -91,8 +93,15 @@ def _from_run(config: DictConfig) -> tuple[str, nn.Module, ImageDataModule]:
 
 
 def _from_timm(config: DictConfig) -> tuple[str, nn.Module, ImageDataModule]:
-    overlay = None if config.pretrained is True else {"file": config.pretrained}
-    model = timm.create_model(config.model, pretrained=config.pretrained is not False, pretrained_cfg_overlay=overlay)
+    overlay = {} if config.num_classes is None else {"num_classes": config.num_classes}
+    if isinstance(config.pretrained, str):
+        overlay["file"] = config.pretrained
+    model = timm.create_model(
+        config.timm_model,
+        pretrained=config.pretrained is not False,
+        pretrained_cfg_overlay=overlay,
+        num_classes=config.num_classes,
+    )
     own = timm.data.resolve_data_config(model=model, use_test_size=True)
     size = own["input_size"][-1]
     augment = {"test_size": size, "crop_pct": own["crop_pct"], "test_interpolation": own["interpolation"]}
@@ -103,4 +112,4 @@ def _from_timm(config: DictConfig) -> tuple[str, nn.Module, ImageDataModule]:
         mean=own["mean"],
         std=own["std"],
     )
-    return config.model, model, data
+    return config.timm_model, model, data

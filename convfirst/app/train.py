@@ -1,5 +1,6 @@
 """Training from a configuration: build, resume, fit, test, report."""
 
+import hashlib
 import logging
 import os
 import platform
@@ -260,13 +261,13 @@ def _prepare_directory(run: RunDirectory, config: DictConfig) -> None:
 
 
 def _name_sweep_job(config: DictConfig) -> None:
-    """Give each job of a sweep its own run, named after its overrides."""
+    """Give each job of a sweep its own run, named after its overrides, so that the same sweep finds it again."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return
-    if any(override.startswith("run_id=") for override in HydraConfig.get().overrides.task):
-        return
-    if dirname := HydraConfig.get().job.override_dirname:
-        config.run_id = f"{config.run_id},{dirname}".replace("/", "_")
+    overrides = sorted(HydraConfig.get().overrides.task)
+    if not any(override.startswith("run_id=") for override in overrides):
+        kept = [o for o in overrides if o.split("=")[0] not in ("run_root", "resume", "overwrite")]
+        config.run_id = f"{config.run_id}-{hashlib.sha256(' '.join(kept).encode()).hexdigest()[:8]}"
 
 
 def _refuse_sweep_of_subprocesses(trainer: Trainer) -> None:

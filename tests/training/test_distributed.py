@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from convfirst.app.train import train
 from tests.training.helpers import REPOSITORY, TINY, last_checkpoint, losses, tiny_config
@@ -98,6 +99,5 @@ def test_a_sweep_of_subprocess_ddp_is_refused(tmp_path):
 
 def test_a_sweep_gives_each_job_its_run(tmp_path):
     finish(start(tmp_path, "-m", "seed=0,1", "epochs=2", "trainer.limit_train_batches=2"))
-    runs = {path.name for path in tmp_path.iterdir() if path.name != "multirun"}
-    assert len(runs) == 2
-    assert all("seed=" in name for name in runs)
+    runs = [path for path in tmp_path.iterdir() if path.name != "multirun"]
+    assert sorted(OmegaConf.load(run / "config.yaml").seed for run in runs) == [0, 1]

@@ -9,6 +9,8 @@ import torch
 
 from convfirst.app.run_dir import RunExistsError
 from convfirst.app.train import train
+from convfirst.data.image_tree import read_tree
+from convfirst.data.sample_tree import SampleTree
 from convfirst.training import StopRequested
 from tests.training.helpers import REPOSITORY, TINY, Dies, assert_same_weights, last_checkpoint, losses, tiny_config
 
@@ -93,3 +95,35 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path, whole):
     newest.write_bytes(newest.read_bytes()[:-100])
     train(tiny_config(tmp_path))
     check_same(whole, tmp_path / "digits")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images") / "tree"
+    SampleTree(num_classes=5, train_images=26, val_images=2, min_side=40, max_side=64).write(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def betons(tree, tmp_path_factory):
+    pytest.importorskip("ffcv")
+    from convfirst.data.ffcv_writer import Preset, write_beton
+
+    root = tmp_path_factory.mktemp("ffcv")
+    for split in ("train", "val"):
+        write_beton(read_tree(tree / split), root / f"{split}.beton", Preset(36, jpeg=0.0, page_size=1 << 21))
+    return root
+
+
+@pytest.mark.parametrize("source", ["image_folder", "ffcv"])
+def test_other_sources_resume_inside_an_epoch(tmp_path, request, source):
+    """130 images: four updates of two batches of 16, cropped, flipped, erased and mixed."""
+    root = request.getfixturevalue("tree" if source == "image_folder" else "betons")
+    augment = ("augment=light", "+augment.reprob=0.5", "+augment.remode=pixel", "+augment.mixup=0.8")
+    options = (f"data={source}", f"data.root={root}", "data.num_workers=1", "data.image_size=32", *augment)
+    options += ("data.batch_size=16", "batch.global_size=32", "epochs=2", "data.eval_batch_size=10")
+    train(tiny_config(tmp_path / "whole", *options))
+    with pytest.raises(Dies):
+        train(tiny_config(tmp_path / "cut", *options, AT % (7, "die", "update")))
+    train(tiny_config(tmp_path / "cut", *options))
+    check_same(tmp_path / "whole" / "digits", tmp_path / "cut" / "digits")
