@@ -50,6 +50,7 @@ struct Device {
 
 // One launch, fully decided; every field is printable.
 struct Config {
+  int tile_images;  // images one tile spans; 0 where the path does not say
   int tile_height;
   int tile_width;
   int tile_pixels;   // rows of the matrix product a block holds at once

@@ -1,0 +1,84 @@
+// Launch of the sm_90a path: tensor maps and kernel parameters from a plan.
+#pragma once
+
+#include <cuda.h>
+#include <cudaTypedefs.h>
+#include <cuda_runtime.h>
+
+#include "conv_first_block_fwd_sm90_wgmma.cuh"
+
+namespace convfirst::block_fusion::sm90 {
+
+inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+  static const PFN_cuTensorMapEncodeTiled_v12000 encoder = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found) != cudaSuccess ||
+        found != cudaDriverEntryPointSuccess) {
+      entry = nullptr;
+    }
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
+  }();
+  return encoder;
+}
+
+// Dense row-major tensor of `rank` dimensions, innermost first; out-of-bounds elements read as zero.
+template <int kRank>
+bool encode_map(CUtensorMap* map, DType dtype, const void* data, const int64_t (&sizes)[kRank], const int (&box)[kRank], int row_bytes) {
+  const auto encoder = tensor_map_encoder();
+  if (encoder == nullptr) return false;
+  cuuint64_t dims[kRank], strides[kRank];
+  cuuint32_t boxes[kRank], steps[kRank];
+  cuuint64_t stride = 2;
+  for (int i = 0; i < kRank; ++i) {
+    dims[i] = sizes[i];
+    boxes[i] = box[i];
+    steps[i] = 1;
+    stride *= sizes[i];
+    strides[i] = stride;
+  }
+  const auto type = dtype == DType::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return encoder(map, type, kRank, const_cast<void*>(data), dims, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                 row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <class Traits>
+KernelParams kernel_params(const Problem& q, const Tensors& t, const Plan& plan) {
+  KernelParams p{};
+  p.x = t.x, p.y = t.y, p.conv_weight = t.conv_weight, p.conv_bias = t.conv_bias;
+  p.norm_weight = t.norm_weight, p.norm_bias = t.norm_bias, p.expand_bias = t.expand_bias, p.project_bias = t.project_bias;
+  p.layer_scale = t.layer_scale, p.sample_scale = t.sample_scale, p.eps = t.eps, p.has_norm = q.has_norm;
+  p.batch = static_cast<int>(q.batch), p.height = static_cast<int>(q.height), p.width = static_cast<int>(q.width);
+  p.tile_images = plan.tile.images, p.tile_height = plan.tile.height, p.tile_width = plan.tile.width;
+  p.tiles_y = static_cast<int>(ceil_div(q.height, plan.tile.height));
+  p.tiles_x = static_cast<int>(ceil_div(q.width, plan.tile.width));
+  p.num_tiles = static_cast<int>(tile_count(q, plan.tile));
+  p.chunks = q.hidden / kHiddenChunk;
+  p.w1_slots = plan.slots.w1, p.w2_slots = plan.slots.w2, p.x_slots = plan.slots.x;
+  p.x_panel_bytes = x_panel_bytes<Traits>(plan.tile), p.x_slot_bytes = x_slot_bytes<Traits>(plan.tile);
+  return p;
+}
+
+template <class Traits>
+int Kernel<Traits>::launch(const Problem& q, const Tensors& t, const Plan& plan, int shared_memory, cudaStream_t stream) {
+  const TileShape& tile = plan.tile;
+  CUtensorMap x_map, w1_map, w2_map;
+  const bool encoded =
+      encode_map<4>(&x_map, q.dtype, t.x, {q.channels, q.width, q.height, q.batch},
+                    {Traits::kPanel, tile.width + 2 * Traits::kPad, tile.height + 2 * Traits::kPad, tile.images}, Traits::kRowBytes) &&
+      encode_map<2>(&w1_map, q.dtype, t.expand_weight, {q.channels, q.hidden}, {Traits::kPanel, kHiddenChunk}, Traits::kRowBytes) &&
+      encode_map<2>(&w2_map, q.dtype, t.project_weight, {q.hidden, q.channels}, {kHiddenChunk, Traits::kChannels}, 128);
+  if (!encoded) return cudaErrorInvalidValue;
+  const auto kernel = &conv_first_block_fwd_sm90<Traits>;
+  if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory)) return e;
+  kernel<<<plan.grid, Traits::kThreads, shared_memory, stream>>>(kernel_params<Traits>(q, t, plan), x_map, w1_map, w2_map);
+  return cudaGetLastError();
+}
+
+template <class Traits>
+const void* Kernel<Traits>::pointer() {
+  return reinterpret_cast<const void*>(&conv_first_block_fwd_sm90<Traits>);
+}
+
+}  // namespace convfirst::block_fusion::sm90

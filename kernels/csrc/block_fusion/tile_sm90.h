@@ -1,0 +1,204 @@
+// Tiles, shared memory and rings of the sm_90a path: one compile-time description a variant, and the host's choice of tile and
+// ring depths. Host and device both include it; sizes are written here and nowhere else.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "block_fusion/params.h"
+
+#ifdef __CUDACC__
+#define CONVFIRST_HOST_DEVICE __host__ __device__
+#else
+#define CONVFIRST_HOST_DEVICE
+#endif
+
+namespace convfirst::block_fusion::sm90 {
+
+constexpr int kTilePixels = 64;
+constexpr int kHiddenChunk = 64;
+constexpr int kMaxSlots = 8;
+
+// How the two products of a chunk and its activation overlap within one warpgroup.
+//   kDrain:    S(j+1), P(j) W2 issued together, both finished every step: weights are released soonest (shallow rings)
+//   kOneAhead: S one chunk ahead, the queue never drains
+//   kTwoAhead: S two chunks ahead in two sets of registers
+enum class Schedule { kDrain, kOneAhead, kTwoAhead };
+
+// What was measured best at each width (NOTES.md): with three consumer warpgroups a thread has 160 registers, with two 240.
+struct WidthChoice {
+  int warpgroups;
+  bool a_registers;        // the first product's operand A stays in registers, else it lies in shared memory
+  bool conv_weights_stay;  // in shared memory; else they come through the W1 ring before every round
+  Schedule schedule;
+};
+
+constexpr WidthChoice width_choice(int channels) {
+  if (channels <= 64) return {3, true, true, Schedule::kOneAhead};
+  if (channels <= 128) return {2, true, true, Schedule::kTwoAhead};
+  if (channels <= 192) return {2, false, true, Schedule::kOneAhead};
+  return {2, false, false, Schedule::kDrain};
+}
+
+// Compile-time description of one variant.
+template <DType kDType_, int kChannels_, Activation kActivation_, int kKernel_ = 3, int kGroupWidth_ = 8>
+struct BlockTraits {
+  static constexpr WidthChoice kChoice = width_choice(kChannels_);
+  static constexpr DType kDType = kDType_;
+  static constexpr int kChannels = kChannels_;
+  static constexpr int kKernel = kKernel_;
+  static constexpr int kPad = kKernel / 2;
+  static constexpr int kTaps = kKernel * kKernel;
+  static constexpr int kGroupWidth = kGroupWidth_;
+  static constexpr Activation kActivation = kActivation_;
+  static constexpr int kWarpgroups = kChoice.warpgroups;
+  static constexpr bool kARegisters = kChoice.a_registers;
+  static constexpr bool kConvWeightsStay = kChoice.conv_weights_stay;
+  static constexpr Schedule kSchedule = kChoice.schedule;
+  static constexpr int kPanel = kChannels % 64 == 0 ? 64 : 32;  // channels of one swizzled panel
+  static constexpr int kRowBytes = kPanel * 2;
+  static constexpr int kPanels = kChannels / kPanel;
+  static constexpr int kThreads = (kWarpgroups + 1) * 128;
+  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 240;
+  static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
+  // The x tile survives the convolution only where nothing is written over it before the epilogue.
+  static constexpr bool kKeepsX = kARegisters;
+  static constexpr int kW1Bytes = kHiddenChunk * kChannels * 2;
+  static constexpr int kW2Bytes = kChannels * kHiddenChunk * 2;
+  static constexpr int kABytes = kTilePixels * kChannels * 2;
+  static constexpr int kAPanelBytes = kTilePixels * kRowBytes;
+  static constexpr int kConvWeightBytes = kTaps * kChannels * kGroupWidth * 2;
+  static constexpr int kConvPieces = kConvWeightsStay ? 1 : (kConvWeightBytes + kW1Bytes - 1) / kW1Bytes;
+  static constexpr int kConvPieceChannels = kChannels / kConvPieces;
+  static constexpr int kVectors = 5;  // convolution bias, norm weight, norm bias, project bias, layer scale
+  static constexpr bool kHalfActivation = kDType == DType::kHalf;
+  static constexpr int kExpandBiasBytes = kHalfActivation ? 2 : 4;
+  static_assert(kChannels % 32 == 0 && kChannels <= 256 && kConvPieceChannels % 32 == 0);
+};
+
+// Byte offsets into dynamic shared memory; the same function serves the host's planning and the kernel.
+struct SharedLayout {
+  int w1, w2, x, conv_weight, vectors, expand_bias, pixels, barriers, total;
+};
+
+template <class Traits>
+CONVFIRST_HOST_DEVICE inline SharedLayout shared_layout(int w1_slots, int w2_slots, int x_slots, int x_slot_bytes, int hidden) {
+  SharedLayout s;
+  s.w1 = 0;
+  s.w2 = s.w1 + w1_slots * Traits::kW1Bytes;
+  s.x = s.w2 + w2_slots * Traits::kW2Bytes;
+  s.conv_weight = s.x + x_slots * x_slot_bytes;
+  s.vectors = s.conv_weight + (Traits::kConvWeightsStay ? Traits::kConvWeightBytes : 0);
+  s.expand_bias = s.vectors + Traits::kVectors * Traits::kChannels * 4;
+  s.pixels = s.expand_bias + hidden * Traits::kExpandBiasBytes;
+  s.barriers = s.pixels + kTilePixels * 8;
+  s.total = s.barriers + (6 * kMaxSlots + 1) * 8;
+  return s;
+}
+
+struct TileShape {
+  int images, height, width;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class Traits>
+int x_panel_bytes(const TileShape& t) {
+  const int rows = t.images * (t.height + 2 * Traits::kPad) * (t.width + 2 * Traits::kPad);
+  return static_cast<int>(ceil_div(rows * Traits::kRowBytes, 1024) * 1024);
+}
+
+// The x tile, or what is written over it: A and the staged output.
+template <class Traits>
+int x_slot_bytes(const TileShape& t) {
+  const int x = Traits::kPanels * x_panel_bytes<Traits>(t);
+  return Traits::kKeepsX ? x : std::max(x, Traits::kABytes);
+}
+
+inline int64_t tile_count(const Problem& q, const TileShape& t) {
+  return ceil_div(q.batch, t.images) * ceil_div(q.height, t.height) * ceil_div(q.width, t.width);
+}
+
+// Slots of the three rings that fit beside everything else; false if not even the least does.
+struct Slots {
+  int w1, w2, x;
+};
+
+template <class Traits>
+bool choose_slots(const Problem& q, const Device& device, const TileShape& t, Slots* slots) {
+  const int chunks = q.hidden / kHiddenChunk;
+  const int x_bytes = x_slot_bytes<Traits>(t);
+  const auto fits = [&](int w1, int w2, int x) {
+    return std::max({w1, w2, x}) <= kMaxSlots &&
+           shared_layout<Traits>(w1, w2, x, x_bytes, q.hidden).total <= device.max_shared_memory;
+  };
+  const int least_x = Traits::kWarpgroups;
+  if (chunks <= kMaxSlots && fits(chunks, chunks, least_x)) {  // all weights stay
+    *slots = {chunks, chunks, least_x};
+    while (slots->x < 2 * Traits::kWarpgroups && fits(chunks, chunks, slots->x + 1)) ++slots->x;
+    return true;
+  }
+  if (!fits(2, 2, least_x)) return false;
+  *slots = {2, 2, least_x};
+  // A spare x tile first (the next load runs under this tile's work), then deeper weight rings (the warpgroups may drift apart).
+  if (fits(2, 2, least_x + 1)) slots->x = least_x + 1;
+  while (slots->w1 < 4 && fits(slots->w1 + 1, slots->w2, slots->x)) {
+    ++slots->w1;
+    if (fits(slots->w1, slots->w2 + 1, slots->x)) ++slots->w2;
+  }
+  return true;
+}
+
+// The tile of at most 64 pixels that covers the map in the fewest rounds, then with the least halo.
+template <class Traits>
+bool choose_tile(const Problem& q, const Device& device, TileShape* best, Slots* best_slots) {
+  const int64_t workers = static_cast<int64_t>(device.multiprocessors) * Traits::kWarpgroups;
+  double best_cost = 1e30;
+  const int most_images = static_cast<int>(std::min<int64_t>(q.batch, kTilePixels));
+  for (int height = 1; height <= std::min<int64_t>(q.height, kTilePixels); ++height) {
+    for (int width = 1; width <= std::min<int64_t>(q.width, kTilePixels / height); ++width) {
+      const bool whole = height == q.height && width == q.width;  // several images a tile only if each is whole
+      for (int images = 1; images <= (whole ? std::min(most_images, kTilePixels / (height * width)) : 1); ++images) {
+        const TileShape t{images, height, width};
+        Slots slots;
+        if (!choose_slots<Traits>(q, device, t, &slots)) continue;
+        const int64_t tiles = tile_count(q, t);
+        const double rounds = tiles <= 4 * workers ? static_cast<double>(ceil_div(tiles, workers)) : static_cast<double>(tiles) / workers;
+        const double halo = static_cast<double>(x_panel_bytes<Traits>(t)) / (kTilePixels * Traits::kRowBytes);
+        const double cost = rounds * (8.0 + halo) - 1e-3 * width;  // long rows: fewer bank conflicts
+        if (cost < best_cost) best_cost = cost, *best = t, *best_slots = slots;
+      }
+    }
+  }
+  return best_cost < 1e30;
+}
+
+struct Plan {
+  TileShape tile;
+  Slots slots;
+  int grid;
+};
+
+template <class Traits>
+bool make_plan(const Problem& q, const Device& device, Plan* plan) {
+  if (!choose_tile<Traits>(q, device, &plan->tile, &plan->slots)) return false;
+  plan->grid = static_cast<int>(std::min<int64_t>(tile_count(q, plan->tile), device.multiprocessors));
+  return true;
+}
+
+// The plan that a Config came from: ring depths are chosen again within the shared memory that they took.
+template <class Traits>
+void plan_of(const Problem& q, const Config& c, Plan* plan) {
+  plan->tile = {c.tile_images, c.tile_height, c.tile_width};
+  plan->grid = c.grid;
+  choose_slots<Traits>(q, Device{90, c.grid, c.shared_memory}, plan->tile, &plan->slots);
+}
+
+// The compiled kernel of one variant; defined in launch_sm90.cuh, instantiated in instantiations_sm90/.
+template <class Traits>
+struct Kernel {
+  static int launch(const Problem& q, const Tensors& t, const Plan& plan, int shared_memory, cudaStream_t stream);
+  static const void* pointer();
+};
+
+}  // namespace convfirst::block_fusion::sm90
