@@ -23,40 +23,11 @@
 #pragma once
 
 #include "conv_stage_sm80.cuh"
+#include "copy_stage_sm80.cuh"
 #include "matmul_stage_sm80.cuh"
 #include "tile_sm80.h"
 
 namespace convfirst::block_fusion::sm80 {
-
-// Copies chunk j of W1 (with its biases behind it) or of W2 into a ring slot; the caller commits.
-template <typename T, int kWidth, int kChunk, int kThreads>
-__device__ __forceinline__ void load_expand_chunk(const BlockParams& p, uint32_t slot, int j) {
-  constexpr int kChunks = kWidth / 8;
-  const T* weight = static_cast<const T*>(p.t.expand_weight);
-  for (int i = threadIdx.x; i < kChunk * kChunks; i += kThreads) {
-    const int row = i / kChunks, c = i % kChunks * 8;
-    const bool valid = j * kChunk + row < p.hidden && c < p.channels;
-    ptx::cp_async16(slot + row * row_bytes(kWidth) + c * 2,
-                    valid ? weight + static_cast<size_t>(j * kChunk + row) * p.channels + c : weight, valid);
-  }
-  for (int i = threadIdx.x; i < kChunk; i += kThreads) {
-    const bool valid = p.t.expand_bias != nullptr && j * kChunk + i < p.hidden;
-    const void* source = valid ? static_cast<const void*>(p.t.expand_bias + j * kChunk + i) : weight;
-    ptx::cp_async4(slot + kChunk * row_bytes(kWidth) + i * 4, source, valid);
-  }
-}
-
-template <typename T, int kWidth, int kChunk, int kThreads>
-__device__ __forceinline__ void load_project_chunk(const BlockParams& p, uint32_t slot, int j) {
-  constexpr int kChunks = kChunk / 8;
-  const T* weight = static_cast<const T*>(p.t.project_weight);
-  for (int i = threadIdx.x; i < kWidth * kChunks; i += kThreads) {
-    const int row = i / kChunks, h = j * kChunk + i % kChunks * 8;
-    const bool valid = row < p.channels && h < p.hidden;
-    ptx::cp_async16(slot + row * row_bytes(kChunk) + i % kChunks * 16,
-                    valid ? weight + static_cast<size_t>(row) * p.hidden + h : weight, valid);
-  }
-}
 
 template <typename T, int kWidth, bool kDepthwise>
 __global__ void __launch_bounds__(fused_tile(kWidth, kDepthwise).threads(), fused_tile(kWidth, kDepthwise).min_blocks)
@@ -70,6 +41,7 @@ __global__ void __launch_bounds__(fused_tile(kWidth, kDepthwise).threads(), fuse
   constexpr int kSteps1 = kWidth / 16, kSteps2 = kChunk / 16;
   constexpr int kPitchA = row_bytes(kWidth), kPitchP = row_bytes(kChunk);
   constexpr bool kRegisterA = kTile.warps_n == 1 && kWidth <= 64;
+  static_assert(kThreads >= kChunk, "a thread a bias");
   static_assert(kHiddenColumns % 2 == 0 && kOutColumns % 2 == 0, "ldmatrix.x4 brings two n8 blocks");
 
   extern __shared__ __align__(128) unsigned char smem[];
@@ -82,11 +54,13 @@ __global__ void __launch_bounds__(fused_tile(kWidth, kDepthwise).threads(), fuse
   float* norm_weight = reinterpret_cast<float*>(smem + kLayout.norm);
   float* norm_bias = norm_weight + kWidth;
   const TileOrigin origin = tile_origin(p.geometry);
-  fill_tile_rows<kPixels, kThreads>(p, origin, rows);
   for (int c = threadIdx.x; c < kWidth; c += kThreads) {
     norm_weight[c] = p.t.norm_weight && c < p.channels ? p.t.norm_weight[c] : 1.f;
     norm_bias[c] = p.t.norm_bias && c < p.channels ? p.t.norm_bias[c] : 0.f;
   }
+  float* scale = reinterpret_cast<float*>(smem + kLayout.project);
+  float* shift = scale + kWidth;
+  project_scale<kThreads>(p.t, 0, kWidth, p.channels, scale, shift);
   if (threadIdx.x < 4) reinterpret_cast<uint32_t*>(smem + kLayout.zero)[threadIdx.x] = 0u;
   if (p.channels < kWidth) {
     const int padding = (kWidth - p.channels) / 8;
@@ -100,14 +74,20 @@ __global__ void __launch_bounds__(fused_tile(kWidth, kDepthwise).threads(), fuse
   // The ring: half step 2j holds W1's chunk j, half step 2j + 1 holds W2's.
   const int chunks = (p.hidden + kChunk - 1) / kChunk;
   unsigned char* ring = smem + kLayout.region + kLayout.hidden;
+  const uint32_t ring_address = ptx::smem_address(ring);
+  const BlockCopy<T, kChunk, kWidth / 8, kThreads, kPitchA> copy_expand(p.t.expand_weight, 0, p.channels);
+  const BlockCopy<T, kWidth, kChunk / 8, kThreads, kPitchP> copy_project(p.t.project_weight, 0, p.hidden);
   auto load_half_step = [&](int h) {
-    if (h < 2 * chunks) {
-      const uint32_t slot = ptx::smem_address(ring + h % kSlots * kLayout.slot);
-      if (h % 2 == 0) {
-        load_expand_chunk<T, kWidth, kChunk, kThreads>(p, slot, h / 2);
-      } else {
-        load_project_chunk<T, kWidth, kChunk, kThreads>(p, slot, h / 2);
-      }
+    const int j = h / 2;
+    const uint32_t slot = ring_address + h % kSlots * kLayout.slot;
+    if (j < chunks && h % 2 == 0) {
+      copy_expand(slot, static_cast<size_t>(j * kChunk) * p.channels, p.hidden - j * kChunk, p.channels);
+      const int unit = j * kChunk + threadIdx.x;
+      const bool valid = p.t.expand_bias != nullptr && unit < p.hidden;
+      if (threadIdx.x < kChunk)  // the biases, behind the chunk
+        ptx::cp_async4(slot + kChunk * kPitchA + threadIdx.x * 4, valid ? p.t.expand_bias + unit : p.t.expand_weight, valid);
+    } else if (j < chunks) {
+      copy_project(slot, j * kChunk, p.channels, p.hidden - j * kChunk);
     }
     ptx::cp_async_commit();
   };
@@ -115,7 +95,7 @@ __global__ void __launch_bounds__(fused_tile(kWidth, kDepthwise).threads(), fuse
   for (int h = 0; h < kSlots - 1; ++h) load_half_step(h);
 
   if (p.has_norm) {
-    layer_norm_rows<T, kPixels, 8, (kWidth + 63) / 64, kThreads>(
+    layer_norm_rows<T, kPixels, 8, (kWidth + 63) / 64, norm_batch(kWidth, kPixels, kThreads), kThreads>(
         smem, kPitchA, p.channels, norm_weight, norm_bias, p.t.eps,
         [&](int row, int chunk, uint4 value) { *reinterpret_cast<uint4*>(smem + row * kPitchA + chunk * 16) = value; });
     __syncthreads();
@@ -209,7 +189,7 @@ __global__ void __launch_bounds__(fused_tile(kWidth, kDepthwise).threads(), fuse
 
   ptx::cp_async_wait<0>();
   __syncwarp();
-  result.add_residual(out, p.t, p.height * p.width);
+  result.add_residual(out, scale + result.channel, shift + result.channel, p.t.sample_scale, p.height * p.width);
   __syncwarp();
   result.store(static_cast<T*>(p.t.y));
 }

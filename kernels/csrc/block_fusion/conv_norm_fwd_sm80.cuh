@@ -28,7 +28,6 @@ __global__ void __launch_bounds__(conv_tile(kDepthwise).threads)
   float* norm_weight = reinterpret_cast<float*>(smem + layout.norm);
   float* norm_bias = norm_weight + p.channels;
   const TileOrigin origin = tile_origin(p.geometry);
-  fill_tile_rows<kTile.pixels, kTile.threads>(p, origin, rows);
   for (int c = threadIdx.x; c < p.channels; c += kTile.threads) {
     norm_weight[c] = p.t.norm_weight ? p.t.norm_weight[c] : 1.f;
     norm_bias[c] = p.t.norm_bias ? p.t.norm_bias[c] : 0.f;
@@ -42,7 +41,7 @@ __global__ void __launch_bounds__(conv_tile(kDepthwise).threads)
     if (pixel >= 0) *reinterpret_cast<uint4*>(output + static_cast<size_t>(pixel) * p.channels + chunk * 8) = value;
   };
   if (p.has_norm) {
-    layer_norm_rows<T, kTile.pixels, kLanes, kChunks, kTile.threads>(smem, pitch, p.channels, norm_weight, norm_bias, p.t.eps,
+    layer_norm_rows<T, kTile.pixels, kLanes, kChunks, 2, kTile.threads>(smem, pitch, p.channels, norm_weight, norm_bias, p.t.eps,
                                                                      store);
   } else {
     const int chunks = p.channels / 8;

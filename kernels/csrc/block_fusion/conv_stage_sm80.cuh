@@ -29,10 +29,15 @@ __device__ __forceinline__ TileOrigin tile_origin(const Geometry& g) {
   return {tile / g.strips * g.tile_height, tile % g.strips * g.tile_width, 0};
 }
 
+// Bit i of a filter's k taps along one axis: position - k / 2 + i lies in [0, extent).
+__device__ __forceinline__ uint32_t inside_window(int position, int extent, int k) {
+  const int low = max(0, k / 2 - position), high = max(low, min(k, extent + k / 2 - position));
+  return ((1u << high) - 1u) & ~((1u << low) - 1u);
+}
+
 template <int kPixels, int kThreads>
 __device__ __forceinline__ void fill_tile_rows(const BlockParams& p, const TileOrigin& origin, const TileRows<kPixels>& rows) {
   const Geometry& g = p.geometry;
-  const int pad = p.kernel_size / 2;
   for (int r = threadIdx.x; r < kPixels; r += kThreads) {
     int row, x, window;
     if (g.tile_height == 1) {
@@ -49,12 +54,11 @@ __device__ __forceinline__ void fill_tile_rows(const BlockParams& p, const TileO
     const int y = row % p.height;
     uint32_t taps = 0;
     if (p.kernel_size <= 5) {  // the depthwise stage finds its rows' limits itself
-      for (int ky = 0; ky < p.kernel_size; ++ky)
-        for (int kx = 0; kx < p.kernel_size; ++kx) {
-          const bool inside = static_cast<unsigned>(y + ky - pad) < static_cast<unsigned>(p.height) &&
-                              static_cast<unsigned>(x + kx - pad) < static_cast<unsigned>(p.width);
-          taps |= static_cast<uint32_t>(inside) << (ky * p.kernel_size + kx);
-        }
+      const int k = p.kernel_size;
+      const uint32_t columns = g.tile_height == 1 ? inside_window(x, p.width, k) : (1u << k) - 1u;  // else zeros in the halo
+      const uint32_t lines = inside_window(y, p.height, k);
+#pragma unroll
+      for (int ky = 0; ky < 5; ++ky) taps |= (lines >> ky) & 1u ? columns << (ky * k) : 0u;
     }
     rows.pixel[r] = valid ? row * p.width + x : -1;
     rows.taps[r] = valid ? taps : 0u;
@@ -69,99 +73,166 @@ __device__ __forceinline__ void load_slice(const BlockParams& p, const TileOrigi
   const Geometry& g = p.geometry;
   const int pad = p.kernel_size / 2;
   const T* x = static_cast<const T*>(p.t.x);
-  for (int i = threadIdx.x; i < g.halo_pixels * kChunks; i += kThreads) {
-    const int h = i / kChunks, chunk = i % kChunks;
-    const int channel = slice * kSlice + chunk * 8;
-    int pixel;
-    bool valid = channel < p.channels;
-    if (g.tile_height == 1) {
-      pixel = origin.pixel - pad * p.width - pad + h;
-      valid = valid && static_cast<unsigned>(pixel) < static_cast<unsigned>(p.pixels);
-    } else {
+  const int chunk = threadIdx.x % kChunks;
+  const int channel = slice * kSlice + chunk * 8;
+  const bool exists = channel < p.channels;
+  x += exists ? channel : 0;
+  uint32_t to = halo + threadIdx.x / kChunks * row_bytes(kSlice) + chunk * 16;
+  if (g.tile_height == 1) {
+    const int first = origin.pixel - pad * p.width - pad;
+#pragma unroll 4
+    for (int h = threadIdx.x / kChunks; h < g.halo_pixels; h += kThreads / kChunks) {
+      const int pixel = first + h;
+      const bool valid = exists && static_cast<unsigned>(pixel) < static_cast<unsigned>(p.pixels);
+      ptx::cp_async16(to, x + static_cast<size_t>(valid ? pixel : 0) * p.channels, valid);
+      to += kThreads / kChunks * row_bytes(kSlice);
+    }
+  } else {
+#pragma unroll 4
+    for (int h = threadIdx.x / kChunks; h < g.halo_pixels; h += kThreads / kChunks) {
       const int halo_row = static_cast<int>((h * g.inverse_pitch) >> 16);
       const int row = origin.row - pad + halo_row;
       const int column = origin.column - pad + h - halo_row * g.pitch;
-      pixel = row * p.width + column;
-      valid = valid && static_cast<unsigned>(row) < static_cast<unsigned>(p.rows) &&
-              static_cast<unsigned>(column) < static_cast<unsigned>(p.width);
+      const bool valid = exists && static_cast<unsigned>(row) < static_cast<unsigned>(p.rows) &&
+                         static_cast<unsigned>(column) < static_cast<unsigned>(p.width);
+      ptx::cp_async16(to, x + static_cast<size_t>(valid ? row * p.width + column : 0) * p.channels, valid);
+      to += kThreads / kChunks * row_bytes(kSlice);
     }
-    const T* source = valid ? x + static_cast<size_t>(pixel) * p.channels + channel : x;
-    ptx::cp_async16(halo + h * row_bytes(kSlice) + chunk * 16, source, valid);
   }
 }
 
-// Grouped convolution of one slice on tensor cores. One item is one group of channels for half of the tile's rows. Group width
-// 8: two taps make one k = 16 (the last one alone, against zero weights); group width 16: one tap is one k = 16.
-template <typename T, int kTaps1d, int kGroup, int kPixels, int kSlice, int kThreads>
-__device__ __forceinline__ void grouped_conv_slice(const BlockParams& p, uint32_t halo, uint32_t zero,
-                                                   const TileRows<kPixels>& rows, unsigned char* a, int a_pitch, int slice) {
-  constexpr int kTaps = kTaps1d * kTaps1d;
-  constexpr int kPair = kGroup == 8 ? 2 : 1;
-  constexpr int kSteps = (kTaps + kPair - 1) / kPair;
-  constexpr int kColumns = kGroup / 8;  // n8 blocks
-  constexpr int kBlocks = kPixels / 32;  // m16 blocks an item
-  constexpr int kUnroll = kSteps <= 13 ? kSteps : 5;
+// B fragments of one group's filter: kSteps k16 steps of kColumns n8 blocks. Group width 8: two taps make one k = 16 (the last
+// one alone, against zero weights); group width 16: one tap is one k = 16.
+template <typename T, int kTaps1d, int kGroup>
+struct GroupFilter {
+  static constexpr int kTaps = kTaps1d * kTaps1d;
+  static constexpr int kPair = kGroup == 8 ? 2 : 1;
+  static constexpr int kSteps = (kTaps + kPair - 1) / kPair;
+  static constexpr int kColumns = kGroup / 8;
+  static constexpr bool kWhole = kSteps * kColumns <= 5;  // small enough to hold two of them in registers
+  uint32_t b[kWhole ? kSteps : 1][kColumns][2];
+  float bias[kColumns][2];
+
+  __device__ __forceinline__ void load_step(const BlockParams& p, int channel, int step, uint32_t (&to)[kColumns][2]) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, tap = step * kPair;
+    const T* w = static_cast<const T*>(p.t.conv_weight) + (tap * p.channels + channel + g) * kGroup + t * 2;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      to[n][0] = __ldg(reinterpret_cast<const uint32_t*>(w + n * 8 * kGroup));
+      if (kGroup == 16) {
+        to[n][1] = __ldg(reinterpret_cast<const uint32_t*>(w + n * 8 * kGroup + 8));
+      } else {
+        to[n][1] = tap + 1 < kTaps ? __ldg(reinterpret_cast<const uint32_t*>(w + p.channels * kGroup)) : 0u;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load(const BlockParams& p, int channel) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const int c = channel + n * 8 + threadIdx.x % 4 * 2;
+      bias[n][0] = p.t.conv_bias ? __ldg(p.t.conv_bias + c) : 0.f;
+      bias[n][1] = p.t.conv_bias ? __ldg(p.t.conv_bias + c + 1) : 0.f;
+    }
+    if constexpr (kWhole) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) load_step(p, channel, step, b[step]);
+    }
+  }
+};
+
+// Grouped convolution of one slice on tensor cores. A warp keeps half of the tile's rows and walks over groups of channels; the
+// next group's filter is fetched under this one's products. kMasked: some tap of these rows lies outside the image.
+template <typename T, int kTaps1d, int kGroup, int kPixels, int kSlice, int kThreads, bool kMasked>
+__device__ __forceinline__ void grouped_conv_rows(const BlockParams& p, const uint32_t (&base)[kPixels / 32],
+                                                  const uint32_t (&taps)[kPixels / 32], uint32_t zero, unsigned char* a,
+                                                  int a_pitch, int slice) {
+  using Filter = GroupFilter<T, kTaps1d, kGroup>;
+  constexpr int kColumns = Filter::kColumns;
+  constexpr int kBlocks = kPixels / 32;  // m16 blocks of half a tile
+  constexpr bool kPrefetch = Filter::kWhole;
+  constexpr int kUnroll = kPrefetch ? Filter::kSteps : kTaps1d;
   constexpr int kPixelBytes = row_bytes(kSlice);
+  constexpr int kWarps = kThreads / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int half = lane / 16;  // which k half of A this lane addresses
   const int g = lane / 4, t = lane % 4;
-  const T* weight = static_cast<const T*>(p.t.conv_weight);
 
-  for (int item = warp; item < kSlice / kGroup * 2; item += kThreads / 32) {
-    const int local = item / 2 * kGroup;
+  const int end = min(kSlice, p.channels - slice * kSlice);
+  int local = warp / 2 * kGroup;
+  Filter filter, next;
+  if (kPrefetch && local < end) filter.load(p, slice * kSlice + local);
+  for (; local < end; local += kWarps / 2 * kGroup) {
     const int channel = slice * kSlice + local;
-    const int first = item % 2 * kBlocks;
-    uint32_t base[kBlocks], taps[kBlocks];
+    if constexpr (kPrefetch) {
+      if (local + kWarps / 2 * kGroup < end) next.load(p, channel + kWarps / 2 * kGroup);
+    } else {
+      filter.load(p, channel);
+    }
     float acc[kBlocks][kColumns][4];
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      const int r = (first + i) * 16 + lane % 16;
-      base[i] = halo + rows.window[r] * kPixelBytes + local * 2 + (kGroup == 16 ? half * 16 : 0);
-      taps[i] = rows.taps[r] >> (kGroup == 8 ? half : 0);
-    }
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-      const int c = channel + n * 8 + t * 2;
-      const float b0 = p.t.conv_bias ? p.t.conv_bias[c] : 0.f, b1 = p.t.conv_bias ? p.t.conv_bias[c + 1] : 0.f;
+    for (int n = 0; n < kColumns; ++n)
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
-        acc[i][n][0] = acc[i][n][2] = b0;
-        acc[i][n][1] = acc[i][n][3] = b1;
+        acc[i][n][0] = acc[i][n][2] = filter.bias[n][0];
+        acc[i][n][1] = acc[i][n][3] = filter.bias[n][1];
       }
-    }
 #pragma unroll kUnroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int tap = step * kPair;
+    for (int step = 0; step < Filter::kSteps; ++step) {
       uint32_t b[kColumns][2];
-#pragma unroll
-      for (int n = 0; n < kColumns; ++n) {
-        const T* w = weight + (static_cast<size_t>(tap) * p.channels + channel + n * 8 + g) * kGroup + t * 2;
-        b[n][0] = __ldg(reinterpret_cast<const uint32_t*>(w));
-        if (kGroup == 16) {
-          b[n][1] = __ldg(reinterpret_cast<const uint32_t*>(w + 8));
-        } else {
-          b[n][1] = tap + 1 < kTaps ? __ldg(reinterpret_cast<const uint32_t*>(w + static_cast<size_t>(p.channels) * kGroup)) : 0u;
-        }
-      }
+      if constexpr (!kPrefetch) filter.load_step(p, channel, step, b);
+      const int tap = step * Filter::kPair;
       const int this_tap = (tap / kTaps1d * p.geometry.pitch + tap % kTaps1d) * kPixelBytes;
       const int next_tap = ((tap + 1) / kTaps1d * p.geometry.pitch + (tap + 1) % kTaps1d) * kPixelBytes;
-      const int offset = kGroup == 8 && half ? next_tap : this_tap;
+      // Beyond the last tap any address in the halo does: its weights are zero, but what it reads must be finite.
+      const bool beyond = kGroup == 8 && tap + 1 >= Filter::kTaps;
+      const int offset = (kGroup == 8 && half && !beyond ? next_tap : this_tap) + local * 2;
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
         uint32_t fragment[4];
-        ptx::ldmatrix_x4(fragment, (taps[i] >> tap) & 1u ? base[i] + offset : zero);
+        const bool inside = !kMasked || (taps[i] >> tap) & 1u;
+        ptx::ldmatrix_x4(fragment, inside ? base[i] + offset : zero);
 #pragma unroll
-        for (int n = 0; n < kColumns; ++n) ptx::mma_16816<T>(acc[i][n], fragment, b[n][0], b[n][1]);
+        for (int n = 0; n < kColumns; ++n) {
+          if constexpr (kPrefetch) {
+            ptx::mma_16816<T>(acc[i][n], fragment, filter.b[step][n][0], filter.b[step][n][1]);
+          } else {
+            ptx::mma_16816<T>(acc[i][n], fragment, b[n][0], b[n][1]);
+          }
+        }
       }
     }
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i)
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
-        unsigned char* out = a + ((first + i) * 16 + g) * a_pitch + (channel + n * 8 + t * 2) * 2;
+        unsigned char* out = a + ((warp % 2 * kBlocks + i) * 16 + g) * a_pitch + (channel + n * 8 + t * 2) * 2;
         *reinterpret_cast<uint32_t*>(out) = ptx::pack2<T>(acc[i][n][0], acc[i][n][1]);
         *reinterpret_cast<uint32_t*>(out + 8 * a_pitch) = ptx::pack2<T>(acc[i][n][2], acc[i][n][3]);
       }
+    if constexpr (kPrefetch) filter = next;
+  }
+}
+
+template <typename T, int kTaps1d, int kGroup, int kPixels, int kSlice, int kThreads>
+__device__ __forceinline__ void grouped_conv_slice(const BlockParams& p, uint32_t halo, uint32_t zero,
+                                                   const TileRows<kPixels>& rows, unsigned char* a, int a_pitch, int slice) {
+  constexpr int kBlocks = kPixels / 32;
+  const int lane = threadIdx.x % 32, half = lane / 16;
+  uint32_t base[kBlocks], taps[kBlocks];
+  bool all = true;
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+    const int r = (threadIdx.x / 32 % 2 * kBlocks + i) * 16 + lane % 16;
+    base[i] = halo + rows.window[r] * row_bytes(kSlice) + (kGroup == 16 ? half * 16 : 0);
+    taps[i] = rows.taps[r];
+    all = all && taps[i] == (1u << (kTaps1d * kTaps1d)) - 1u;
+    taps[i] >>= kGroup == 8 ? half : 0;
+  }
+  if (__all_sync(0xffffffffu, all)) {
+    grouped_conv_rows<T, kTaps1d, kGroup, kPixels, kSlice, kThreads, false>(p, base, taps, zero, a, a_pitch, slice);
+  } else {
+    grouped_conv_rows<T, kTaps1d, kGroup, kPixels, kSlice, kThreads, true>(p, base, taps, zero, a, a_pitch, slice);
   }
 }
 
@@ -170,7 +241,7 @@ __device__ __forceinline__ void grouped_conv_slice(const BlockParams& p, uint32_
 template <typename T, int kPixels, int kSlice, int kThreads>
 __device__ __forceinline__ void depthwise_conv_slice(const BlockParams& p, const TileOrigin& origin, const unsigned char* halo,
                                                      unsigned char* a, int a_pitch, int slice) {
-  constexpr int kK = 7, kPad = 3, kPairs = kSlice / 2, kBlocks = kPixels / 16;
+  constexpr int kK = 7, kPairs = kSlice / 2, kBlocks = kPixels / 16;
   constexpr int kPixelBytes = row_bytes(kSlice);
   const Geometry& g = p.geometry;
   const int blocks_across = g.tile_width / 4;
@@ -191,8 +262,7 @@ __device__ __forceinline__ void depthwise_conv_slice(const BlockParams& p, const
     int y = (origin.row + by) % p.height;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int low = max(0, kPad - y), high = min(kK, p.height + kPad - y);
-      inside[i] = ((1u << high) - 1u) & ~((1u << low) - 1u);
+      inside[i] = inside_window(y, p.height, kK);
       y = y + 1 == p.height ? 0 : y + 1;
     }
 
@@ -247,6 +317,7 @@ __device__ __forceinline__ void conv_stage(const BlockParams& p, const TileOrigi
     if (s < slices) load_slice<T, kSlice, kThreads>(p, origin, ring + s * slice_bytes, s);
     ptx::cp_async_commit();
   }
+  fill_tile_rows<kPixels, kThreads>(p, origin, rows);  // while the copies fly
   int buffer = 0;
   for (int s = 0; s < slices; ++s) {
     ptx::cp_async_wait(p.buffers - 1);
@@ -272,51 +343,78 @@ __device__ __forceinline__ void conv_stage(const BlockParams& p, const TileOrigi
   }
 }
 
-// LayerNorm over channels of every row, in fp32, kLanes lanes a row; weight and bias are float [channels] in shared memory.
-// `store(row, chunk, value)` receives eight normalised channels at a time.
-template <typename T, int kPixels, int kLanes, int kChunks, int kThreads, typename Store>
+// LayerNorm over channels of every row, in fp32, kLanes lanes a row and kBatch rows at once, so that one row's shuffles hide
+// another's; weight and bias are float [channels] in shared memory. `store(row, chunk, value)` receives eight normalised
+// channels at a time.
+template <typename T, int kPixels, int kLanes, int kChunks, int kBatch, int kThreads, typename Store>
 __device__ __forceinline__ void layer_norm_rows(const unsigned char* a, int a_pitch, int channels, const float* weight,
                                                 const float* bias, float eps, Store store) {
   constexpr int kRowsAtOnce = kThreads / kLanes;
+  static_assert(kPixels % (kRowsAtOnce * kBatch) == 0, "whole warps shuffle");
   const int part = threadIdx.x % kLanes;
-  for (int row = threadIdx.x / kLanes; row < kPixels; row += kRowsAtOnce) {
-    float v[kChunks][8];
-    float sum = 0.f;
+  const float inverse = 1.f / channels;
+  for (int first = threadIdx.x / kLanes; first < kPixels; first += kRowsAtOnce * kBatch) {
+    float v[kBatch][kChunks][8], sum[kBatch], square[kBatch];
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      const int chunk = part + i * kLanes;
-      uint4 raw = make_uint4(0, 0, 0, 0);
-      if (chunk * 8 < channels) raw = *reinterpret_cast<const uint4*>(a + row * a_pitch + chunk * 16);
-      const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+    for (int r = 0; r < kBatch; ++r) {
+      sum[r] = 0.f;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 f = ptx::unpack2<T>(words[j]);
-        v[i][2 * j] = f.x;
-        v[i][2 * j + 1] = f.y;
-        sum += f.x + f.y;
+      for (int i = 0; i < kChunks; ++i) {
+        const int chunk = part + i * kLanes;
+        uint4 raw = make_uint4(0, 0, 0, 0);
+        if (chunk * 8 < channels) raw = *reinterpret_cast<const uint4*>(a + (first + r * kRowsAtOnce) * a_pitch + chunk * 16);
+        const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float2 f = ptx::unpack2<T>(words[j]);
+          v[r][i][2 * j] = f.x;
+          v[r][i][2 * j + 1] = f.y;
+          sum[r] += f.x + f.y;
+        }
       }
     }
 #pragma unroll
-    for (int d = 1; d < kLanes; d *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-    const float mean = sum / channels;
-    float square = 0.f;
+    for (int d = 1; d < kLanes; d *= 2)
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i)
-      if ((part + i * kLanes) * 8 < channels)
+      for (int r = 0; r < kBatch; ++r) sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], d);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) square = fmaf(v[i][j] - mean, v[i][j] - mean, square);
+    for (int r = 0; r < kBatch; ++r) {
+      const float mean = sum[r] * inverse;
+      square[r] = 0.f;
 #pragma unroll
-    for (int d = 1; d < kLanes; d *= 2) square += __shfl_xor_sync(0xffffffffu, square, d);
-    const float scale = rsqrtf(square / channels + eps);
+      for (int i = 0; i < kChunks; ++i)
+        if ((part + i * kLanes) * 8 < channels)
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            v[r][i][j] -= mean;
+            square[r] = fmaf(v[r][i][j], v[r][i][j], square[r]);
+          }
+    }
+#pragma unroll
+    for (int d = 1; d < kLanes; d *= 2)
+#pragma unroll
+      for (int r = 0; r < kBatch; ++r) square[r] += __shfl_xor_sync(0xffffffffu, square[r], d);
+#pragma unroll
+    for (int r = 0; r < kBatch; ++r) square[r] = rsqrtf(fmaf(square[r], inverse, eps));
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       const int chunk = part + i * kLanes;
       if (chunk * 8 >= channels) continue;
-      float n[8];
+      float scale[8], shift[8];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) n[j] = (v[i][j] - mean) * scale * weight[chunk * 8 + j] + bias[chunk * 8 + j];
-      store(row, chunk, make_uint4(ptx::pack2<T>(n[0], n[1]), ptx::pack2<T>(n[2], n[3]), ptx::pack2<T>(n[4], n[5]),
-                                   ptx::pack2<T>(n[6], n[7])));
+      for (int j = 0; j < 8; ++j) {
+        scale[j] = weight[chunk * 8 + j];
+        shift[j] = bias[chunk * 8 + j];
+      }
+#pragma unroll
+      for (int r = 0; r < kBatch; ++r) {
+        uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          words[j] = ptx::pack2<T>(fmaf(v[r][i][2 * j] * square[r], scale[2 * j], shift[2 * j]),
+                                   fmaf(v[r][i][2 * j + 1] * square[r], scale[2 * j + 1], shift[2 * j + 1]));
+        store(first + r * kRowsAtOnce, chunk, make_uint4(words[0], words[1], words[2], words[3]));
+      }
     }
   }
 }

@@ -3,15 +3,16 @@
 //
 //            K                          N
 //        +--------+               +-----------+
-//      M |  A     |  W [N x K]    |  4 or 8   |   expand:  h = act(A W^T + bias)
+//      M |  A     |  W [N x K]    |  8 or 16  |   expand:  h = act(A W^T + bias)
 //        | slices |  ---------->  |  warps    |   project: y = x + scale (A W^T + bias)
 //        +--------+               +-----------+
 //
-//   A and W slices of 32     shared, ring of stages    stages x (tile_m + tile_n) x 32
+//   A and W slices of 64     shared, ring of stages    stages x (tile_m + tile_n) x 64
 //   result                   registers, fp32           a warp's rows x columns
 //   x, then the result       shared, over the ring     tile_m x tile_n
 #pragma once
 
+#include "copy_stage_sm80.cuh"
 #include "launch_sm80.h"
 #include "matmul_stage_sm80.cuh"
 
@@ -28,22 +29,19 @@ __global__ void __launch_bounds__(linear_tile(kTile).threads(), linear_tile(kTil
   const int warp_m = warp / kShape.warps_n, warp_n = warp % kShape.warps_n;
   const int tiles_n = (p.columns + kShape.n - 1) / kShape.n;
   const int tile_row = blockIdx.x / tiles_n * kShape.m, tile_column = blockIdx.x % tiles_n * kShape.n;
-  const T* a = static_cast<const T*>(p.a);
-  const T* weight = static_cast<const T*>(p.weight);
   const uint32_t ring = ptx::smem_address(smem);
-
+  const BlockCopy<T, kShape.m, kChunks, kShape.threads(), kPitch> copy_a(p.a, tile_row, p.depth);
+  const BlockCopy<T, kShape.n, kChunks, kShape.threads(), kPitch> copy_weight(p.weight, tile_column, p.depth);
   auto load = [&](int slice) {
     const uint32_t stage = ring + slice % kShape.stages * kShape.stage_bytes();
-    for (int i = threadIdx.x; i < (kShape.m + kShape.n) * kChunks; i += kShape.threads()) {
-      const int row = i / kChunks, k = slice * kShape.depth + i % kChunks * 8;
-      const bool is_a = row < kShape.m;
-      const int global_row = is_a ? tile_row + row : tile_column + row - kShape.m;
-      const bool valid = k < p.depth && global_row < (is_a ? p.rows : p.columns);
-      const T* base = is_a ? a : weight;
-      ptx::cp_async16(stage + row * kPitch + i % kChunks * 16, valid ? base + static_cast<size_t>(global_row) * p.depth + k : base,
-                      valid);
-    }
+    const int k = slice * kShape.depth;
+    copy_a(stage, k, p.rows - tile_row, p.depth - k);
+    copy_weight(stage + kShape.m * kPitch, k, p.columns - tile_column, p.depth - k);
   };
+
+  float* scale = reinterpret_cast<float*>(smem + kShape.vectors_offset());
+  float* shift = scale + kShape.n;
+  if constexpr (kProject) project_scale<kShape.threads()>(p.t, tile_column, kShape.n, p.columns, scale, shift);
 
   float acc[kRows][kColumns][4];
 #pragma unroll
@@ -83,7 +81,7 @@ __global__ void __launch_bounds__(linear_tile(kTile).threads(), linear_tile(kTil
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     __syncwarp();
-    result.add_residual(acc, p.t, p.image_pixels);
+    result.add_residual(acc, scale + warp_n * kColumns * 8, shift + warp_n * kColumns * 8, p.t.sample_scale, p.image_pixels);
   } else {
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {

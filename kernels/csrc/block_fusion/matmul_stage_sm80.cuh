@@ -67,17 +67,28 @@ __device__ __forceinline__ void activate(float (&s)[kRows][kColumns][4], int act
 #pragma unroll
     for (int m = 0; m < kRows; ++m)
 #pragma unroll
-      for (int n = 0; n < kColumns; ++n) {
-        function(s[m][n][0], s[m][n][1]);
-        function(s[m][n][2], s[m][n][3]);
-      }
+      for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[m][n][i] = function(s[m][n][i]);
   };
   if (activation == static_cast<int>(Activation::kSilu)) {
-    each([](float& x, float& y) { silu_pair(x, y); });
+    each([](float x) { return silu(x); });
   } else if (activation == static_cast<int>(Activation::kGelu)) {
-    each([](float& x, float& y) { gelu_pair(x, y); });
+    each([](float x) { return gelu(x); });
   } else {
-    each([](float& x, float& y) { relu_pair(x, y); });
+    each([](float x) { return relu(x); });
+  }
+}
+
+// Layer scale and bias of the projection as one multiply-add a channel, in shared memory: scale acc + shift, for `count`
+// channels from `first` on; zeros beyond the tensor's channels.
+template <int kThreads>
+__device__ __forceinline__ void project_scale(const Tensors& t, int first, int count, int channels, float* scale, float* shift) {
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const int c = first + i;
+    const float s = c >= channels ? 0.f : t.layer_scale ? t.layer_scale[c] : 1.f;
+    scale[i] = s;
+    shift[i] = c < channels && t.project_bias ? s * t.project_bias[c] : 0.f;
   }
 }
 
@@ -94,6 +105,7 @@ struct ResultTile {
 
   // Starts copying x into the stage; the caller commits.
   __device__ __forceinline__ void load(const T* x) const {
+#pragma unroll 4
     for (int i = threadIdx.x % 32; i < kChunks; i += 32) {
       const int row = i / kColumns, c = channel + i % kColumns * 8;
       const int pixel = row_pixel(row);
@@ -104,6 +116,7 @@ struct ResultTile {
   }
 
   __device__ __forceinline__ void store(T* y) const {
+#pragma unroll 4
     for (int i = threadIdx.x % 32; i < kChunks; i += 32) {
       const int row = i / kColumns, c = channel + i % kColumns * 8;
       const int pixel = row_pixel(row);
@@ -113,33 +126,30 @@ struct ResultTile {
     }
   }
 
-  // stage = stage + sample_scale * layer_scale * (acc + bias), rounded once.
-  __device__ __forceinline__ void add_residual(const float (&acc)[kRows][kColumns][4], const Tensors& t, int image_pixels) const {
+  // stage = stage + sample_scale * (scale * acc + shift), rounded once; see project_scale.
+  __device__ __forceinline__ void add_residual(const float (&acc)[kRows][kColumns][4], const float* scale, const float* shift,
+                                               const float* sample_scale, int image_pixels) const {
     const int lane = threadIdx.x % 32;
     float sample[kRows][2];
 #pragma unroll
     for (int m = 0; m < kRows; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int pixel = t.sample_scale ? row_pixel(m * 16 + half * 8 + lane / 4) : -1;
-        sample[m][half] = pixel >= 0 ? t.sample_scale[pixel / image_pixels] : 1.f;
+        const int pixel = sample_scale ? row_pixel(m * 16 + half * 8 + lane / 4) : -1;
+        sample[m][half] = pixel >= 0 ? sample_scale[pixel / image_pixels] : 1.f;
       }
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
-      const int c = channel + n * 8 + lane % 4 * 2;
-      if (c >= channels) continue;
-      const float b0 = t.project_bias ? __ldg(t.project_bias + c) : 0.f;
-      const float b1 = t.project_bias ? __ldg(t.project_bias + c + 1) : 0.f;
-      const float s0 = t.layer_scale ? __ldg(t.layer_scale + c) : 1.f;
-      const float s1 = t.layer_scale ? __ldg(t.layer_scale + c + 1) : 1.f;
+      const float2 s = *reinterpret_cast<const float2*>(scale + n * 8 + lane % 4 * 2);
+      const float2 b = *reinterpret_cast<const float2*>(shift + n * 8 + lane % 4 * 2);
 #pragma unroll
       for (int m = 0; m < kRows; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           uint32_t* word = reinterpret_cast<uint32_t*>(stage + (m * 16 + half * 8 + lane / 4) * pitch + n * 16 + lane % 4 * 4);
           const float2 x = ptx::unpack2<T>(*word);
-          *word = ptx::pack2<T>(x.x + sample[m][half] * s0 * (acc[m][n][2 * half] + b0),
-                                x.y + sample[m][half] * s1 * (acc[m][n][2 * half + 1] + b1));
+          *word = ptx::pack2<T>(fmaf(sample[m][half], fmaf(acc[m][n][2 * half], s.x, b.x), x.x),
+                                fmaf(sample[m][half], fmaf(acc[m][n][2 * half + 1], s.y, b.y), x.y));
         }
     }
   }

@@ -33,14 +33,22 @@ struct FusedTile {
 CONVFIRST_HOST_DEVICE constexpr FusedTile fused_tile(int width, bool depthwise) {
   switch (width) {
     case 32: return {2, 4, 1, 64, 3, 3, 32};
-    case 48: return {2, 4, 1, 64, 3, 2, 32};
-    case 64: return {2, 4, 1, 64, 3, 2, depthwise ? 32 : 64};
-    case 96: return {2, 4, 1, 64, 3, 2, 32};
+    case 48: return {2, 4, 1, 32, 4, 3, 32};
+    case 64: return {2, 4, 1, 32, 4, 3, depthwise ? 32 : 64};
+    case 96: return {2, 4, 1, 32, 4, 3, 32};
     case 128: return {2, 4, 1, 64, 3, 2, depthwise ? 32 : 64};
-    case 192: return {2, 4, 2, 64, 3, 1, 64};
-    case 256: return depthwise ? FusedTile{4, 2, 4, 64, 3, 1, 64} : FusedTile{3, 2, 4, 128, 2, 1, 64};
+    case 192: return {2, 2, 2, 64, 2, 2, 64};
+    case 256: return depthwise ? FusedTile{4, 2, 4, 64, 3, 1, 64} : FusedTile{2, 3, 4, 128, 2, 1, 64};
     default: return {2, 2, 4, 64, 2, 1, depthwise ? 128 : 64};
   }
+}
+
+// Rows that a thread of the fused LayerNorm holds at once: as many as fit 64 registers and divide its rows.
+CONVFIRST_HOST_DEVICE constexpr int norm_batch(int width, int pixels, int threads) {
+  const int rows = pixels / (threads / 8);
+  int batch = 64 / ((width + 63) / 64 * 8);
+  while (batch > 1 && (batch > rows || rows % batch != 0)) --batch;
+  return batch < 1 ? 1 : batch;
 }
 
 // Rows of 16-bit elements in shared memory are padded by 16 bytes: for widths that are multiples of 16 eight consecutive
@@ -49,7 +57,7 @@ CONVFIRST_HOST_DEVICE constexpr int row_bytes(int elements) { return 2 * element
 
 // Byte offsets in a block's shared memory; the region holds the convolution's input slices first, then P and the ring.
 struct FusedLayout {
-  int pixel, taps, window, norm, zero, region, hidden, slot, end;
+  int pixel, taps, window, norm, project, zero, region, hidden, slot, end;
 };
 
 CONVFIRST_HOST_DEVICE constexpr FusedLayout fused_layout(int width, bool depthwise) {
@@ -59,7 +67,8 @@ CONVFIRST_HOST_DEVICE constexpr FusedLayout fused_layout(int width, bool depthwi
   l.taps = l.pixel + 4 * t.pixels();
   l.window = l.taps + 4 * t.pixels();
   l.norm = l.window + 4 * t.pixels();
-  l.zero = l.norm + 8 * width;
+  l.project = l.norm + 8 * width;
+  l.zero = l.project + 8 * width;
   l.region = (l.zero + 16 + 127) / 128 * 128;
   l.hidden = t.warps_n > 1 ? t.pixels() * row_bytes(t.hidden_chunk) : 0;
   const int first = t.hidden_chunk * (row_bytes(width) + 4);
@@ -75,7 +84,7 @@ struct ConvTile {
 };
 
 CONVFIRST_HOST_DEVICE constexpr ConvTile conv_tile(bool depthwise) {
-  return depthwise ? ConvTile{16, 64, 128, 1536} : ConvTile{32, 128, 32, 1024};
+  return depthwise ? ConvTile{16, 64, 128, 1536} : ConvTile{32, 256, 128, 1024};
 }
 
 struct ConvLayout {

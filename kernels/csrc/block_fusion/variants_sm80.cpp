@@ -8,7 +8,14 @@ namespace convfirst::block_fusion {
 namespace sm80 {
 namespace {
 
+// The cost model, fitted to the H200's measured times (NOTES.md, "Portable path"): multiply-adds a clock a multiprocessor sustains
+// in each stage, and the clocks of a tile's fixed part. Grouped convolution is counted by taps, not by group width.
 constexpr double kClockMhz = 1700;
+constexpr double kFusedRate = 520;
+constexpr double kLinearRate = 650;
+constexpr double kGroupedRate = 512;
+constexpr double kDepthwiseRate = 56;
+constexpr double kTileClocks = 3500;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -65,13 +72,13 @@ struct FusedRow {
 
   // A tile's products at a rate of multiply-adds a clock, its convolution, and a fixed part; the blocks of a multiprocessor share it.
   static double cost(const Problem& p, const Device& d, const Config& c) {
-    const double products = 2.0 * c.tile_pixels * kWidth * (ceil_div(p.hidden, kTile.hidden_chunk) * kTile.hidden_chunk) / 800;
+    const double products = 2.0 * c.tile_pixels * kWidth * (ceil_div(p.hidden, kTile.hidden_chunk) * kTile.hidden_chunk) / kFusedRate;
     const double taps = p.kernel_size * p.kernel_size;
-    const double conv = c.tile_pixels * kWidth * taps / (kDepthwise ? 64 : 512);
+    const double conv = c.tile_pixels * kWidth * taps / (kDepthwise ? kDepthwiseRate : kGroupedRate);
     const int blocks = std::max(1, std::min(kTile.min_blocks, (d.max_shared_memory + 1024) / (c.shared_memory + 1024)));
     const int64_t resident = std::min<int64_t>(blocks, ceil_div(c.grid, d.multiprocessors));
     const int64_t waves = ceil_div(c.grid, d.multiprocessors * resident);
-    return 3 + waves * resident * (products + conv + 1500) / kClockMhz;
+    return 3 + waves * resident * (products + conv + kTileClocks) / kClockMhz;
   }
 
   static int launch(const Problem& p, const Tensors& t, const Config& c, void*, cudaStream_t stream) {
@@ -89,6 +96,13 @@ struct FusedRow {
   static constexpr Variant row(const char* name) { return {name, 80, 999, supports, configure, cost, launch, kernel}; }
 };
 
+// Below 512 channels the hidden tensor stays on the chip wherever a device's shared memory allows it.
+bool one_launch_covers(const Problem& p, const Device& d) {
+  return FusedRow<32, false>::supports(p, d) || FusedRow<64, false>::supports(p, d) || FusedRow<96, false>::supports(p, d) ||
+         FusedRow<128, false>::supports(p, d) || FusedRow<192, false>::supports(p, d) || FusedRow<256, false>::supports(p, d) ||
+         FusedRow<384, false>::supports(p, d) || FusedRow<128, true>::supports(p, d) || FusedRow<384, true>::supports(p, d);
+}
+
 // ---- convolution and LayerNorm, then two linear layers ----
 
 template <bool kDepthwise, int kExpandTile, int kProjectTile>
@@ -104,7 +118,7 @@ struct SplitRow {
   }
 
   static bool supports(const Problem& p, const Device& d) {
-    if (!within_operator(p, kDepthwise, kConv.max_channels)) return false;
+    if (!within_operator(p, kDepthwise, kConv.max_channels) || one_launch_covers(p, d)) return false;
     const Geometry g = choose_geometry(p, kConv.pixels, kDepthwise);
     return g.tiles > 0 && std::max(linear_shared_memory(), conv_shared_memory(p, g, 1)) <= d.max_shared_memory;
   }
@@ -112,7 +126,7 @@ struct SplitRow {
   static Config configure(const Problem& p, const Device& d) {
     const Geometry g = choose_geometry(p, kConv.pixels, kDepthwise);
     const int region = conv_layout(p.channels, kDepthwise).region;
-    const int budget = std::min(d.max_shared_memory, std::max(linear_shared_memory(), conv_shared_memory(p, g, 2)));
+    const int budget = std::min(d.max_shared_memory, conv_shared_memory(p, g, kDepthwise ? 1 : 4));
     const int buffers = slice_buffers(p, g, kConv.slice, region, budget);
     Config c{};
     c.tile_height = g.tile_height;
@@ -134,13 +148,13 @@ struct SplitRow {
     const int64_t tiles = ceil_div(rows, t.m) * ceil_div(columns, t.n);
     const int64_t resident = std::min<int64_t>(t.min_blocks, ceil_div(tiles, d.multiprocessors));
     const int64_t waves = ceil_div(tiles, d.multiprocessors * resident);
-    return 2 + waves * resident * (static_cast<double>(t.m) * t.n * depth / 800 + 1200) / kClockMhz;
+    return 2 + waves * resident * (static_cast<double>(t.m) * t.n * depth / kLinearRate + 2000) / kClockMhz;
   }
 
   static double cost(const Problem& p, const Device& d, const Config& c) {
     const int64_t pixels = p.batch * p.height * p.width;
     const double taps = p.kernel_size * p.kernel_size;
-    const double conv = c.tile_pixels * p.channels * taps / (kDepthwise ? 30 : 256) + 1500;
+    const double conv = c.tile_pixels * p.channels * taps / (kDepthwise ? kDepthwiseRate / 2 : kGroupedRate / 2) + kTileClocks;
     return 4 + ceil_div(c.grid, d.multiprocessors) * conv / kClockMhz +
            linear_cost(d, linear_tile(kExpandTile), pixels, p.hidden, p.channels) +
            linear_cost(d, linear_tile(kProjectTile), pixels, p.channels, p.hidden) + pixels * p.hidden * 4.0 / 3e6;
@@ -193,13 +207,9 @@ constexpr Variant kRows[] = {
     FusedRow<256, true>::row("sm80_convnext_c256"),
     FusedRow<384, true>::row("sm80_convnext_c384"),
     SplitRow<false, 0, 0>::row("sm80_conv_first_split_128x128"),
-    SplitRow<false, 1, 1>::row("sm80_conv_first_split_192x128"),
-    SplitRow<false, 2, 2>::row("sm80_conv_first_split_128x256"),
-    SplitRow<false, 3, 3>::row("sm80_conv_first_split_96x128"),
+    SplitRow<false, 1, 1>::row("sm80_conv_first_split_96x128"),
     SplitRow<true, 0, 0>::row("sm80_convnext_split_128x128"),
-    SplitRow<true, 1, 1>::row("sm80_convnext_split_192x128"),
-    SplitRow<true, 2, 2>::row("sm80_convnext_split_128x256"),
-    SplitRow<true, 3, 3>::row("sm80_convnext_split_96x128"),
+    SplitRow<true, 1, 1>::row("sm80_convnext_split_96x128"),
 };
 
 }  // namespace
