@@ -178,7 +178,7 @@ def _explain_problem(problem: Problem, device: Device, path: str) -> str:
         if row["name"] == answer["chosen"]:
             lines.append(f"  runs  {row['name']}: {_describe(row, device)}")
         else:
-            why = row["refusal"] or f"estimated {row['cost_us']:.1f} us, slower; {_describe(row, device)}"
+            why = row["refusal"] or f"slower; {_describe(row, device)}"
             lines.append(f"  not   {row['name']}: {why}")
     return "\n".join(lines)
 
