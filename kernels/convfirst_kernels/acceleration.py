@@ -61,12 +61,12 @@ class FusedForward:
         fits = kept is not None and kept.conv_weight.dtype == dtype and kept.conv_weight.device == device
         if torch.compiler.is_compiling():
             # A traced program can't look at version counters: only weights declared frozen outlive its calls.
-            return kept if fits and self.frozen else parts.pack(dtype)
+            return kept if fits and self.frozen else parts.pack(dtype, absorb=True)
         key = None if self.frozen else tuple(_state(tensor) for tensor in tensors)
         if fits and key == self.key:
             return kept
         with torch.inference_mode(False), torch.no_grad():
-            packed = parts.pack(dtype)
+            packed = parts.pack(dtype, absorb=True)
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # a captured packing has not run yet
             self.packed, self.key = packed, key
         return packed

@@ -41,16 +41,27 @@ class Parts:
         found += [t for norm in self.batch_norms for t in (norm.running_mean, norm.running_var)]
         return found if self.scale is None else [*found, self.scale]
 
-    def pack(self, dtype: torch.dtype) -> BlockWeights:
-        """The operator's weights for inputs of ``dtype``, batch norms folded in float32. Differentiable."""
+    def pack(self, dtype: torch.dtype, absorb: bool = False) -> BlockWeights:
+        """The operator's weights for inputs of ``dtype``, batch norms folded in float32. Differentiable.
+
+        ``absorb`` also multiplies the layer norm's affine part and the layer scale into the matrices beside them, in
+        float32: the kernel is spared a pass over its registers for each.
+        """
         conv, conv_bias = fold(self.conv, self.conv_norm)
         expand, expand_bias = fold(self.expand, self.expand_norm)
         project, project_bias = fold(self.project, self.project_norm)
-        norm = self.norm
+        norm, scale = self.norm, self.scale
+        norm_weight, norm_bias = (norm.weight, norm.bias) if norm else (None, None)
+        if absorb and norm_weight is not None:
+            expand, expand_bias = _after_affine(expand, expand_bias, norm_weight, norm_bias)
+            norm_weight = norm_bias = None
+        if absorb and scale is not None:
+            project = project.flatten(1).float() * scale.float()[:, None]
+            project_bias = None if project_bias is None else project_bias.float() * scale.float()
+            scale = None
         return pack_block(
-            conv, conv_bias, norm.weight if norm else None, norm.bias if norm else None, expand, expand_bias,
-            project, project_bias, self.scale, activation=self.activation, eps=norm.eps if norm else 0.0,
-            has_norm=norm is not None, dtype=dtype,
+            conv, conv_bias, norm_weight, norm_bias, expand, expand_bias, project, project_bias, scale,
+            activation=self.activation, eps=norm.eps if norm else 0.0, has_norm=norm is not None, dtype=dtype,
         )  # fmt: skip
 
     def describe(self) -> str:
@@ -72,6 +83,17 @@ def fold(linear: nn.Module, norm: nn.Module | None) -> tuple[Tensor, Tensor | No
     mean = norm.running_mean.float() if bias is None else norm.running_mean.float() - bias.float()
     shift = -mean * factor if norm.bias is None else norm.bias.float() - mean * factor
     return weight.float() * factor.reshape(-1, *[1] * (weight.dim() - 1)), shift
+
+
+def _after_affine(
+    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the linear layer that takes ``v`` where ``weight, bias`` took ``v * scale + shift``."""
+    matrix = weight.flatten(1).float()
+    if shift is not None:
+        moved = matrix @ shift.float()
+        bias = moved if bias is None else bias.float() + moved
+    return matrix * scale.float(), bias
 
 
 def read_block(module: nn.Module) -> Parts | None:

@@ -12,6 +12,7 @@ from torch import nn
 
 import convfirst_kernels as ck
 from convfirst_kernels.acceleration import FusedForward
+from convfirst_kernels.block import run_block
 from convfirst_kernels.blocks import Parts, fold, read_block
 
 timm = pytest.importorskip("timm")
@@ -40,6 +41,9 @@ def build(name: str, **more) -> nn.Module:
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.3)
                 module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.3)
+            elif isinstance(module, nn.LayerNorm):
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(0, 0.3)
     return network.to(memory_format=torch.channels_last)
@@ -134,7 +138,7 @@ def test_packs_once(images, covered, monkeypatch):
     network = build("convfirst")
     packs = []
     pack = Parts.pack
-    monkeypatch.setattr(Parts, "pack", lambda self, dtype: (packs.append(1), pack(self, dtype))[1])
+    monkeypatch.setattr(Parts, "pack", lambda self, *more, **named: (packs.append(1), pack(self, *more, **named))[1])
     ck.accelerate(network)
     with torch.no_grad():
         for _ in range(3):
@@ -324,6 +328,19 @@ def test_fold(layer, bias, affine):
     folded.weight, folded.bias = nn.Parameter(weight), nn.Parameter(shift)
     torch.testing.assert_close(folded(x), expected)
     assert weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["convfirst", "convfirst-bare", "convnext", "convnext-conv-mlp"])
+def test_absorbed_vectors_leave_the_result_alone(name):
+    block = next(module for module in build(name).modules() if read_block(module) is not None)
+    parts = read_block(block)
+    x = torch.randn(2, parts.conv.in_channels, 9, 7).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        plain, absorbed = parts.pack(torch.float32), parts.pack(torch.float32, absorb=True)
+        assert absorbed.norm_weight is absorbed.norm_bias is absorbed.layer_scale is None
+        torch.testing.assert_close(
+            run_block(x, absorbed, kernels="off"), run_block(x, plain, kernels="off"), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_half_precision_batch_norm_folds_in_float32():

@@ -20,7 +20,8 @@ namespace convfirst::block_fusion::sm90 {{
 def sources():
     for width in WIDTHS:
         for dtype in DTYPES:
-            rows = [f"template struct Kernel<BlockTraits<DType::{dtype}, {width}, Activation::{a}>>;" for a in ACTIVATIONS]
+            traits = (f"BlockTraits<DType::{dtype}, {width}, Activation::{activation}>" for activation in ACTIVATIONS)
+            rows = [f"template struct Kernel<{name}>;" for name in traits]
             yield f"conv_first_sm90_c{width}_{dtype[1:].lower()}.cu", "\n".join(rows)
 
 
