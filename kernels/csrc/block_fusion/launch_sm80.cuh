@@ -1,6 +1,7 @@
 // Definitions of launch_sm80.h; an instantiation file includes this and instantiates one struct of each type it is for.
 #pragma once
 
+#include "../common/launch.cuh"
 #include "conv_first_block_fwd_sm80_mma.cuh"
 #include "conv_norm_fwd_sm80.cuh"
 #include "launch_sm80.h"
@@ -19,14 +20,6 @@ struct Element<DType::kBFloat16> {
   using type = __nv_bfloat16;
 };
 
-template <typename Kernel, typename... Args>
-int start(Kernel kernel, int grid, int threads, int shared_memory, cudaStream_t stream, Args... args) {
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory);
-  if (error != cudaSuccess) return static_cast<int>(error);
-  kernel<<<grid, threads, shared_memory, stream>>>(args...);
-  return static_cast<int>(cudaGetLastError());
-}
-
 }  // namespace detail
 
 template <DType kType, int kWidth, bool kDepthwise>
@@ -36,7 +29,7 @@ const void* Fused<kType, kWidth, kDepthwise>::kernel() {
 
 template <DType kType, int kWidth, bool kDepthwise>
 int Fused<kType, kWidth, kDepthwise>::launch(const BlockParams& p, int grid, int shared_memory, cudaStream_t stream) {
-  return detail::start(conv_first_block_fwd_sm80<typename detail::Element<kType>::type, kWidth, kDepthwise>, grid,
+  return start_kernel(conv_first_block_fwd_sm80<typename detail::Element<kType>::type, kWidth, kDepthwise>, grid,
                        fused_tile(kWidth, kDepthwise).threads(), shared_memory, stream, p);
 }
 
@@ -48,7 +41,7 @@ const void* ConvNorm<kType, kDepthwise>::kernel() {
 template <DType kType, bool kDepthwise>
 int ConvNorm<kType, kDepthwise>::launch(const BlockParams& p, void* output, int grid, int shared_memory, cudaStream_t stream) {
   using T = typename detail::Element<kType>::type;
-  return detail::start(conv_norm_fwd_sm80<T, kDepthwise>, grid, conv_tile(kDepthwise).threads, shared_memory, stream, p,
+  return start_kernel(conv_norm_fwd_sm80<T, kDepthwise>, grid, conv_tile(kDepthwise).threads, shared_memory, stream, p,
                        static_cast<T*>(output));
 }
 
@@ -56,7 +49,7 @@ template <DType kType, int kTile, bool kProject>
 int Linear<kType, kTile, kProject>::launch(const LinearParams& p, cudaStream_t stream) {
   constexpr LinearTile tile = linear_tile(kTile);
   const int grid = (p.rows + tile.m - 1) / tile.m * ((p.columns + tile.n - 1) / tile.n);
-  return detail::start(linear_fwd_sm80<typename detail::Element<kType>::type, kTile, kProject>, grid, tile.threads(),
+  return start_kernel(linear_fwd_sm80<typename detail::Element<kType>::type, kTile, kProject>, grid, tile.threads(),
                        tile.shared_bytes(), stream, p);
 }
 

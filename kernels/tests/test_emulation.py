@@ -1,0 +1,156 @@
+"""The portable kernels' own code on a CPU: threads as fibers, ldmatrix and mma.sync in C++ (folder emulation).
+
+It checks indexing, bounds, waits and barriers of every kernel without a GPU: copies land either at once or as late as
+the waits allow, and the warps run in either order. It says nothing about speed or about the hardware's tanh.
+"""
+
+import ctypes
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Case, guards_intact, inputs, oracle, worst_ratio
+
+from convfirst_kernels import reference
+from convfirst_kernels.planner import Problem
+
+KERNELS = Path(__file__).parents[1]
+EMULATION = Path(__file__).parent / "emulation"
+DTYPES = ("float16", "bfloat16")
+ACTIVATIONS = ("relu", "silu", "gelu")
+
+
+class CProblem(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "height", "width")]
+    _fields_ += [(n, ctypes.c_int) for n in "channels hidden kernel_size group_width dtype activation".split()]
+    _fields_ += [("has_norm", ctypes.c_bool)]
+
+
+class CTensors(ctypes.Structure):
+    _fields_ = [(f"tensor{i}", ctypes.c_void_p) for i in range(12)] + [("eps", ctypes.c_float)]
+
+
+class CDevice(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("capability", "multiprocessors", "max_shared_memory")]
+
+
+H100 = CDevice(90, 132, 232448)
+RTX_3090 = CDevice(86, 82, 101376)
+
+
+def build(folder: Path, target: Path) -> None:
+    """Compiles the portable path against the stand-ins of the folder emulation."""
+    locate = [sys.executable, str(KERNELS / "cmake/locate.py"), "nvcc"]
+    nvcc = subprocess.run(locate, capture_output=True, text=True).stdout.strip()
+    if not shutil.which("g++") or not nvcc:
+        pytest.skip("needs g++ and the CUDA headers")
+    for part in ("common", "block_fusion"):
+        shutil.copytree(KERNELS / "csrc" / part, folder / part)
+    for stand_in in ("ptx.cuh", "launch.cuh", "cuda_on_cpu.h"):
+        shutil.copy(EMULATION / stand_in, folder / "common" / stand_in)
+    include = Path(nvcc).parents[1] / "include"
+    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", f"-I{folder}", f"-I{include}", f"-I{include / 'cccl'}"]
+    sources = [*(folder / "block_fusion/instantiations_sm80").glob("*.cu"), folder / "block_fusion/variants_sm80.cpp"]
+    sources.append(EMULATION / "emulate.cpp")
+
+    def compile_one(source: Path) -> str:
+        output = folder / f"{source.stem}.o"
+        subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", str(output)], check=True)
+        return str(output)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    subprocess.run(["g++", "-shared", *objects, "-o", str(target)], check=True)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The emulated library and its rows' names; built once a run, also where several workers share the run."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    target = shared / "emulation.so"
+    with open(shared / "emulation.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            build(tmp_path_factory.mktemp("emulation"), target)
+    library = ctypes.CDLL(str(target))
+    library.emulate_name.restype = ctypes.c_char_p
+    return library, [library.emulate_name(i).decode() for i in range(library.emulate_rows())]
+
+
+def emulate(rows, name: str, case: Case, arguments: tuple, device: CDevice, at_once: bool, backwards: bool):
+    """The row's result, or None where it doesn't cover the case."""
+    library, names = rows
+    p = case.problem
+    problem = CProblem(
+        p.batch, p.height, p.width, p.channels, p.hidden, p.kernel_size, p.group_width,
+        DTYPES.index(p.dtype), ACTIVATIONS.index(p.activation), p.has_norm,
+    )  # fmt: skip
+    y = torch.full_like(arguments[0], float("nan"))
+    pointers = [None if a is None else a.data_ptr() for a in (*arguments[:11], y)]
+    tensors = CTensors(*pointers, arguments[13])
+    pieces = (ctypes.byref(part) for part in (problem, tensors, device))
+    status = library.emulate(names.index(name), *pieces, at_once, backwards)
+    assert status in (0, -1)
+    return y if status == 0 else None
+
+
+def problem(size, channels, hidden, kernel_size, group_width, dtype=0, activation=1, norm=True, batch=1) -> Problem:
+    names = DTYPES[dtype], ACTIVATIONS[activation]
+    return Problem(batch, *size, channels, hidden, kernel_size, group_width, *names, norm)
+
+
+CASES = [
+    ("sm80_conv_first_c32", problem((3, 5), 32, 192, 5, 8, batch=9), True, True),
+    ("sm80_conv_first_c64", problem((6, 90), 64, 256, 3, 8), False, False),
+    ("sm80_conv_first_c64", problem((4, 100), 64, 256, 5, 16, 1, 2), True, True),
+    ("sm80_conv_first_c96", problem((7, 11), 96, 384, 3, 16, 0, 0, False), False, True),
+    ("sm80_conv_first_c128", problem((1, 1), 128, 512, 5, 8, 1, 1, batch=3), True, False),
+    ("sm80_conv_first_c192", problem((3, 4), 192, 1152, 3, 8), False, False),
+    ("sm80_conv_first_c256", problem((5, 7), 256, 1024, 5, 16, 0, 2, batch=3), False, True),
+    ("sm80_conv_first_c384", problem((2, 3), 384, 1536, 3, 8, 1), True, False),
+    ("sm80_conv_first_split_128x128", problem((3, 5), 512, 2048, 3, 8), False, False),
+    ("sm80_conv_first_split_96x128", problem((2, 2), 512, 2048, 5, 16, 1, 0, False), True, True),
+    ("sm80_convnext_c48", problem((7, 7), 40, 160, 7, 1, 1, 2, batch=5), False, True),
+    ("sm80_convnext_c64", problem((9, 1), 64, 256, 7, 1, 0, 2, batch=2), True, False),
+    ("sm80_convnext_c96", problem((6, 70), 96, 384, 7, 1, 0, 2), False, False),
+    ("sm80_convnext_c128", problem((1, 30), 104, 416, 7, 1, 0, 2, False), True, True),
+    ("sm80_convnext_c192", problem((5, 9), 160, 640, 7, 1, 1, 2), False, False),
+    ("sm80_convnext_c256", problem((3, 2), 256, 1024, 7, 1, 0, 2), False, True),
+    ("sm80_convnext_c384", problem((2, 3), 320, 1280, 7, 1, 0, 2), True, False),
+    ("sm80_convnext_split_128x128", problem((3, 5), 520, 2080, 7, 1, 1, 2), False, True),
+]
+
+
+@pytest.mark.parametrize(("row", "problem", "at_once", "backwards"), CASES)
+def test_a_kernel_computes_the_block(rows, row, problem, at_once, backwards):
+    case = Case(problem, affine=problem.has_norm, sample_scale=problem.batch > 1)
+    arguments = inputs(case, seed=7, device="cpu")
+    result = emulate(rows, row, case, arguments, H100, at_once, backwards)
+    assert result is not None
+    peer = reference.conv_first_block(*arguments)
+    assert worst_ratio(result, oracle(arguments), peer) <= 1
+
+
+def test_without_optional_tensors(rows):
+    case = Case(problem((4, 4), 64, 256, 3, 8), biases=False, affine=False, layer_scale=False)
+    arguments = inputs(case, seed=8, device="cpu")
+    result = emulate(rows, "sm80_conv_first_c64", case, arguments, H100, False, False)
+    assert worst_ratio(result, oracle(arguments), reference.conv_first_block(*arguments)) <= 1
+
+
+def test_less_shared_memory_splits_the_block(rows):
+    """At 99 KB a block, C = 256 does not fit one launch; three launches take its place."""
+    case = Case(problem((2, 3), 256, 1024, 3, 8))
+    arguments = inputs(case, seed=9, device="cpu")
+    assert emulate(rows, "sm80_conv_first_c256", case, arguments, RTX_3090, False, False) is None
+    assert emulate(rows, "sm80_conv_first_split_96x128", case, arguments, H100, False, False) is None
+    result = emulate(rows, "sm80_conv_first_split_96x128", case, arguments, RTX_3090, False, False)
+    assert worst_ratio(result, oracle(arguments), reference.conv_first_block(*arguments)) <= 1
+    assert guards_intact(arguments[0])
