@@ -47,6 +47,8 @@ bench: $(FULL)
 	$(PYTHON) scripts/benchmark.py suite=cost
 	$(PYTHON) scripts/benchmark.py suite=throughput $(ARGS)
 	$(PYTHON) scripts/benchmark.py suite=latency $(ARGS)
+	$(PYTHON) scripts/benchmark.py suite=blocks $(ARGS)
+	$(PYTHON) scripts/benchmark.py suite=models $(ARGS)
 	$(PYTHON) scripts/benchmark.py suite=training_throughput $(ARGS)
 	$(PYTHON) scripts/render_results.py
 

@@ -98,7 +98,11 @@ def test_commit_of_the_environment_wins_and_its_lack_is_said(monkeypatch, tmp_pa
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["suite=speed"], "suite='speed' is unknown; accepted: throughput, latency, cost, training_throughput"),
+        (
+            ["suite=speed"],
+            "suite='speed' is unknown; accepted: throughput, latency, cost, training_throughput, blocks, models",
+        ),
+        (["suite=blocks"], "suites blocks and models time CUDA kernels, but there is no CUDA device here"),
         (["dtype=int8"], "dtype='int8' is unknown; accepted: float32, float16, bfloat16"),
         (["kernels=on"], "kernels='on' must be one of auto, required, off"),
         (["throughput.modes=[jit]"], "modes='jit' is unknown; accepted: eager, eager.graph, inductor"),

@@ -1,5 +1,6 @@
 """Benchmarks: `benchmark(config)` runs the suite that the config names and writes its rows as JSON."""
 
+import importlib
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from convfirst.app.kernels import accelerate, check_kernels
-from convfirst.app.results import REPOSITORY, write_results
+from convfirst.app.results import REPOSITORY, gpu_slug, write_results
 from convfirst.app.timing import captured, median_ms
 from convfirst.app.training_throughput import training_throughput
 from convfirst.training.flops import forward_flops
@@ -27,7 +28,8 @@ MODES = ("eager", "eager+graph", "inductor", "inductor+graph")
 def benchmark(config: DictConfig) -> list[dict]:
     """Run the suite ``config.suite``, print its rows, write them to ``config.output`` and return them.
 
-    Without an output the file is results/<suite>.json, with hyphens for underscores.
+    Without an output the file is results/<suite>.json, with hyphens for underscores; the suites of the kernels add the
+    GPU: results/blocks-h100.json.
 
     Raises:
         ValueError: the suite or one of its options is unknown; the message names what is accepted.
@@ -36,7 +38,8 @@ def benchmark(config: DictConfig) -> list[dict]:
         raise ValueError(f"suite={config.suite!r} is unknown; accepted: {', '.join(SUITES)}")
     rows = SUITES[config.suite](config)
     _print_rows(config.suite, rows)
-    output = REPOSITORY / Path(config.output or f"results/{config.suite.replace('_', '-')}.json")
+    gpu = f"-{gpu_slug()}" if config.suite in ("blocks", "models") else ""
+    output = REPOSITORY / Path(config.output or f"results/{config.suite.replace('_', '-')}{gpu}.json")
     path = write_results(output, config.suite, rows, append=config.append)
     log.info("wrote %s", path)
     return rows
@@ -60,6 +63,26 @@ def cost(config: DictConfig) -> list[dict]:
             gmacs, mparams = _cost(timm.create_model(name), config.image_size)
         rows.append({"name": name, "image_size": config.image_size, "gmacs": gmacs, "mparams": mparams})
     return rows
+
+
+def blocks(config: DictConfig) -> list[dict]:
+    """Fused residual blocks against the same modules under Inductor: one row for each block, dtype and batch size."""
+    return _kernel_suites()["blocks"](**config.blocks)
+
+
+def networks(config: DictConfig) -> list[dict]:
+    """Networks with fused blocks against themselves and their counterparts under Inductor, both in CUDA graphs."""
+    return _kernel_suites()["models"](**config.networks)
+
+
+def _kernel_suites() -> Mapping[str, Callable[..., list[dict]]]:
+    """The suites that the kernel package keeps beside its tests."""
+    if not torch.cuda.is_available():
+        raise ValueError("suites blocks and models time CUDA kernels, but there is no CUDA device here")
+    folder = str(REPOSITORY / "kernels/benchmarks")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module("suites").SUITES
 
 
 def _cost(model: nn.Module, image_size: int) -> tuple[float, float]:
@@ -145,4 +168,6 @@ SUITES: Mapping[str, Callable[[DictConfig], list[dict]]] = {
     "latency": latency,
     "cost": cost,
     "training_throughput": training_throughput,
+    "blocks": blocks,
+    "models": networks,
 }

@@ -81,3 +81,9 @@ def git_object(revision: str, variable: str) -> str:
     except FileNotFoundError:  # git itself is missing
         return "unknown"
     return found.stdout.strip() or "unknown"
+
+
+def gpu_slug() -> str:
+    """The GPU's short name: "NVIDIA H100 80GB HBM3" -> "h100", "NVIDIA GeForce RTX 4090" -> "rtx-4090"."""
+    words = torch.cuda.get_device_name().lower().replace("nvidia", "").replace("geforce", "").split()
+    return "-".join(words[:2]) if words[0] == "rtx" else words[0]

@@ -15,14 +15,8 @@ import torch
 REPOSITORY = Path(__file__).parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(REPOSITORY)]
 
-from convfirst.app.results import write_results  # noqa: E402
+from convfirst.app.results import gpu_slug, write_results  # noqa: E402
 from suites import SUITES  # noqa: E402
-
-
-def device_slug() -> str:
-    """ "NVIDIA H100 80GB HBM3" -> "h100"."""
-    words = torch.cuda.get_device_name().lower().replace("nvidia", "").replace("geforce", "").split()
-    return "-".join(words[:2]) if words[0] == "rtx" else words[0]
 
 
 def main(arguments: list[str]) -> None:
@@ -46,7 +40,7 @@ def main(arguments: list[str]) -> None:
     if given.pop("eager_outside"):
         given["compiled"] = False
     suite = SUITES[given.pop("suite")]
-    output = given.pop("output", REPOSITORY / f"results/{options.suite}-{device_slug()}.json")
+    output = given.pop("output", REPOSITORY / f"results/{options.suite}-{gpu_slug()}.json")
     unknown = set(given) - set(inspect.signature(suite).parameters)
     if unknown:
         sys.exit(f"suite {options.suite} has no option {', '.join(sorted(unknown))}")
