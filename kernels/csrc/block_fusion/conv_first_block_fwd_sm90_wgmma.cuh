@@ -580,6 +580,13 @@ struct FeedForward {
 // ---------------------------------------------------------------------------------------------------------------------------
 // Consumer
 
+// How many of n steps have their loads in flight together: at most 8, and a divisor of n.
+constexpr int batch_of(int n) {
+  int batch = 8;
+  while (n % batch != 0) --batch;
+  return batch;
+}
+
 template <class Traits>
 struct Consumer {
   using Element = ElementOf<Traits>;
@@ -715,7 +722,8 @@ struct Consumer {
     } else {
       // Rows of pixels that the tile shape lacks go to row 0, a corner of the halo.
       const int row = max(reinterpret_cast<const int2*>(smem + layout.pixels)[warp * 16 + (lane & 15)].x, 0);
-      constexpr int kBatch = kChannels / 8 < 8 ? kChannels / 8 : 8;
+      constexpr int kBatch = batch_of(kChannels / 8);
+      static_assert(kBatch % 2 == 0);
 #pragma unroll
       for (int first = 0; first < kChannels / 8; first += kBatch) {
         uint32_t x[kBatch / 2][4];
@@ -753,7 +761,7 @@ struct Consumer {
   // Copies the staged tile to y, 16 bytes a thread, a pixel's channels side by side; loads in batches ahead of their use.
   __device__ __forceinline__ void store_output(uint32_t slot, const Tile& tile) const {
     constexpr int kVectors = kChannels / 8, kChunks = Traits::kPanel / 8, kIterations = kTilePixels * kVectors / 128;
-    constexpr int kBatch = kIterations < 8 ? kIterations : 8;
+    constexpr int kBatch = batch_of(kIterations);
     const int2* pixels = reinterpret_cast<const int2*>(smem + layout.pixels);
 #pragma unroll
     for (int first = 0; first < kIterations; first += kBatch) {
