@@ -93,7 +93,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         config.start_step = 0 if start is None else step_of(start)
         config.model.num_classes, config.model.in_chans = data.num_classes, data.in_chans
         if "tensorboard" in config.logger:
-            config.logger.tensorboard.purge_step = config.start_step
+            config.logger.tensorboard.purge_step = config.start_step + 1  # TensorBoard hides that step and later ones
         if "csv" in config.logger:
             config.logger.csv.start_step = config.start_step
     trainer = build_trainer(config)

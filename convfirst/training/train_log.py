@@ -46,9 +46,17 @@ class TrainLog(Callback):
         self._loss = None
         self._start = self._left = time.perf_counter()
         self._waited, self._images, self._pixels = 0.0, 0, 0
+        self._saved_since = None
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
+        self._saved_since = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch, batch_idx: int) -> None:
-        self._waited += time.perf_counter() - self._left
+        now = time.perf_counter()
+        if self._saved_since is not None:  # Checkpointing acts after this callback
+            self._start += now - self._saved_since
+            self._left, self._saved_since = now, None
+        self._waited += now - self._left
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
         loss = outputs["loss"].detach()  # Lightning has divided it by the number of micro-batches
