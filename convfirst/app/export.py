@@ -90,7 +90,7 @@ def load_trained(path: Path, weights: str = "auto") -> tuple[nn.Module, DictConf
     prefix = _PREFIXES[weights]
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     config.model.pop("pretrained", None)  # those weights are overwritten
-    model = instantiate(config.model).eval()
+    model = instantiate(config.model, _convert_="all").eval()
     model.load_state_dict(state)
     return model, config
 
