@@ -135,8 +135,9 @@ class ClassificationModule(LightningModule):
     def _check_count(self, split: str, images: int) -> None:
         expected = getattr(self.trainer.datamodule, f"num_{split}_images", None)
         limit = self.trainer.limit_val_batches if split == "val" else self.trainer.limit_test_batches
+        whole = isinstance(limit, float) and limit == 1.0  # the integer 1 is one batch
         skips = getattr(self.trainer.datamodule, "on_bad_image", "raise") == "skip"
-        if expected is not None and limit == 1.0 and not skips and images != expected:
+        if expected is not None and whole and not skips and images != expected:
             raise RuntimeError(f"{split}: {images} images were evaluated, but the data set holds {expected}")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
