@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from convfirst.app.run_dir import RunExistsError
 from convfirst.app.train import train
@@ -61,11 +62,15 @@ def test_kill_9_changes_nothing(tmp_path, whole):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_saves_at_once_and_the_run_goes_on(tmp_path, whole, name):
+    options = ("callbacks.checkpoint.every_n_steps=null", "logger=default")
     with pytest.raises(StopRequested) as stop:
-        train(tiny_config(tmp_path, AT % (5, name, "update"), "callbacks.checkpoint.every_n_steps=null"))
+        train(tiny_config(tmp_path, AT % (5, name, "update"), *options))
     assert stop.value.path.endswith("step_00000006.ckpt")  # the update in the making is finished first
-    train(tiny_config(tmp_path))
+    assert losses(tmp_path / "digits") == [row for row in losses(whole) if int(row[0]) <= 6]
+    train(tiny_config(tmp_path, "logger=default"))
     check_same(whole, tmp_path / "digits")
+    events = EventAccumulator(str(tmp_path / "digits" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, whole, capsys):
