@@ -86,6 +86,7 @@ def test_an_epoch_ends_with_a_whole_update(tmp_path):
         ["trainer.gradient_clip_val=1.0"],
         ["trainer.deterministic=true"],
         ["loss.type=bce", "optimizer=lamb"],
+        ["trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "data.eval_batch_size=16"],
     ],
 )
 def test_options_train(tmp_path, overrides):
