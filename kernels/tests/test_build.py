@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -118,10 +119,12 @@ def test_library_loads_without_a_driver_or_python():
     assert not [name for name in needed if name.startswith(("libcuda", "libpython", "libtorch_cuda", "libc10"))]
 
 
-def test_no_compiled_kernel_spills():
+def test_kernels_do_not_spill():
+    """The wide Hopper kernels may, as CMakeLists.txt says: scalars that are read once a tile, at most 256 bytes."""
     table = library.resource_table()
     if not table:
         pytest.skip("built without kernels")
-    exempt = set()
-    spilling = {name for name, rows in table.items() for row in rows.values() if row["spill_stores"]}
-    assert spilling <= exempt
+    exempt = re.compile(r"conv_first_block_fwd_sm90.*Li(192|256)E")
+    spills = {name: row["spill_stores"] for name, rows in table.items() for row in rows.values() if row["spill_stores"]}
+    assert not [name for name in spills if not exempt.search(name)]
+    assert max(spills.values(), default=0) <= 256

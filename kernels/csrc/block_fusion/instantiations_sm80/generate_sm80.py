@@ -1,4 +1,4 @@
-"""Writes the instantiation files of the portable block-fusion kernels from the table below: `python generate_sm80.py`."""
+"""Writes the instantiation files of the portable block-fusion kernels: `python generate_sm80.py`."""
 
 from pathlib import Path
 
