@@ -38,9 +38,9 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def forward_flops(model: nn.Module, in_chans: int, size: int) -> int:
     """Floating-point operations (a multiply-add is two) of one forward pass of one [in_chans, size, size] image.
 
-    Counted on the meta device: nothing is computed.
+    Counted on the meta device, in float32 whatever the model's dtype: nothing is computed.
     """
-    shadow = copy.deepcopy(model).to("meta").eval()
+    shadow = copy.deepcopy(model).to("meta", torch.float32).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(torch.empty(1, in_chans, size, size, device="meta"))
     return counter.get_total_flops()

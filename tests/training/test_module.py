@@ -1,8 +1,11 @@
+import copy
+
 import pytest
 import timm
 import torch
 
 from convfirst.training import ClassificationModule
+from convfirst.training.flops import forward_flops
 from convfirst.training.module import _hits
 
 
@@ -66,3 +69,9 @@ def test_hits_count_single_and_multiple_labels():
     assert _hits(logits, torch.tensor([1, 2, 0]), k=2).tolist() == [1, 1, 0]
     several = torch.tensor([[0, 1], [2, -1], [-1, -1]])  # the last image has no label and doesn't count
     assert _hits(logits, several, k=1).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_flops_do_not_depend_on_the_models_dtype(dtype):
+    model = timm.create_model("convfirst_atto")
+    assert forward_flops(copy.deepcopy(model).to(dtype), 3, 64) == forward_flops(model, 3, 64) > 0
