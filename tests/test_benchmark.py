@@ -56,7 +56,9 @@ def test_training_is_held_against_the_bare_loop(tmp_path):
     (row,) = benchmark(compose("suite=training_throughput", f"output={tmp_path / 'out.json'}", overrides, *options))
     assert row["model"] == "convfirst_atto"
     assert row["images_per_s"] > 0
-    assert row["ratio_to_bare"] == pytest.approx(row["images_per_s"] / row["bare_images_per_s"], rel=0.02)  # rounded
+    rounded = 0.05 / row["images_per_s"] + 0.05 / row["bare_images_per_s"]  # relative; a busy machine makes it large
+    expected = pytest.approx(row["images_per_s"] / row["bare_images_per_s"], rel=2 * rounded, abs=1e-4)
+    assert row["ratio_to_bare"] == expected
     assert 0 <= row["data_wait"] < 1
 
 
