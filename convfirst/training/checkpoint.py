@@ -106,12 +106,14 @@ class Checkpointing(Callback):
         self.guard = StepGuard()
         self.position = (0, 0)
         self.best_score, self.best_step = float("-inf"), None
+        self.split: dict[str, int] | None = None  # of an epoch, as `_split` says
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": list(self.position), "best_score": self.best_score, "best_step": self.best_step}
+        best = {"best_score": self.best_score, "best_step": self.best_step}
+        return {"position": list(self.position), "split": self.split, **best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = tuple(state["position"])
+        self.position, self.split = tuple(state["position"]), state.get("split")
         self.best_score, self.best_step = state["best_score"], state["best_step"]
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -121,6 +123,7 @@ class Checkpointing(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._check_same_step(trainer)
+        self._check_same_split(trainer)
         if trainer.is_global_zero and self.best_step == trainer.global_step:
             self._link_best(self.best_step)  # the run may have died between writing that checkpoint and naming it best
         self._start_at(trainer, *self.position)
@@ -194,6 +197,31 @@ class Checkpointing(Callback):
                 f"process {trainer.global_rank} resumed at update {trainer.global_step}, process 0 at {step}: "
                 f"the processes don't see the same files in {self.folder}"
             )
+
+    def _check_same_split(self, trainer: Trainer) -> None:
+        """A position inside an epoch counts batches of one process, and the schedule counts updates."""
+        before, now = self.split, _split(trainer)
+        self.split = now
+        if before is None or before == now:
+            return
+        if self.position[1] > 0 or _updates(before) != _updates(now):
+            where = f"inside epoch {self.position[0]}" if self.position[1] > 0 else "at an epoch's start"
+            raise ValueError(
+                f"the checkpoint stands {where} of a run with {before}, this command gives {now}: "
+                "go on with the devices, data.batch_size, accumulation and trainer.limit_train_batches it was made with"
+            )
+
+
+def _split(trainer: Trainer) -> dict[str, int]:
+    return {
+        "processes": trainer.world_size,
+        "batches of one process": trainer.num_training_batches,
+        "accumulation": trainer.accumulate_grad_batches,
+    }
+
+
+def _updates(split: dict[str, int]) -> int:
+    return -(-split["batches of one process"] // split["accumulation"])
 
 
 def _is_wandb(logger) -> bool:
