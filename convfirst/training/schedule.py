@@ -26,8 +26,13 @@ def create_scheduler(
         kwargs: further arguments of `timm.scheduler.create_scheduler_v2`, e.g. ``min_lr``.
 
     Raises:
-        ValueError: no epoch is left after the warm-up, or timm doesn't know `sched`.
+        ValueError: no epoch is left after the warm-up, `sched` counts its decay in epochs, or timm doesn't know it.
     """
+    if sched in ("step", "multistep", "plateau"):
+        raise ValueError(
+            f"scheduler.sched={sched!r} decays by whole epochs; accepted are schedules by update: "
+            "cosine, tanh, poly, constant"
+        )
     if not 0 <= warmup_epochs < epochs:
         raise ValueError(f"scheduler.warmup_epochs={warmup_epochs} must lie from 0 to below epochs={epochs}")
     warmup_steps = round(warmup_epochs * steps_per_epoch)

@@ -45,3 +45,10 @@ def test_a_warmup_as_long_as_the_run_is_refused(warmup):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     with pytest.raises(ValueError, match=f"scheduler.warmup_epochs={warmup}"):
         create_scheduler(optimizer, 10, 5, warmup_epochs=warmup)
+
+
+@pytest.mark.parametrize("sched", ["step", "multistep", "plateau"])
+def test_schedules_that_count_epochs_are_refused(sched):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(ValueError, match=f"scheduler.sched='{sched}' .* accepted are schedules by update"):
+        create_scheduler(optimizer, epochs=3, steps_per_epoch=10, sched=sched)
