@@ -40,9 +40,10 @@ def plan_batch(
     Raises:
         ValueError: the product isn't the global batch, with the arithmetic.
     """
-    for name, value in (("global_size", global_size), ("per_device", per_device), ("accumulate", accumulate)):
+    given = {"batch.global_size": global_size, "data.batch_size": per_device, "batch.accumulate": accumulate}
+    for name, value in given.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"batch.{name}={value!r} must be an integer of at least 1")
+            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
     processes = devices * nodes
     shown = f"batch.global_size={global_size}, {devices} devices x {nodes} nodes"
     if per_device is None:
@@ -54,14 +55,14 @@ def plan_batch(
         images = processes * per_device
         if global_size % images:
             raise ValueError(
-                f"{shown} x batch.per_device={per_device} = {images} images: "
-                f"{global_size} isn't a multiple of {images}; change batch.per_device or trainer.devices"
+                f"{shown} x data.batch_size={per_device} = {images} images: "
+                f"{global_size} isn't a multiple of {images}; change data.batch_size or trainer.devices"
             )
         accumulate = global_size // images
     product = processes * per_device * accumulate
     if product != global_size:
         raise ValueError(
-            f"{shown} x batch.per_device={per_device} x batch.accumulate={accumulate} = {product}, not {global_size}; "
+            f"{shown} x data.batch_size={per_device} x batch.accumulate={accumulate} = {product}, not {global_size}; "
             f"leave batch.accumulate out to derive it, or set batch.global_size={product} if you mean another recipe"
         )
     return BatchPlan(global_size, processes, per_device, accumulate)

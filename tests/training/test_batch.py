@@ -32,7 +32,7 @@ def test_what_does_not_multiply_to_the_recipe_is_refused(given, arithmetic):
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])
 def test_sizes_are_positive_integers(value):
-    with pytest.raises(ValueError, match="batch.per_device="):
+    with pytest.raises(ValueError, match="data.batch_size="):
         plan_batch(global_size=64, devices=1, nodes=1, per_device=value)
 
 
