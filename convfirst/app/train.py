@@ -19,7 +19,7 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
-from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
@@ -120,7 +120,7 @@ def build_trainer(config: DictConfig) -> Trainer:
     if isinstance(arguments["strategy"], DictConfig):
         arguments["strategy"] = instantiate(arguments["strategy"])
     plugins: list[Any] = [AtomicCheckpointIO()]
-    if SLURMEnvironment.detect():
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():  # torchrun inside a job stays torchrun
         plugins.append(SLURMEnvironment(auto_requeue=False))  # the run saves and stops by itself
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
     checkpointing = [callback for callback in callbacks if isinstance(callback, Checkpointing)]
