@@ -2,7 +2,7 @@
 """Write a small learnable tree of JPEGs in ImageNet's layout: ROOT/{train,val}/<class>/<image>.JPEG.
 
 python scripts/make_sample_imagenet.py data/sample --classes 10 --train-images 100
-python train.py data=image_folder data.root=data/sample
+python train.py recipe=convfirst_nano data.root=data/sample augment=light batch.global_size=128 optimizer.lr=1e-3
 """
 
 import argparse

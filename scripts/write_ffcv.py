@@ -2,7 +2,7 @@
 """Write an image folder's splits as FFCV files: ROOT/{train,val,test} to OUT/{train,val,test}.beton.
 
     python scripts/write_ffcv.py /data/imagenet /data/imagenet-ffcv --preset mixed --workers 32
-    python train.py data=ffcv data.root=/data/imagenet-ffcv augment=convnext_ffcv
+    python train.py recipe=convfirst_tiny data=ffcv data.root=/data/imagenet-ffcv augment=convnext_ffcv
 
 Before each file, its size is estimated from a sample of the images and compared with the free space.
 """
