@@ -56,7 +56,7 @@ def main(config: DictConfig) -> None:
         if _is_main_process():
             print(f"{signal.Signals(stop.signum).name}: saved {stop.path}; the same command goes on from there.")
             sys.exit(128 + stop.signum)
-    except (InstantiationException, ValueError, FileNotFoundError, ModuleNotFoundError, NonFiniteLossError) as error:
+    except (InstantiationException, ValueError, OSError, ModuleNotFoundError, NonFiniteLossError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error

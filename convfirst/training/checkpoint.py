@@ -17,7 +17,11 @@ _NAME = re.compile(r"step_(\d+)\.ckpt")
 
 
 def write_atomically(path: str | Path, write) -> None:
-    """Call ``write(file)`` with a binary file that becomes `path` at once when all of it is on disk."""
+    """Call ``write(file)`` with a binary file that becomes `path` at once when all of it is on disk.
+
+    Raises:
+        OSError: it can't be written, a full disk for instance; the message names `path`, whose old content stays.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -26,6 +30,8 @@ def write_atomically(path: str | Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's archive writer turns a failed write into a RuntimeError
+        raise OSError(f"can't write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)

@@ -1,10 +1,15 @@
 """What a checkpoint refuses to be resumed with."""
 
+import errno
+import os
+import resource
+import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from convfirst.training.checkpoint import Checkpointing
+from convfirst.training.checkpoint import AtomicCheckpointIO, Checkpointing, write_atomically
 
 
 def trainer(batches, processes=1, accumulation=1):
@@ -40,3 +45,30 @@ def test_another_number_of_updates_is_refused_anywhere(tmp_path):
 
 def test_the_same_split_goes_on(tmp_path):
     resumed(tmp_path, (0, 10))._check_same_split(trainer(20))
+
+
+def test_a_failed_write_names_the_file_and_keeps_the_old_one(tmp_path):
+    path = tmp_path / "summary.json"
+    path.write_text("old")
+
+    def full(file):
+        file.write(b"new")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=f"can't write {path}: .*No space left"):
+        write_atomically(path, full)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["summary.json"]
+
+
+def test_a_checkpoint_that_outgrows_the_disk_is_one_message(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="can't write .*step_00000001.ckpt"):
+            AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(10_000)}, tmp_path / "step_00000001.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == []
