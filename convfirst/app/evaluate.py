@@ -103,7 +103,12 @@ def _from_timm(config: DictConfig) -> tuple[str, nn.Module, ImageDataModule]:
         num_classes=config.num_classes,
     )
     own = timm.data.resolve_data_config(model=model, use_test_size=True)
-    size = own["input_size"][-1]
+    _, height, size = own["input_size"]
+    if height != size or own.get("crop_mode", "center") != "center":
+        raise ValueError(
+            f"{config.timm_model} wants input_size={own['input_size']} with crop_mode={own.get('crop_mode')!r}; "
+            "supported are square images with crop_mode='center'"
+        )
     augment = {"test_size": size, "crop_pct": own["crop_pct"], "test_interpolation": own["interpolation"]}
     data = ImageFolderDataModule(
         **{"root": None, **_given(config.data)},

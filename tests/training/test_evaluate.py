@@ -64,3 +64,10 @@ def test_other_classes_than_the_datas_are_refused(tree):
 def test_one_of_run_and_model_is_needed():
     with pytest.raises(ValueError, match="either run=.* or timm_model="):
         evaluate(config())
+
+
+def test_a_crop_that_is_not_ours_is_refused(tree, monkeypatch):
+    own = {"input_size": (3, 64, 64), "crop_mode": "squash", "crop_pct": 1.0, "interpolation": "bicubic"}
+    monkeypatch.setattr("timm.data.resolve_data_config", lambda **_: own)
+    with pytest.raises(ValueError, match="test_convnext wants .* crop_mode='squash'; supported are square"):
+        evaluate(config("timm_model=test_convnext", "pretrained=false", f"data.root={tree}"))
