@@ -24,17 +24,11 @@
 //   y tile                       shared, over the x tile; 16-byte stores        consumer              -
 #pragma once
 
-#include "../common/sm90.cuh"
-#include "tile_sm90.h"
+#include "feed_forward_sm90.cuh"
 
 namespace convfirst::block_fusion::sm90 {
 
-using namespace convfirst::sm90;
-
-template <class Traits>
-using ElementOf = std::conditional_t<Traits::kDType == DType::kHalf, __half, __nv_bfloat16>;
-
-struct KernelParams {
+struct KernelParams : WeightRings {
   const void* x;
   void* y;
   const void* conv_weight;
@@ -50,14 +44,13 @@ struct KernelParams {
   int batch, height, width;
   int tile_images, tile_height, tile_width;  // tile_images * tile_height * tile_width <= 64
   int tiles_y, tiles_x, num_tiles;
-  int chunks;                                // hidden / 64
-  int w1_slots, w2_slots, x_slots;           // w*_slots == chunks: the weights are loaded once and stay
+  int x_slots;
   int x_panel_bytes, x_slot_bytes;
 };
 
-struct Barriers {
-  TransactionBarrier *w1_full, *w2_full, *x_full, *conv_full;
-  Barrier *w1_empty, *w2_empty, *x_empty;
+struct Barriers : WeightBarriers {
+  TransactionBarrier *x_full, *conv_full;
+  Barrier* x_empty;
   __device__ explicit Barriers(char* base) {
     w1_full = reinterpret_cast<TransactionBarrier*>(base);
     w2_full = w1_full + kMaxSlots;
@@ -66,18 +59,6 @@ struct Barriers {
     w2_empty = w1_empty + kMaxSlots;
     x_empty = w2_empty + kMaxSlots;
     conv_full = reinterpret_cast<TransactionBarrier*>(x_empty + kMaxSlots);
-  }
-};
-
-// A position in a ring of slots; `resident` rings are filled once and never turn.
-struct RingState {
-  int slot = 0;
-  uint32_t phase = 0;
-  __device__ void advance(int slots, bool resident) {
-    if (++slot == slots) {
-      slot = 0;
-      if (!resident) phase ^= 1;
-    }
   }
 };
 
@@ -302,280 +283,6 @@ __device__ __forceinline__ void layer_norm(float (&v)[kChannels / 2], bool affin
     v[4 * j + 3] = fmaf(fmaf(v[4 * j + 3], scale[1], shift[1]), w.y, b.y);
   }
 }
-
-// ---------------------------------------------------------------------------------------------------------------------------
-// Activation of two neighbouring hidden units. Biases were prepared by `prepare_expand_bias` (halved for SiLU).
-
-__device__ __forceinline__ __half2 tanh_half2(__half2 v) {
-  uint32_t r, u = *reinterpret_cast<uint32_t*>(&v);
-  asm("tanh.approx.f16x2 %0, %1;" : "=r"(r) : "r"(u));
-  return *reinterpret_cast<__half2*>(&r);
-}
-
-__device__ __forceinline__ float tanh_float(float v) {
-  float r;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
-  return r;
-}
-
-// gelu(v) = v Phi(v), Phi(v) = (1 + tanh(v (a + s (b + c s)))) / 2 with s = min(v^2, 16): minimax fit to the exact (erf) GELU,
-// |error| < 2.6e-5 against 4.7e-4 of the usual two-term form.
-constexpr float kGeluA = 0.797507608f, kGeluB = 0.0370058970f, kGeluC = -0.000351557558f, kGeluLimit = 16.f;
-
-template <Activation kActivation>
-__device__ __forceinline__ float bias_scale() {
-  return kActivation == Activation::kSilu ? 0.5f : 1.f;
-}
-
-template <Activation kActivation>
-__device__ __forceinline__ uint32_t activate_half(float s0, float s1, uint32_t bias_bits) {
-  __half2 v = __floats2half2_rn(s0, s1);
-  const __half2 bias = *reinterpret_cast<__half2*>(&bias_bits);
-  __half2 h;
-  if constexpr (kActivation == Activation::kRelu) {
-    h = __hmax2(__hadd2(v, bias), __float2half2_rn(0.f));
-  } else if constexpr (kActivation == Activation::kSilu) {
-    v = __hfma2(v, __float2half2_rn(0.5f), bias);
-    h = __hfma2(v, tanh_half2(v), v);
-  } else {
-    v = __hadd2(v, bias);
-    const __half2 square = __hmin2(__hmul2(v, v), __float2half2_rn(kGeluLimit));
-    const __half2 slope = __hfma2(square, __float2half2_rn(kGeluC), __float2half2_rn(kGeluB));
-    const __half2 inner = __hmul2(v, __hfma2(square, slope, __float2half2_rn(kGeluA)));
-    v = __hmul2(v, __float2half2_rn(0.5f));
-    h = __hfma2(v, tanh_half2(inner), v);
-  }
-  return *reinterpret_cast<uint32_t*>(&h);
-}
-
-template <Activation kActivation>
-__device__ __forceinline__ float activate_float(float v, float bias) {
-  if constexpr (kActivation == Activation::kRelu) {
-    return fmaxf(v + bias, 0.f);
-  } else if constexpr (kActivation == Activation::kSilu) {
-    v = fmaf(v, 0.5f, bias);
-    return fmaf(v, tanh_float(v), v);
-  } else {
-    v += bias;
-    const float square = fminf(v * v, kGeluLimit);
-    const float inner = v * fmaf(square, fmaf(square, kGeluC, kGeluB), kGeluA);
-    v *= 0.5f;
-    return fmaf(v, tanh_float(inner), v);
-  }
-}
-
-// P = act(S + bias): the accumulator layout of S is the operand layout of P.
-template <class Traits>
-__device__ __forceinline__ void activate(const float (&s)[kHiddenChunk / 2], uint32_t (&h)[kHiddenChunk / 4], uint32_t bias, int lane) {
-#pragma unroll
-  for (int j = 0; j < kHiddenChunk / 8; ++j) {
-    const int column = 8 * j + 2 * (lane % 4);
-    uint32_t* out = h + 2 * j;
-    if constexpr (Traits::kHalfActivation) {
-      const uint32_t b = load_shared_32(bias + column * 2);
-      out[0] = activate_half<Traits::kActivation>(s[4 * j], s[4 * j + 1], b);
-      out[1] = activate_half<Traits::kActivation>(s[4 * j + 2], s[4 * j + 3], b);
-    } else {
-      const float2 b = load_shared_float2(bias + column * 4);
-      constexpr auto kAct = Traits::kActivation;
-      out[0] = pack2<ElementOf<Traits>>(activate_float<kAct>(s[4 * j], b.x), activate_float<kAct>(s[4 * j + 1], b.y));
-      out[1] = pack2<ElementOf<Traits>>(activate_float<kAct>(s[4 * j + 2], b.x), activate_float<kAct>(s[4 * j + 3], b.y));
-    }
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------------
-// Feed-forward: O = act(A W1^T + b1) W2^T, hidden units in chunks of 64
-
-// A, the first product's operand: in registers (16 x 16 fragments), or the descriptor of its panels in shared memory.
-template <class Traits>
-struct OperandA {
-  uint32_t fragments[Traits::kARegisters ? Traits::kChannels / 4 : 1];
-  uint64_t descriptor;
-};
-
-// Descriptors count in units of 16 bytes, so a step along k or to another panel is an addition.
-template <class Traits>
-__device__ __forceinline__ void issue_expand(float (&s)[kHiddenChunk / 2], OperandA<Traits>& a, uint64_t w1) {
-  constexpr int kStepsPerPanel = Traits::kPanel / 16;
-#pragma unroll
-  for (int k = 0; k < Traits::kChannels / 16; ++k) {
-    const int panel = k / kStepsPerPanel, inside = k % kStepsPerPanel * 2;
-    const uint64_t b = w1 + panel * (kHiddenChunk * Traits::kRowBytes / 16) + inside;
-    if constexpr (Traits::kARegisters) {
-      wgmma_rs<ElementOf<Traits>, kHiddenChunk>(s, a.fragments + 4 * k, b, k > 0);
-    } else {
-      wgmma_ss<ElementOf<Traits>, kHiddenChunk>(s, a.descriptor + panel * (Traits::kAPanelBytes / 16) + inside, b, k > 0);
-    }
-  }
-}
-
-template <class Traits>
-__device__ __forceinline__ void issue_project(float (&o)[Traits::kChannels / 2], const uint32_t (&h)[kHiddenChunk / 4], uint64_t w2,
-                                              bool accumulate) {
-#pragma unroll
-  for (int k = 0; k < kHiddenChunk / 16; ++k) {
-    wgmma_rs<ElementOf<Traits>, Traits::kChannels>(o, h + 4 * k, w2 + k * 2, accumulate || k > 0);
-  }
-}
-
-template <class Traits>
-struct FeedForward {
-  using Sums = float[kHiddenChunk / 2];
-  using Hidden = uint32_t[kHiddenChunk / 4];
-  using Output = float[Traits::kChannels / 2];
-  const KernelParams& p;
-  Barriers& bar;
-  uint32_t w1_base, w2_base, bias_base;
-  int lane;
-  RingState w1, w1_free, w2, w2_free;  // next to wait for, next to release: products trail waits
-
-  __device__ bool w1_resident() const { return p.w1_slots == p.chunks; }
-  __device__ bool w2_resident() const { return p.w2_slots == p.chunks; }
-  __device__ uint32_t wait_w1() {
-    bar.w1_full[w1.slot].wait(w1.phase);
-    const uint32_t address = w1_base + w1.slot * Traits::kW1Bytes;
-    w1.advance(p.w1_slots, w1_resident());
-    return address;
-  }
-  __device__ uint32_t wait_w2() {
-    bar.w2_full[w2.slot].wait(w2.phase);
-    const uint32_t address = w2_base + w2.slot * Traits::kW2Bytes;
-    w2.advance(p.w2_slots, w2_resident());
-    return address;
-  }
-  __device__ void release_w1() {
-    if (w1_resident()) return;
-    if (lane == 0) bar.w1_empty[w1_free.slot].arrive();
-    w1_free.advance(p.w1_slots, false);
-  }
-  __device__ void release_w2() {
-    if (w2_resident()) return;
-    if (lane == 0) bar.w2_empty[w2_free.slot].arrive();
-    w2_free.advance(p.w2_slots, false);
-  }
-
-  __device__ __forceinline__ void expand(Sums& s, OperandA<Traits>& a) {
-    const uint64_t w1_chunk = matrix_descriptor<Traits::kRowBytes>(wait_w1());
-    fence_operands(s);
-    cute::warpgroup_arrive();
-    issue_expand<Traits>(s, a, w1_chunk);
-    cute::warpgroup_commit_batch();
-  }
-  __device__ __forceinline__ void project(Output& o, Hidden& h, bool accumulate) {
-    const uint64_t w2_chunk = matrix_descriptor<128>(wait_w2());
-    cute::warpgroup_arrive();
-    issue_project<Traits>(o, h, w2_chunk, accumulate);
-    cute::warpgroup_commit_batch();
-  }
-  __device__ __forceinline__ void activate_chunk(Sums& s, Hidden& h, int chunk) {
-    fence_operands(s);
-    activate<Traits>(s, h, bias_base + chunk * kHiddenChunk * Traits::kExpandBiasBytes, lane);
-  }
-
-  // One set of S: the next chunk's first product goes before this chunk's second one, which runs under the activation. Products
-  // complete in order, so wait<1> says that the previous step's second product is done too; the queue never drains.
-  __device__ __forceinline__ void step(Output& o, Sums& s, OperandA<Traits>& a, Hidden& h, Hidden& next, int chunk) {
-    expand(s, a);
-    project(o, h, chunk > 0);
-    cute::warpgroup_wait<1>();
-    release_w1();
-    if constexpr (Traits::kSchedule == Schedule::kDrain) {
-      activate_chunk(s, next, chunk + 1);
-      cute::warpgroup_wait<0>();
-      fence_operands(o);
-      release_w2();
-    } else {
-      if (chunk > 0) release_w2();
-      activate_chunk(s, next, chunk + 1);
-    }
-  }
-
-  __device__ __forceinline__ void run_one(Output& o, OperandA<Traits>& a) {
-    Sums s;
-    Hidden h[2];
-    expand(s, a);
-    cute::warpgroup_wait<0>();
-    release_w1();
-    activate_chunk(s, h[0], 0);
-    int chunk = 0;
-#pragma unroll 1
-    for (; chunk + 2 < p.chunks; chunk += 2) {
-      step(o, s, a, h[0], h[1], chunk);
-      step(o, s, a, h[1], h[0], chunk + 1);
-    }
-    if (chunk + 2 == p.chunks) {
-      step(o, s, a, h[0], h[1], chunk);
-      finish(o, h[1]);
-    } else {
-      finish(o, h[0]);
-    }
-  }
-
-  // Two sets of S: the first product runs two chunks ahead, so that the tensor cores have work queued during every activation.
-  template <bool kMore>
-  __device__ __forceinline__ void step_two(Output& o, Sums& s, Sums& s_next, OperandA<Traits>& a, Hidden& h, Hidden& next, int chunk) {
-    project(o, h, chunk > 0);
-    if (kMore) expand(s, a);
-    cute::warpgroup_wait<kMore ? 2 : 1>();
-    release_w1();
-    if (chunk > 0) release_w2();
-    activate_chunk(s_next, next, chunk + 1);
-  }
-
-  __device__ __forceinline__ void run_two(Output& o, OperandA<Traits>& a) {
-    Sums s[2];
-    Hidden h[2];
-    expand(s[0], a);
-    expand(s[1], a);
-    cute::warpgroup_wait<1>();
-    release_w1();
-    activate_chunk(s[0], h[0], 0);
-    int chunk = 0;
-#pragma unroll 1
-    for (; chunk + 3 < p.chunks; chunk += 2) {
-      step_two<true>(o, s[0], s[1], a, h[0], h[1], chunk);
-      step_two<true>(o, s[1], s[0], a, h[1], h[0], chunk + 1);
-    }
-    if (chunk + 3 == p.chunks) {
-      step_two<true>(o, s[0], s[1], a, h[0], h[1], chunk);
-      step_two<false>(o, s[1], s[0], a, h[1], h[0], chunk + 1);
-      finish(o, h[0]);
-    } else {
-      step_two<false>(o, s[0], s[1], a, h[0], h[1], chunk);
-      finish(o, h[1]);
-    }
-  }
-
-  __device__ __forceinline__ void finish(Output& o, Hidden& h) {
-    project(o, h, p.chunks > 1);
-    cute::warpgroup_wait<0>();
-    fence_operands(o);
-    release_w2();
-    if (Traits::kSchedule != Schedule::kDrain && p.chunks > 1) release_w2();
-  }
-
-  __device__ __forceinline__ void run(Output& o, OperandA<Traits>& a) {
-    fence_operands(o);
-    if constexpr (Traits::kSchedule == Schedule::kTwoAhead) {
-      run_two(o, a);
-    } else {
-      run_one(o, a);
-    }
-  }
-
-  // A warpgroup without a tile in the last round still turns the rings for the others.
-  __device__ void skip() {
-    for (int i = 0; i < p.chunks + (Traits::kConvWeightsStay ? 0 : Traits::kConvPieces); ++i) {
-      wait_w1();
-      release_w1();
-      if (i < p.chunks) {
-        wait_w2();
-        release_w2();
-      }
-    }
-  }
-};
 
 // ---------------------------------------------------------------------------------------------------------------------------
 // Consumer

@@ -1,0 +1,241 @@
+// The feed-forward half of a block for one warpgroup's 64 pixels: O = act(A W1^T + b1) W2^T, the hidden tensor in registers.
+#pragma once
+
+#include "activation_sm90.cuh"
+
+namespace convfirst::block_fusion::sm90 {
+
+// Rings of the two weights; w*_slots == chunks: the weights are loaded once and stay.
+struct WeightRings {
+  int chunks;  // hidden / kHiddenChunk
+  int w1_slots, w2_slots;
+};
+
+struct WeightBarriers {
+  TransactionBarrier *w1_full, *w2_full;
+  Barrier *w1_empty, *w2_empty;
+};
+
+// A position in a ring of slots; `resident` rings are filled once and never turn.
+struct RingState {
+  int slot = 0;
+  uint32_t phase = 0;
+  __device__ void advance(int slots, bool resident) {
+    if (++slot == slots) {
+      slot = 0;
+      if (!resident) phase ^= 1;
+    }
+  }
+};
+
+// P = act(S + bias): the accumulator layout of S is the operand layout of P.
+template <class Traits>
+__device__ __forceinline__ void activate(const float (&s)[kHiddenChunk / 2], uint32_t (&h)[kHiddenChunk / 4], uint32_t bias, int lane) {
+#pragma unroll
+  for (int j = 0; j < kHiddenChunk / 8; ++j) {
+    const int column = 8 * j + 2 * (lane % 4);
+    uint32_t* out = h + 2 * j;
+    if constexpr (Traits::kHalfActivation) {
+      const uint32_t b = load_shared_32(bias + column * 2);
+      out[0] = activate_half<Traits::kActivation>(s[4 * j], s[4 * j + 1], b);
+      out[1] = activate_half<Traits::kActivation>(s[4 * j + 2], s[4 * j + 3], b);
+    } else {
+      const float2 b = load_shared_float2(bias + column * 4);
+      constexpr auto kAct = Traits::kActivation;
+      out[0] = pack2<ElementOf<Traits>>(activate_float<kAct>(s[4 * j], b.x), activate_float<kAct>(s[4 * j + 1], b.y));
+      out[1] = pack2<ElementOf<Traits>>(activate_float<kAct>(s[4 * j + 2], b.x), activate_float<kAct>(s[4 * j + 3], b.y));
+    }
+  }
+}
+
+// A, the first product's operand: in registers (16 x 16 fragments), or the descriptor of its panels in shared memory.
+template <class Traits>
+struct OperandA {
+  uint32_t fragments[Traits::kARegisters ? Traits::kChannels / 4 : 1];
+  uint64_t descriptor;
+};
+
+// Descriptors count in units of 16 bytes, so a step along k or to another panel is an addition.
+template <class Traits>
+__device__ __forceinline__ void issue_expand(float (&s)[kHiddenChunk / 2], OperandA<Traits>& a, uint64_t w1) {
+  constexpr int kStepsPerPanel = Traits::kPanel / 16;
+#pragma unroll
+  for (int k = 0; k < Traits::kChannels / 16; ++k) {
+    const int panel = k / kStepsPerPanel, inside = k % kStepsPerPanel * 2;
+    const uint64_t b = w1 + panel * (kHiddenChunk * Traits::kRowBytes / 16) + inside;
+    if constexpr (Traits::kARegisters) {
+      wgmma_rs<ElementOf<Traits>, kHiddenChunk>(s, a.fragments + 4 * k, b, k > 0);
+    } else {
+      wgmma_ss<ElementOf<Traits>, kHiddenChunk>(s, a.descriptor + panel * (Traits::kAPanelBytes / 16) + inside, b, k > 0);
+    }
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void issue_project(float (&o)[Traits::kChannels / 2], const uint32_t (&h)[kHiddenChunk / 4], uint64_t w2,
+                                              bool accumulate) {
+#pragma unroll
+  for (int k = 0; k < kHiddenChunk / 16; ++k) {
+    wgmma_rs<ElementOf<Traits>, Traits::kChannels>(o, h + 4 * k, w2 + k * 2, accumulate || k > 0);
+  }
+}
+
+template <class Traits>
+struct FeedForward {
+  using Sums = float[kHiddenChunk / 2];
+  using Hidden = uint32_t[kHiddenChunk / 4];
+  using Output = float[Traits::kChannels / 2];
+  const WeightRings& p;
+  WeightBarriers& bar;
+  uint32_t w1_base, w2_base, bias_base;
+  int lane;
+  RingState w1, w1_free, w2, w2_free;  // next to wait for, next to release: products trail waits
+
+  __device__ bool w1_resident() const { return p.w1_slots == p.chunks; }
+  __device__ bool w2_resident() const { return p.w2_slots == p.chunks; }
+  __device__ uint32_t wait_w1() {
+    bar.w1_full[w1.slot].wait(w1.phase);
+    const uint32_t address = w1_base + w1.slot * Traits::kW1Bytes;
+    w1.advance(p.w1_slots, w1_resident());
+    return address;
+  }
+  __device__ uint32_t wait_w2() {
+    bar.w2_full[w2.slot].wait(w2.phase);
+    const uint32_t address = w2_base + w2.slot * Traits::kW2Bytes;
+    w2.advance(p.w2_slots, w2_resident());
+    return address;
+  }
+  __device__ void release_w1() {
+    if (w1_resident()) return;
+    if (lane == 0) bar.w1_empty[w1_free.slot].arrive();
+    w1_free.advance(p.w1_slots, false);
+  }
+  __device__ void release_w2() {
+    if (w2_resident()) return;
+    if (lane == 0) bar.w2_empty[w2_free.slot].arrive();
+    w2_free.advance(p.w2_slots, false);
+  }
+
+  __device__ __forceinline__ void expand(Sums& s, OperandA<Traits>& a) {
+    const uint64_t w1_chunk = matrix_descriptor<Traits::kRowBytes>(wait_w1());
+    fence_operands(s);
+    cute::warpgroup_arrive();
+    issue_expand<Traits>(s, a, w1_chunk);
+    cute::warpgroup_commit_batch();
+  }
+  __device__ __forceinline__ void project(Output& o, Hidden& h, bool accumulate) {
+    const uint64_t w2_chunk = matrix_descriptor<128>(wait_w2());
+    cute::warpgroup_arrive();
+    issue_project<Traits>(o, h, w2_chunk, accumulate);
+    cute::warpgroup_commit_batch();
+  }
+  __device__ __forceinline__ void activate_chunk(Sums& s, Hidden& h, int chunk) {
+    fence_operands(s);
+    activate<Traits>(s, h, bias_base + chunk * kHiddenChunk * Traits::kExpandBiasBytes, lane);
+  }
+
+  // One set of S: the next chunk's first product goes before this chunk's second one, which runs under the activation. Products
+  // complete in order, so wait<1> says that the previous step's second product is done too; the queue never drains.
+  __device__ __forceinline__ void step(Output& o, Sums& s, OperandA<Traits>& a, Hidden& h, Hidden& next, int chunk) {
+    expand(s, a);
+    project(o, h, chunk > 0);
+    cute::warpgroup_wait<1>();
+    release_w1();
+    if constexpr (Traits::kSchedule == Schedule::kDrain) {
+      activate_chunk(s, next, chunk + 1);
+      cute::warpgroup_wait<0>();
+      fence_operands(o);
+      release_w2();
+    } else {
+      if (chunk > 0) release_w2();
+      activate_chunk(s, next, chunk + 1);
+    }
+  }
+
+  __device__ __forceinline__ void run_one(Output& o, OperandA<Traits>& a) {
+    Sums s;
+    Hidden h[2];
+    expand(s, a);
+    cute::warpgroup_wait<0>();
+    release_w1();
+    activate_chunk(s, h[0], 0);
+    int chunk = 0;
+#pragma unroll 1
+    for (; chunk + 2 < p.chunks; chunk += 2) {
+      step(o, s, a, h[0], h[1], chunk);
+      step(o, s, a, h[1], h[0], chunk + 1);
+    }
+    if (chunk + 2 == p.chunks) {
+      step(o, s, a, h[0], h[1], chunk);
+      finish(o, h[1]);
+    } else {
+      finish(o, h[0]);
+    }
+  }
+
+  // Two sets of S: the first product runs two chunks ahead, so that the tensor cores have work queued during every activation.
+  template <bool kMore>
+  __device__ __forceinline__ void step_two(Output& o, Sums& s, Sums& s_next, OperandA<Traits>& a, Hidden& h, Hidden& next, int chunk) {
+    project(o, h, chunk > 0);
+    if (kMore) expand(s, a);
+    cute::warpgroup_wait<kMore ? 2 : 1>();
+    release_w1();
+    if (chunk > 0) release_w2();
+    activate_chunk(s_next, next, chunk + 1);
+  }
+
+  __device__ __forceinline__ void run_two(Output& o, OperandA<Traits>& a) {
+    Sums s[2];
+    Hidden h[2];
+    expand(s[0], a);
+    expand(s[1], a);
+    cute::warpgroup_wait<1>();
+    release_w1();
+    activate_chunk(s[0], h[0], 0);
+    int chunk = 0;
+#pragma unroll 1
+    for (; chunk + 3 < p.chunks; chunk += 2) {
+      step_two<true>(o, s[0], s[1], a, h[0], h[1], chunk);
+      step_two<true>(o, s[1], s[0], a, h[1], h[0], chunk + 1);
+    }
+    if (chunk + 3 == p.chunks) {
+      step_two<true>(o, s[0], s[1], a, h[0], h[1], chunk);
+      step_two<false>(o, s[1], s[0], a, h[1], h[0], chunk + 1);
+      finish(o, h[0]);
+    } else {
+      step_two<false>(o, s[0], s[1], a, h[0], h[1], chunk);
+      finish(o, h[1]);
+    }
+  }
+
+  __device__ __forceinline__ void finish(Output& o, Hidden& h) {
+    project(o, h, p.chunks > 1);
+    cute::warpgroup_wait<0>();
+    fence_operands(o);
+    release_w2();
+    if (Traits::kSchedule != Schedule::kDrain && p.chunks > 1) release_w2();
+  }
+
+  __device__ __forceinline__ void run(Output& o, OperandA<Traits>& a) {
+    fence_operands(o);
+    if constexpr (Traits::kSchedule == Schedule::kTwoAhead) {
+      run_two(o, a);
+    } else {
+      run_one(o, a);
+    }
+  }
+
+  // A warpgroup without a tile in the last round still turns the rings for the others.
+  __device__ void skip() {
+    for (int i = 0; i < p.chunks + (Traits::kConvWeightsStay ? 0 : Traits::kConvPieces); ++i) {
+      wait_w1();
+      release_w1();
+      if (i < p.chunks) {
+        wait_w2();
+        release_w2();
+      }
+    }
+  }
+};
+
+}  // namespace convfirst::block_fusion::sm90
