@@ -1,0 +1,48 @@
+// Tensor maps (what TMA copies go by) of dense 16-bit tensors. Host code.
+#pragma once
+
+#include <cuda.h>
+#include <cudaTypedefs.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace convfirst::block_fusion::sm90 {
+
+inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+  static const PFN_cuTensorMapEncodeTiled_v12000 encoder = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found) != cudaSuccess ||
+        found != cudaDriverEntryPointSuccess) {
+      entry = nullptr;
+    }
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
+  }();
+  return encoder;
+}
+
+// Dense row-major tensor of `rank` dimensions, innermost first; out-of-bounds elements read as zero.
+template <int kRank>
+bool encode_map(CUtensorMap* map, DType dtype, const void* data, const int64_t (&sizes)[kRank], const int (&box)[kRank], int row_bytes) {
+  const auto encoder = tensor_map_encoder();
+  if (encoder == nullptr) return false;
+  cuuint64_t dims[kRank], strides[kRank];
+  cuuint32_t boxes[kRank], steps[kRank];
+  cuuint64_t stride = 2;
+  for (int i = 0; i < kRank; ++i) {
+    dims[i] = sizes[i];
+    boxes[i] = box[i];
+    steps[i] = 1;
+    stride *= sizes[i];
+    strides[i] = stride;
+  }
+  const auto type = dtype == DType::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return encoder(map, type, kRank, const_cast<void*>(data), dims, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                 row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+}  // namespace convfirst::block_fusion::sm90
