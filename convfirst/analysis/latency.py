@@ -1,0 +1,166 @@
+"""The latency equation, and what an efficiency gap is made of.
+
+arXiv 2404.03617 relates latency to arithmetic through computational efficiency:
+
+    latency = 2 MACs images / (peak x efficiency)
+
+with the peak in FLOP/s. The ideal latency is that at efficiency 1; the *efficiency gap* lies between it and the
+measured latency. The equation is applied here per image, at a stated batch.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+DATA = Path(__file__).parent / "data"
+FAMILIES = ("ConvFirst", "ConvNeXt", "EfficientNet", "EfficientNetV2", "RegNet", "ResNet")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """ImageNet-1K top-1 of a model at an image size; `top1` is None where it isn't known."""
+
+    model: str
+    family: str
+    image_size: int
+    top1: float | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A measured forward pass: time of a batch, how it was run, and where that is recorded."""
+
+    model: str
+    image_size: int
+    batch: int
+    dtype: str
+    ms: float
+    path: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model of an efficiency-gap plot; without a measurement only the ideal is known. Times per image."""
+
+    accuracy: Accuracy
+    macs: int
+    peak_flops: float
+    measurement: Measurement | None
+
+    @property
+    def ideal_s(self) -> float:
+        return ideal_latency(self.macs, self.peak_flops)
+
+    @property
+    def measured_s(self) -> float | None:
+        return None if self.measurement is None else self.measurement.ms / 1e3 / self.measurement.batch
+
+    @property
+    def efficiency(self) -> float | None:
+        return None if self.measured_s is None else self.ideal_s / self.measured_s
+
+
+def ideal_latency(macs: float, peak_flops: float, images: int = 1) -> float:
+    """Seconds of ``images`` images of ``macs`` multiply-adds each at ``peak_flops`` FLOP/s."""
+    return 2 * macs * images / peak_flops
+
+
+def efficiency(macs: float, peak_flops: float, latency_s: float, images: int = 1) -> float:
+    """Computational efficiency: the share of the peak that a latency amounts to."""
+    return ideal_latency(macs, peak_flops, images) / latency_s
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Speed-up of one point over another on the same peak: less work times more efficiency."""
+
+    work: float
+    efficiency: float
+
+    @property
+    def speedup(self) -> float:
+        return self.work * self.efficiency
+
+
+def decompose(point: Point, reference: Point) -> Decomposition:
+    """How much faster ``point`` is than ``reference``, and what of that is less arithmetic, what efficiency.
+
+    Raises:
+        ValueError: one of them has no measurement, or their peaks differ.
+    """
+    if point.efficiency is None or reference.efficiency is None:
+        missing = point if point.efficiency is None else reference
+        raise ValueError(f"{missing.accuracy.model} has no measured latency")
+    if point.peak_flops != reference.peak_flops:
+        raise ValueError(f"peaks differ: {point.peak_flops:g} and {reference.peak_flops:g} FLOP/s")
+    return Decomposition(reference.macs / point.macs, point.efficiency / reference.efficiency)
+
+
+def read_accuracies(path: Path = DATA / "accuracy.csv") -> list[Accuracy]:
+    """Published accuracies: model, family, image_size, top1 (empty: not known), source.
+
+    Raises:
+        ValueError: a row has an unknown family or no source.
+    """
+    rows = []
+    for line, row in enumerate(_rows(path), start=2):
+        if row["family"] not in FAMILIES:
+            raise ValueError(f"{path}:{line}: family={row['family']!r}; accepted: {', '.join(FAMILIES)}")
+        if not row["source"]:
+            raise ValueError(f"{path}:{line}: {row['model']} has no source")
+        top1 = float(row["top1"]) if row["top1"] else None
+        rows.append(Accuracy(row["model"], row["family"], int(row["image_size"]), top1, row["source"]))
+    return rows
+
+
+def read_published_latencies(device: str, path: Path = DATA / "published_latency.csv") -> list[Measurement]:
+    """Latencies that others published for a device."""
+    return [
+        Measurement(
+            row["model"],
+            int(row["image_size"]),
+            int(row["batch"]),
+            row["dtype"],
+            1e3 * int(row["batch"]) / float(row["images_per_s"]),
+            row["path"],
+            row["source"],
+        )
+        for row in _rows(path)
+        if row["device"] == device
+    ]
+
+
+def read_results(paths: Iterable[Path]) -> list[Measurement]:
+    """Latencies of networks in result files of the suites ``models`` and ``throughput``, ours and their peers'."""
+    found = []
+    for path in paths:
+        results = json.loads(path.read_text())
+        for row in results["rows"]:
+            about = (row.get("image_size", 224), row["batch"], row["dtype"])
+            source = f"{path.parent.name}/{path.name} ({results['device']}, {results['date']})"
+            if "ours_ms" in row:
+                found.append(Measurement(row["name"], *about, row["ours_ms"], f"fused blocks, {row['path']}", source))
+                if row.get("peer_ms"):
+                    name, _, how = row["peer"].partition(" ")
+                    found.append(Measurement(name, *about, row["peer_ms"], how or "peer", source))
+            elif "ms" in row:
+                fused = "" if row.get("kernels", "off") == "off" else f", kernels={row['kernels']}"
+                found.append(Measurement(row["name"], *about, row["ms"], row["path"] + fused, source))
+    return list(dict.fromkeys(found))
+
+
+def fastest(
+    measurements: Sequence[Measurement], model: str, image_size: int, dtypes: Sequence[str] = ("float16",)
+) -> Measurement | None:
+    """The measurement of a model with the least time an image, None if there is none in those dtypes."""
+    matching = [m for m in measurements if (m.model, m.image_size) == (model, image_size) and m.dtype in dtypes]
+    return min(matching, key=lambda m: m.ms / m.batch, default=None)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
