@@ -32,14 +32,21 @@ __device__ __forceinline__ uint64_t* barrier_pointer(TransactionBarrier* barrier
 constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
 constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
 
-__device__ __forceinline__ void tma_load_2d(const void* map, TransactionBarrier* barrier, void* smem, int c0, int c1) {
-  cute::SM90_TMA_LOAD_2D::copy(map, barrier_pointer(barrier), kEvictLast, smem, c0, c1);
+__device__ __forceinline__ void tma_load_2d(const void* map, TransactionBarrier* barrier, void* smem, int c0, int c1,
+                                            uint64_t hint = kEvictLast) {
+  cute::SM90_TMA_LOAD_2D::copy(map, barrier_pointer(barrier), hint, smem, c0, c1);
 }
 
 __device__ __forceinline__ void tma_load_4d(const void* map, TransactionBarrier* barrier, void* smem, int c0, int c1, int c2,
                                             int c3) {
   cute::SM90_TMA_LOAD_4D::copy(map, barrier_pointer(barrier), kEvictNormal, smem, c0, c1, c2, c3);
 }
+
+// Until everything that earlier launches of the stream wrote is there, where this one was started before they ended.
+__device__ __forceinline__ void wait_for_previous_launch() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// The next launch of the stream may start as soon as every block has come here; it waits for the data itself.
+__device__ __forceinline__ void allow_next_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // Orders this thread's ordinary shared-memory accesses before later ones of the asynchronous proxy (TMA, wgmma).
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
