@@ -3,7 +3,7 @@
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import timm
@@ -36,12 +36,17 @@ def benchmark(config: DictConfig) -> list[dict]:
     """
     if config.suite not in SUITES:
         raise ValueError(f"suite={config.suite!r} is unknown; accepted: {', '.join(SUITES)}")
-    rows = SUITES[config.suite](config)
-    _print_rows(config.suite, rows)
-    gpu = f"-{gpu_slug()}" if config.suite in ("blocks", "models") else ""
-    output = REPOSITORY / Path(config.output or f"results/{config.suite.replace('_', '-')}{gpu}.json")
-    path = write_results(output, config.suite, rows, append=config.append)
-    log.info("wrote %s", path)
+    rows: list[dict] = []
+    try:
+        for row in SUITES[config.suite](config):
+            rows.append(row)
+    finally:  # what was measured before an error isn't lost
+        if rows:
+            _print_rows(config.suite, rows)
+            gpu = f"-{gpu_slug()}" if config.suite in ("blocks", "models") else ""
+            output = REPOSITORY / Path(config.output or f"results/{config.suite.replace('_', '-')}{gpu}.json")
+            path = write_results(output, config.suite, rows, append=config.append)
+            log.info("wrote %s", path)
     return rows
 
 
@@ -162,8 +167,8 @@ def _print_rows(suite: str, rows: list[dict]) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-# What suite=... may name. A suite takes the configuration and returns rows of plain values.
-SUITES: Mapping[str, Callable[[DictConfig], list[dict]]] = {
+# What suite=... may name. A suite takes the configuration and gives rows of plain values as it measures them.
+SUITES: Mapping[str, Callable[[DictConfig], Iterable[dict]]] = {
     "throughput": throughput,
     "latency": latency,
     "cost": cost,

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hydra
@@ -17,36 +18,46 @@ from convfirst.app.results import REPOSITORY
 log = logging.getLogger(__name__)
 
 
-def training_throughput(config: DictConfig) -> list[dict]:
-    """One row for each recipe, data source and number of devices of ``config.training_throughput``.
+def training_throughput(config: DictConfig) -> Iterator[dict]:
+    """One row for each recipe, number of devices and data source of ``config.training_throughput``.
 
-    Each measurement is a process of its own: ``train.py`` as a user starts it, and the bare loop. ``ratio_to_bare`` is
-    the trainer's images/s over the bare loop's, whose random images never leave the device.
+    Each measurement has processes of its own, one a device: ``train.py`` as a user starts it, and the bare loop, which
+    has no source and runs once in each repeat, before the sources' trainers. ``ratio_to_bare`` is the trainer's
+    images/s over the bare loop's, whose random images never leave the device.
     """
     suite = config.training_throughput
-    rows = []
     for recipe in suite.recipes:
         for devices in suite.devices:
-            for source, overrides in suite.sources.items():
-                log.info("%s, %s, %d device(s)", recipe, source, devices)
-                arguments = [*_common_overrides(suite, recipe, devices), *overrides, *suite.overrides]
-                train_config = hydra.compose("train", overrides=arguments)
-                pairs = [
-                    (run_bare_loop(train_config, devices, suite), run_trainer(arguments, suite.warmup_steps))
-                    for _ in range(suite.repeats)
-                ]
-                rows.append(_row(recipe, source, devices, train_config, pairs))
-    return rows
+            yield from _compare(suite, recipe, devices)
+
+
+def _compare(suite: DictConfig, recipe: str, devices: int) -> Iterator[dict]:
+    common = _common_overrides(suite, recipe, devices)
+    arguments = {source: [*common, *overrides, *suite.overrides] for source, overrides in suite.sources.items()}
+    configs = {source: hydra.compose("train", overrides=given) for source, given in arguments.items()}
+    pairs = {source: [] for source in arguments}
+    for repeat in range(suite.repeats):
+        bare: dict[str, dict] = {}
+        for source, train_config in configs.items():
+            loop = json.dumps(_bare_arguments(train_config, suite))
+            if loop not in bare:
+                bare[loop] = run_bare_loop(loop, devices)
+                log.info("%s, bare loop, %d device(s): %s", recipe, devices, bare[loop])
+            pairs[source].append((bare[loop], run_trainer(arguments[source], devices, suite.warmup_steps)))
+            log.info("%s, %s, %d device(s): %s", recipe, source, devices, pairs[source][-1][1])
+            if repeat == suite.repeats - 1:
+                yield _row(recipe, source, devices, train_config, pairs[source])
 
 
 def _common_overrides(suite: DictConfig, recipe: str, devices: int) -> list[str]:
     return [
         f"recipe={recipe}",
+        *(["trainer=ddp"] if devices > 1 else []),
         f"trainer.devices={devices}",
         f"trainer.precision={suite.precision}",
         f"trainer.limit_train_batches={suite.warmup_steps + suite.steps}",
-        "trainer.limit_val_batches=2",
-        "trainer.limit_test_batches=2",
+        "trainer.limit_val_batches=0",
+        "trainer.limit_test_batches=0",
         f"trainer.log_every_n_steps={suite.interval}",
         f"batch.global_size={suite.batch * devices}",
         f"data.batch_size={suite.batch}",
@@ -60,10 +71,11 @@ def _common_overrides(suite: DictConfig, recipe: str, devices: int) -> list[str]
     ]
 
 
-def run_trainer(overrides: list[str], warmup_steps: int) -> dict:
-    """Run train.py in a folder of its own; medians of what it logged after the warm-up."""
+def run_trainer(overrides: list[str], devices: int, warmup_steps: int) -> dict:
+    """Run train.py in a folder of its own, one process a device; medians of what it logged after the warm-up."""
     with tempfile.TemporaryDirectory() as folder:
-        _run([str(REPOSITORY / "train.py"), *overrides, f"run_root={folder}", "run_id=benchmark"])
+        run = [f"run_root={folder}", "run_id=benchmark"]
+        _run([*_launcher(devices), str(REPOSITORY / "train.py"), *overrides, *run])
         with open(Path(folder) / "benchmark/metrics.csv", newline="") as file:
             logged = [row for row in csv.DictReader(file) if row["speed/images_per_s"]]
     steady = [row for row in logged if int(row["step"]) > warmup_steps]
@@ -80,10 +92,20 @@ def run_trainer(overrides: list[str], warmup_steps: int) -> dict:
     }
 
 
-def run_bare_loop(train_config: DictConfig, devices: int, suite: DictConfig) -> dict:
-    """Run `convfirst.app.bare_loop` with the model, batch, precision, compilation and optimiser of ``train_config``."""
+def run_bare_loop(arguments: str, devices: int) -> dict:
+    """Run `convfirst.app.bare_loop` with ``arguments`` (JSON), one process a device."""
+    output = _run([*_launcher(devices), "-m", "convfirst.app.bare_loop", arguments])
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def _launcher(devices: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"] if devices > 1 else []
+
+
+def _bare_arguments(train_config: DictConfig, suite: DictConfig) -> dict:
+    """The model, batch, precision, compilation and optimiser of ``train_config``."""
     model = OmegaConf.to_container(train_config.model, resolve=True)
-    arguments = {
+    return {
         "model": model.pop("model_name"),
         "model_kwargs": {key: value for key, value in model.items() if key != "_target_"},
         "batch": train_config.data.batch_size,
@@ -96,9 +118,6 @@ def run_bare_loop(train_config: DictConfig, devices: int, suite: DictConfig) -> 
         "warmup_steps": suite.warmup_steps,
         "interval": suite.interval,
     }
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"] if devices > 1 else []
-    output = _run([*launcher, "-m", "convfirst.app.bare_loop", json.dumps(arguments)])
-    return json.loads(output.strip().splitlines()[-1])
 
 
 def _run(arguments: list[str]) -> str:
@@ -117,6 +136,7 @@ def _row(recipe: str, source: str, devices: int, train_config: DictConfig, pairs
         "model": train_config.model.model_name,
         "data": source,
         "devices": devices,
+        "num_workers": train_config.data.num_workers,
         "batch": train_config.data.batch_size,
         "image_size": train_config.data.image_size,
         "precision": train_config.trainer.precision,
