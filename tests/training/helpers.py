@@ -3,6 +3,8 @@
 import csv
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -33,6 +35,37 @@ TINY = [
 def tiny_config(run_root: Path, *overrides: str, name: str = "train") -> DictConfig:
     with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "configs")):
         return compose(name, overrides=[*TINY, f"run_root={run_root}", *overrides])
+
+
+def environment() -> dict[str, str]:
+    """This process's, with the repository on Python's path."""
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def command(run_root: Path, *overrides: str) -> list[str]:
+    """train.py with the tiny run's overrides and these, options such as -m first."""
+    # the last value of a key counts in TINY's stead
+    keys = {override.lstrip("+").split("=")[0] for override in overrides}
+    base = [override for override in TINY if override.lstrip("+").split("=")[0] not in keys]
+    options = [override for override in overrides if override.startswith("-")]
+    values = [override for override in overrides if not override.startswith("-")]
+    return [sys.executable, "train.py", *options, *base, f"run_root={run_root}", *values]
+
+
+def start(run_root: Path, *overrides: str, **kwargs) -> subprocess.Popen:
+    """That command, started."""
+    return subprocess.Popen(
+        command(run_root, *overrides), cwd=REPOSITORY, env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What it printed, once it has ended well."""
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
 
 
 def losses(run_dir: Path) -> list[tuple[str, str, str, str]]:

@@ -1,10 +1,7 @@
 """Several processes on one machine, through the command that a person would type."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -12,34 +9,11 @@ import torch
 from omegaconf import OmegaConf
 
 from convfirst.app.train import train
-from tests.training.helpers import REPOSITORY, TINY, last_checkpoint, losses, tiny_config
+from tests.training.helpers import finish, last_checkpoint, losses, start, tiny_config
 
 ONE_UPDATE = ["epochs=2", "trainer.limit_train_batches=1", "augment=none", "+model.drop_path_rate=0"]
 ONE_UPDATE += ["batch.global_size=64"]
 TWO = ["trainer.devices=2", "data.batch_size=32"]
-
-
-def command(run_root, *overrides):
-    # the last value of a key counts in TINY's stead
-    keys = {override.lstrip("+").split("=")[0] for override in overrides}
-    base = [override for override in TINY if override.lstrip("+").split("=")[0] not in keys]
-    options = [override for override in overrides if override.startswith("-")]
-    values = [override for override in overrides if not override.startswith("-")]
-    return [sys.executable, "train.py", *options, *base, f"run_root={run_root}", *values]
-
-
-def start(run_root, *overrides, **kwargs):
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
-        command(run_root, *overrides), cwd=REPOSITORY, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
-    )  # fmt: skip
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    return output
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """An interrupted run ends where the uninterrupted one does, bit for bit."""
 
-import os
 import subprocess
 import sys
 
@@ -13,7 +12,16 @@ from convfirst.app.train import train
 from convfirst.data.image_tree import read_tree
 from convfirst.data.sample_tree import SampleTree
 from convfirst.training import StopRequested
-from tests.training.helpers import REPOSITORY, TINY, Dies, assert_same_weights, last_checkpoint, losses, tiny_config
+from tests.training.helpers import (
+    REPOSITORY,
+    TINY,
+    Dies,
+    assert_same_weights,
+    environment,
+    last_checkpoint,
+    losses,
+    tiny_config,
+)
 
 AT = "+callbacks.at={_target_:tests.training.helpers.AtUpdate,step:%d,action:%s,at:%s}"
 
@@ -54,7 +62,7 @@ def test_dying_twice_changes_nothing(tmp_path, whole):
 def test_kill_9_changes_nothing(tmp_path, whole):
     command = [sys.executable, "train.py", *TINY, f"run_root={tmp_path}", AT % (7, "SIGKILL", "update")]
 
-    killed = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    killed = subprocess.run(command, cwd=REPOSITORY, env=environment())
     assert killed.returncode == -9
     train(tiny_config(tmp_path))
     check_same(whole, tmp_path / "digits")

@@ -1,0 +1,63 @@
+"""What a CPU can't run: half precision with a loss scale, synchronised batch norm, sharding through NCCL."""
+
+import math
+
+import pytest
+import torch
+
+from convfirst.app.train import train
+from tests.training.helpers import finish, last_checkpoint, losses, start, tiny_config
+
+pytestmark = pytest.mark.gpu
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+TWO = ["trainer.accelerator=gpu", "trainer.devices=2"]
+
+
+def train_losses(run):
+    return [float(row[2]) for row in losses(run) if row[2]]
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_mixed_precision_learns(tmp_path, precision):
+    options = (
+        "trainer.accelerator=gpu",
+        f"trainer.precision={precision}",
+        "epochs=10",
+        "trainer.limit_train_batches=1.0",
+    )
+    summary = train(tiny_config(tmp_path, *options))
+    assert summary["precision"] == precision
+    found = train_losses(tmp_path / "digits")
+    assert all(map(math.isfinite, found))
+    assert sum(found[-20:]) < 0.8 * sum(found[:20])
+
+
+@two_gpus
+def test_synchronised_batch_norm_sees_the_whole_batch(tmp_path, monkeypatch):
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    options = ["+model.norm=batchnorm", "+model.drop_path_rate=0", "augment=none", "trainer.limit_train_batches=2"]
+    options += ["epochs=2", "ema=null"]
+    finish(start(tmp_path / "two", *options, *TWO, "sync_bn=true", "data.batch_size=32"))
+    finish(start(tmp_path / "one", *options, "trainer.accelerator=gpu", "data.batch_size=64"))
+    two, one = tmp_path / "two/digits", tmp_path / "one/digits"
+    assert train_losses(two) == pytest.approx(train_losses(one), rel=1e-3)
+    ours, theirs = last_checkpoint(two)["state_dict"], last_checkpoint(one)["state_dict"]
+    statistics = [key for key in theirs if key.endswith(("running_mean", "running_var"))]
+    assert statistics
+    for key in statistics:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-4)
+
+
+@two_gpus
+def test_a_sharded_run_goes_on_where_it_was_killed(tmp_path):
+    options = ["trainer=fsdp", *TWO, "trainer.precision=bf16-mixed", "epochs=3", "data.batch_size=32"]
+    finish(start(tmp_path / "whole", *options))
+    kill = "+callbacks.at={_target_:tests.training.helpers.AtUpdate,step:7,action:SIGKILL,at:update}"
+    killed = start(tmp_path / "cut", *options, kill)
+    killed.communicate(timeout=240)
+    assert killed.returncode == -9
+    assert "resuming from" in finish(start(tmp_path / "cut", *options))
+    whole, cut = losses(tmp_path / "whole/digits"), losses(tmp_path / "cut/digits")
+    assert [row[:2] for row in cut] == [row[:2] for row in whole]
+    for a, b in zip(cut, whole, strict=True):
+        assert [float(x or 0) for x in a[2:6]] == pytest.approx([float(x or 0) for x in b[2:6]], rel=0.02)
