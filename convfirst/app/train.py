@@ -26,6 +26,7 @@ from rich.table import Table
 from timm.layers import convert_sync_batchnorm
 
 from convfirst import __version__
+from convfirst.app import slurm
 from convfirst.app.kernels import accelerate, check_kernels
 from convfirst.app.run_dir import RunDirectory, RunExistsError
 from convfirst.data import ImageDataModule
@@ -51,10 +52,13 @@ def main(config: DictConfig) -> None:
     ``HYDRA_FULL_ERROR=1`` shows where such a message comes from.
     """
     try:
+        slurm.watch()
         train(config)
     except StopRequested as stop:
         if _is_main_process():
-            print(f"{signal.Signals(stop.signum).name}: saved {stop.path}; the same command goes on from there.")
+            saved = f"saved {stop.path}" if stop.path else "stopped, with nothing to save"
+            print(f"{signal.Signals(stop.signum).name}: {saved}; the same command goes on from there.", flush=True)
+            slurm.requeue(stop.signum)
             sys.exit(128 + stop.signum)
     except (InstantiationException, ValueError, OSError, ModuleNotFoundError, NonFiniteLossError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -266,7 +270,7 @@ def _name_sweep_job(config: DictConfig) -> None:
         return
     overrides = sorted(HydraConfig.get().overrides.task)
     if not any(override.startswith("run_id=") for override in overrides):
-        kept = [o for o in overrides if o.split("=")[0] not in ("run_root", "resume", "overwrite")]
+        kept = [o for o in overrides if o.split("=")[0] not in ("run_root", "resume", "overwrite", "launcher")]
         config.run_id = f"{config.run_id}-{hashlib.sha256(' '.join(kept).encode()).hexdigest()[:8]}"
 
 

@@ -11,7 +11,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from convfirst.training.guard import StepGuard, StopRequested
+from convfirst.training.guard import StepGuard, StopRequested, more_urgent
 
 _NAME = re.compile(r"step_(\d+)\.ckpt")
 
@@ -191,7 +191,8 @@ class Checkpointing(Callback):
             for old in checkpoints(self.folder)[: -self.keep]:
                 old.unlink()
         if signum:
-            raise StopRequested(signum, str(path))
+            # one more may have come to this process during the save: after SIGTERM the warning that means requeueing
+            raise StopRequested(more_urgent(signum, self.guard.signum), str(path))
 
     def _link_best(self, step: int) -> None:
         _link(self.folder / f"step_{step:08d}.ckpt", self.folder / "best.ckpt")

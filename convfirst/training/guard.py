@@ -7,22 +7,28 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # a scheduler's warning; a person sends SIGINT or SIGTERM
+_MORE_URGENT = 64  # more than any of our signals' numbers
+
 
 class NonFiniteLossError(RuntimeError):
     """The training loss became NaN or infinite."""
 
 
 class StopRequested(Exception):
-    """A signal asked the run to stop; the checkpoint `path` holds everything up to this moment."""
+    """A signal asked the run to stop; the checkpoint `path` holds everything up to this moment.
 
-    def __init__(self, signum: int, path: str) -> None:
+    `path` is None where nothing was left to save: before the first update, or after the last.
+    """
+
+    def __init__(self, signum: int, path: str | None = None) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}, saved {path}")
         self.signum, self.path = signum, path
 
 
 @dataclass
 class _Pending:
-    flags: torch.Tensor  # [signal number or 0, 1 if the loss isn't finite else 0]
+    flags: torch.Tensor  # [urgency of a signal or 0, 1 if the loss isn't finite else 0]
     work: dist.Work | None
     where: str
 
@@ -30,8 +36,9 @@ class _Pending:
 class StepGuard:
     """Watches for signals and for a non-finite loss without making the device wait.
 
-    A signal handler only sets a flag. Each step's flags are reduced over the processes (maximum) and, on a GPU, read
-    one step later, when the device is done with them; `settle` reads them at once, which must come before a save.
+    A signal handler only sets a flag; of several signals one of `REQUEUE_SIGNALS` counts. Each step's flags are reduced
+    over the processes (maximum) and, on a GPU, read one step later, when the device is done with them; `settle` reads
+    them at once, which must come before a save.
     """
 
     def __init__(self) -> None:
@@ -39,8 +46,8 @@ class StepGuard:
         self._pending: _Pending | None = None
         self._handlers: dict[int, object] = {}
 
-    def install(self, signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)) -> None:
-        """Take over `signals`. A second one of the same kind acts as it did before."""
+    def install(self, signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, *REQUEUE_SIGNALS)) -> None:
+        """Take over `signals`. A second SIGINT or SIGTERM acts as it did before; a scheduler may repeat the others."""
         for signum in signals:
             self._handlers[signum] = signal.signal(signum, self._request)
 
@@ -51,8 +58,9 @@ class StepGuard:
             signal.signal(signum, handler)
 
     def _request(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        signal.signal(signum, self._handlers.pop(signum))
+        self.signum = more_urgent(signum, self.signum)
+        if signum not in REQUEUE_SIGNALS:
+            signal.signal(signum, self._handlers.pop(signum))
 
     def observe(self, loss: torch.Tensor, where: str) -> int:
         """Hand over a step's loss (scalar) and the text `where` it was; returns the signal agreed on so far, or 0.
@@ -67,7 +75,7 @@ class StepGuard:
 
     def _reduce(self, loss: torch.Tensor, where: str) -> _Pending:
         flags = torch.empty(2, device=loss.device, dtype=torch.float32)
-        flags[0].fill_(float(self.signum))
+        flags[0].fill_(float(_urgency(self.signum)))
         flags[1].copy_(~torch.isfinite(loss.detach()))
         distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         work = dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True) if distributed else None
@@ -88,7 +96,16 @@ class StepGuard:
             return 0
         if pending.work is not None:
             pending.work.wait()
-        signum, bad = pending.flags.tolist()
+        urgency, bad = pending.flags.tolist()
         if bad:
             raise NonFiniteLossError(f"the loss isn't finite at {pending.where}")
-        return int(signum)
+        return int(urgency) % _MORE_URGENT
+
+
+def _urgency(signum: int) -> int:
+    return signum + _MORE_URGENT if signum in REQUEUE_SIGNALS else signum
+
+
+def more_urgent(a: int, b: int) -> int:
+    """The one of two signals (0: none) that decides what happens to the run."""
+    return max(a, b, key=_urgency)

@@ -1,0 +1,138 @@
+"""Slurm: refusing a submission that doesn't fit together, and requeueing the job of a run that was told to stop."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from convfirst.training import StopRequested, plan_batch
+from convfirst.training.guard import REQUEUE_SIGNALS
+
+
+class CheckSubmission(Callback):
+    """Hydra callback of ``launcher=slurm``: ends the program with one message before anything is submitted."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            check_submission(config)
+        except ValueError as error:
+            sys.exit(f"error: {error}")  # Hydra turns a callback's Exception into a warning and goes on
+
+
+def check_submission(config: DictConfig) -> None:
+    """Check that tasks, GPUs, nodes, CPUs and times of ``config.hydra.launcher`` are those the trainer will want.
+
+    Raises:
+        ValueError: they aren't; the message names both settings.
+    """
+    launcher, trainer = config.hydra.launcher, config.trainer
+    swept = _swept(config)
+    for key in ("trainer", "trainer.devices", "trainer.num_nodes", "data.num_workers"):
+        if key in swept:
+            raise ValueError(f"{key} is swept, but the jobs of a sweep get the same resources; submit a sweep for each")
+    if isinstance(trainer.devices, bool) or not isinstance(trainer.devices, int) or trainer.devices < 1:
+        raise ValueError(f"trainer.devices={trainer.devices}: a submission needs the number of GPUs of a node")
+    _check_equal("hydra.launcher.nodes", launcher.nodes, "trainer.num_nodes", trainer.num_nodes)
+    _check_equal("hydra.launcher.tasks_per_node", launcher.tasks_per_node, "trainer.devices", trainer.devices)
+    if trainer.accelerator == "cpu":
+        if launcher.gpus_per_node is not None:
+            raise ValueError(
+                f"trainer.accelerator=cpu, but hydra.launcher.gpus_per_node={launcher.gpus_per_node}; "
+                "add hydra.launcher.gpus_per_node=null"
+            )
+    elif launcher.gpus_per_node is not None or (launcher.gpus_per_task is None and launcher.gres is None):
+        _check_equal("hydra.launcher.gpus_per_node", launcher.gpus_per_node, "trainer.devices", trainer.devices)
+    if launcher.cpus_per_task is None or launcher.cpus_per_task <= config.data.num_workers:
+        raise ValueError(
+            f"hydra.launcher.cpus_per_task={launcher.cpus_per_task} must be more than "
+            f"data.num_workers={config.data.num_workers}: a process computes beside its workers"
+        )
+    if launcher.signal_delay_s >= 60 * launcher.timeout_min:
+        raise ValueError(
+            f"hydra.launcher.signal_delay_s={launcher.signal_delay_s} leaves nothing of "
+            f"hydra.launcher.timeout_min={launcher.timeout_min}"
+        )
+    if not swept & {"recipe", "data", "data.batch_size", "batch.global_size", "batch.accumulate"}:
+        plan_batch(
+            config.batch.global_size,
+            trainer.devices,
+            trainer.num_nodes,
+            config.data.batch_size,
+            config.batch.accumulate,
+        )
+
+
+def _swept(config: DictConfig) -> set[str]:
+    """Keys that have another value in each job."""
+    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    return {override.key_or_group for override in overrides if override.is_sweep_override()}
+
+
+def _check_equal(name: str, value: Any, other_name: str, other: Any) -> None:
+    if value != other:
+        raise ValueError(f"{name}={value} must be {other_name}={other}: one task and one GPU for each process")
+
+
+def in_job() -> bool:
+    """Whether this process is a task of a Slurm job (not a worker of torchrun inside one)."""
+    return "SLURM_JOB_ID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def watch() -> None:
+    """Let a signal that comes before the training's own handlers stand, or after them, end the run as `StopRequested`.
+
+    submitit, which has handlers of its own, keeps them.
+    """
+    if in_job() and not _under_submitit():
+        for signum in (signal.SIGTERM, *REQUEUE_SIGNALS):
+            signal.signal(signum, _stop)
+
+
+def _stop(signum: int, frame: Any) -> None:
+    raise StopRequested(signum)
+
+
+def requeue(signum: int) -> None:
+    """Put this job back into the queue if `signum`, which stopped its run, means that; only one process may call it.
+
+    SIGUSR1 and SIGUSR2, the warning before the time limit, do. SIGTERM does where Slurm says that it is preempting the
+    job: a job that ends within its grace time isn't requeued by Slurm itself. After scancel nothing is requeued.
+    """
+    if not in_job():
+        return
+    job = os.environ["SLURM_JOB_ID"]
+    if signum not in REQUEUE_SIGNALS and not (signum == signal.SIGTERM and _preempted(job)):
+        return
+    if _under_submitit():  # it counts time-outs and renews what the job reads
+        number = getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}")
+        signal.getsignal(number)(number, None)
+        return
+    print(f"requeueing job {job}", flush=True)  # before the call, which ends this process
+    error = _scontrol("requeue", job)[1]
+    if error:
+        print(f"job {job} was not requeued ({error}); submit it again to go on", file=sys.stderr, flush=True)
+
+
+def _under_submitit() -> bool:
+    return "SUBMITIT_EXECUTOR" in os.environ
+
+
+def _preempted(job: str) -> bool:
+    shown = _scontrol("show", "job", "--oneliner", job)[0]
+    time = re.search(r"\bPreemptTime=(\S+)", shown)
+    return time is not None and time[1] not in ("None", "N/A", "Unknown")
+
+
+def _scontrol(*arguments: str) -> tuple[str, str]:
+    """What scontrol printed, and why it failed or ""."""
+    try:
+        done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=False, timeout=60)
+    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+        return "", str(error)
+    return done.stdout, (done.stderr.strip() or f"exit status {done.returncode}") if done.returncode else ""
