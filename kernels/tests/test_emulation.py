@@ -5,25 +5,14 @@ the waits allow, and the warps run in either order. It says nothing about speed 
 """
 
 import ctypes
-import fcntl
-import os
-import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from cases import Case, guards_intact, inputs, oracle, worst_ratio
+from emulated import ACTIVATIONS, DTYPES, H100, RTX_3090, CDevice, Emulated, emulated
 
 from convfirst_kernels import reference
 from convfirst_kernels.planner import Problem
-
-KERNELS = Path(__file__).parents[1]
-EMULATION = Path(__file__).parent / "emulation"
-DTYPES = ("float16", "bfloat16")
-ACTIVATIONS = ("relu", "silu", "gelu")
 
 
 class CProblem(ctypes.Structure):
@@ -36,57 +25,13 @@ class CTensors(ctypes.Structure):
     _fields_ = [(f"tensor{i}", ctypes.c_void_p) for i in range(12)] + [("eps", ctypes.c_float)]
 
 
-class CDevice(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("capability", "multiprocessors", "max_shared_memory")]
-
-
-H100 = CDevice(90, 132, 232448)
-RTX_3090 = CDevice(86, 82, 101376)
-
-
-def build(folder: Path, target: Path) -> None:
-    """Compiles the portable path against the stand-ins of the folder emulation."""
-    locate = [sys.executable, str(KERNELS / "cmake/locate.py"), "nvcc"]
-    nvcc = subprocess.run(locate, capture_output=True, text=True).stdout.strip()
-    if not shutil.which("g++") or not nvcc:
-        pytest.skip("needs g++ and the CUDA headers")
-    for part in ("common", "block_fusion"):
-        shutil.copytree(KERNELS / "csrc" / part, folder / part)
-    for stand_in in ("ptx.cuh", "launch.cuh", "cuda_on_cpu.h"):
-        shutil.copy(EMULATION / stand_in, folder / "common" / stand_in)
-    include = Path(nvcc).parents[1] / "include"
-    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", f"-I{folder}", f"-I{include}", f"-I{include / 'cccl'}"]
-    sources = [*(folder / "block_fusion/instantiations_sm80").glob("*.cu"), folder / "block_fusion/variants_sm80.cpp"]
-    sources.append(EMULATION / "emulate.cpp")
-
-    def compile_one(source: Path) -> str:
-        output = folder / f"{source.stem}.o"
-        subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", str(output)], check=True)
-        return str(output)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
-    subprocess.run(["g++", "-shared", *objects, "-o", str(target)], check=True)
-
-
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """The emulated library and its rows' names; built once a run, also where several workers share the run."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    target = shared / "emulation.so"
-    with open(shared / "emulation.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            build(tmp_path_factory.mktemp("emulation"), target)
-    library = ctypes.CDLL(str(target))
-    library.emulate_name.restype = ctypes.c_char_p
-    return library, [library.emulate_name(i).decode() for i in range(library.emulate_rows())]
+def rows(tmp_path_factory) -> Emulated:
+    return emulated("block_fusion", tmp_path_factory)
 
 
-def emulate(rows, name: str, case: Case, arguments: tuple, device: CDevice, at_once: bool, backwards: bool):
+def emulate(rows: Emulated, name: str, case: Case, arguments: tuple, device: CDevice, at_once: bool, backwards: bool):
     """The row's result, or None where it doesn't cover the case."""
-    library, names = rows
     p = case.problem
     problem = CProblem(
         p.batch, p.height, p.width, p.channels, p.hidden, p.kernel_size, p.group_width,
@@ -94,11 +39,8 @@ def emulate(rows, name: str, case: Case, arguments: tuple, device: CDevice, at_o
     )  # fmt: skip
     y = torch.full_like(arguments[0], float("nan"))
     pointers = [None if a is None else a.data_ptr() for a in (*arguments[:11], y)]
-    tensors = CTensors(*pointers, arguments[13])
-    pieces = (ctypes.byref(part) for part in (problem, tensors, device))
-    status = library.emulate(names.index(name), *pieces, at_once, backwards)
-    assert status in (0, -1)
-    return y if status == 0 else None
+    covered = rows.launch(name, problem, CTensors(*pointers, arguments[13]), device, at_once, backwards)
+    return y if covered else None
 
 
 def problem(size, channels, hidden, kernel_size, group_width, dtype=0, activation=1, norm=True, batch=1) -> Problem:

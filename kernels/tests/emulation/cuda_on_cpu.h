@@ -35,13 +35,14 @@
 #define __align__(n)
 #define __restrict__
 
-namespace convfirst::block_fusion::sm80 {
+// EMULATED: the folder of csrc whose kernels are compiled.
+namespace convfirst::EMULATED::sm80 {
 extern unsigned char smem[];  // what `extern __shared__ unsigned char smem[]` of a kernel names
 }
 
 namespace emulation {
 
-using convfirst::block_fusion::sm80::smem;
+using convfirst::EMULATED::sm80::smem;
 
 struct Copy {
   uint32_t to;

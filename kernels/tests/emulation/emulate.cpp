@@ -1,8 +1,8 @@
 // Runs blocks of fibers, and lets a test reach the portable path's rows through C.
-#include "block_fusion/params.h"
 #include "common/cuda_on_cpu.h"
+#include "mbconv/params.h"
 
-namespace convfirst::block_fusion::sm80 {
+namespace convfirst::EMULATED::sm80 {
 alignas(128) unsigned char smem[256 * 1024];
 }
 
@@ -44,7 +44,7 @@ void prepare(Thread& t) {
 }
 
 void run_block() {
-  std::memset(smem, 0xff, sizeof(convfirst::block_fusion::sm80::smem));
+  std::memset(smem, 0xff, sizeof(convfirst::EMULATED::sm80::smem));
   barrier_arrived = barrier_count = 0;
   for (Warp& w : warps) w.arrived[0] = w.arrived[1] = 0;
   for (Thread& t : threads) prepare(t);
@@ -83,7 +83,7 @@ void run(int grid, int block, int shared_memory, std::function<void()> kernel) {
 
 }  // namespace emulation
 
-using namespace convfirst::block_fusion;
+using namespace convfirst::EMULATED;
 
 extern "C" {
 
