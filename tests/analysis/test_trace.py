@@ -1,11 +1,11 @@
 """What a trace counts, and what each way of running it moves, against counts by hand."""
 
-import convfirst.models  # noqa: F401  registers ConvFirst with timm
 import pytest
 import timm
 import torch
 from torch import nn
 
+import convfirst.models  # noqa: F401  registers ConvFirst with timm
 from convfirst.analysis import blocks, kernels, layers, trace
 from convfirst.models import ConvFirstBlock
 
