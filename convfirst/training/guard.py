@@ -31,6 +31,8 @@ class _Pending:
     flags: torch.Tensor  # [urgency of a signal or 0, 1 if the loss isn't finite else 0]
     work: dist.Work | None
     where: str
+    host: torch.Tensor  # `flags` on the CPU, once `copied`
+    copied: torch.cuda.Event | None = None
 
 
 class StepGuard:
@@ -45,6 +47,7 @@ class StepGuard:
         self.signum = 0
         self._pending: _Pending | None = None
         self._handlers: dict[int, object] = {}
+        self._stream: torch.cuda.Stream | None = None
 
     def install(self, signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, *REQUEUE_SIGNALS)) -> None:
         """Take over `signals`. A second SIGINT or SIGTERM acts as it did before; a scheduler may repeat the others."""
@@ -79,7 +82,19 @@ class StepGuard:
         flags[1].copy_(~torch.isfinite(loss.detach()))
         distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         work = dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True) if distributed else None
-        return _Pending(flags, work, where)
+        if not flags.is_cuda:
+            return _Pending(flags, work, where, host=flags)
+        # on a stream of its own: a copy on the steps' stream would come after the step that is enqueued by then
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(flags.device)
+        self._stream.wait_stream(torch.cuda.current_stream(flags.device))
+        with torch.cuda.stream(self._stream):
+            if work is not None:
+                work.wait()
+            host = torch.empty(2, pin_memory=True).copy_(flags, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        return _Pending(flags, work, where, host, copied)
 
     def agree(self, device: torch.device) -> int:
         """The signal that any process has received by now, or 0; every process must call it."""
@@ -94,9 +109,11 @@ class StepGuard:
         pending, self._pending = self._pending, None
         if pending is None:
             return 0
-        if pending.work is not None:
+        if pending.copied is not None:
+            pending.copied.synchronize()
+        elif pending.work is not None:
             pending.work.wait()
-        urgency, bad = pending.flags.tolist()
+        urgency, bad = pending.host.tolist()
         if bad:
             raise NonFiniteLossError(f"the loss isn't finite at {pending.where}")
         return int(urgency) % _MORE_URGENT

@@ -1,11 +1,16 @@
 """What a CPU can't run: half precision with a loss scale, synchronised batch norm, sharding through NCCL."""
 
+import csv
 import math
+import time
 
 import pytest
 import torch
+from lightning import Callback
 
 from convfirst.app.train import train
+from convfirst.training import NonFiniteLossError
+from convfirst.training.guard import StepGuard
 from tests.training.helpers import finish, last_checkpoint, losses, start, tiny_config
 
 pytestmark = pytest.mark.gpu
@@ -13,8 +18,13 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two C
 TWO = ["trainer.accelerator=gpu", "trainer.devices=2"]
 
 
+def column(run, name):
+    with open(run / "metrics.csv") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
 def train_losses(run):
-    return [float(row[2]) for row in losses(run) if row[2]]
+    return column(run, "train/loss")
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
@@ -61,3 +71,43 @@ def test_a_sharded_run_goes_on_where_it_was_killed(tmp_path):
     assert [row[:2] for row in cut] == [row[:2] for row in whole]
     for a, b in zip(cut, whole, strict=True):
         assert [float(x or 0) for x in a[2:6]] == pytest.approx([float(x or 0) for x in b[2:6]], rel=0.02)
+
+
+def test_the_guard_lets_the_host_run_one_step_ahead():
+    guard, loss = StepGuard(), torch.zeros((), device="cuda")
+    for where in "ab":
+        guard.observe(loss, where)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # cycles: about a second
+    start = time.perf_counter()
+    guard.observe(loss, "c")
+    assert time.perf_counter() - start < 0.3
+    torch.cuda.synchronize()
+    guard.observe(loss / 0, "here")
+    with pytest.raises(NonFiniteLossError, match="here"):
+        guard.observe(loss, "later")
+
+
+def test_a_slow_loader_is_seen_and_a_fast_one_is_not(tmp_path):
+    options = ("trainer.accelerator=gpu", "epochs=2", "callbacks.checkpoint.every_n_steps=null")
+    slow = "+callbacks.slow={_target_:tests.training.test_gpu.SlowBatches}"
+    train(tiny_config(tmp_path / "fast", *options))
+    train(tiny_config(tmp_path / "slow", *options, slow))
+    fast, slow = (column(tmp_path / name / "digits", "speed/data_wait")[1:] for name in ("fast", "slow"))
+    assert min(slow) > 0.5
+    assert sorted(fast)[len(fast) // 2] < min(slow)
+
+
+class SlowBatches(Callback):
+    """Takes half a second over each batch."""
+
+    def on_train_start(self, trainer, module):
+        loader = trainer.datamodule.train_loader
+        read = loader._read
+
+        def slow(epoch, order):
+            for batch in read(epoch, order):
+                time.sleep(0.5)
+                yield batch
+
+        loader._read = slow
