@@ -504,7 +504,7 @@ struct Consumer {
     for (int round = 0; round < rounds; ++round) {
       const int i = round * Traits::kWarpgroups + warpgroup;
       if (i >= tiles) {
-        feed_forward.skip();
+        feed_forward.skip(Traits::kConvWeightsStay ? 0 : Traits::kConvPieces);
         break;
       }
       const Tile tile(p, blockIdx.x + i * gridDim.x);

@@ -225,9 +225,9 @@ struct FeedForward {
     }
   }
 
-  // A warpgroup without a tile in the last round still turns the rings for the others.
-  __device__ void skip() {
-    for (int i = 0; i < p.chunks + (Traits::kConvWeightsStay ? 0 : Traits::kConvPieces); ++i) {
+  // A warpgroup without a tile in the last round still turns the rings for the others; W1's carried `pieces` of other weights first.
+  __device__ void skip(int pieces) {
+    for (int i = 0; i < p.chunks + pieces; ++i) {
       wait_w1();
       release_w1();
       if (i < p.chunks) {
