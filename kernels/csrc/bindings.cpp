@@ -3,7 +3,19 @@
 #include <torch/csrc/stable/library.h>
 
 #include "block_fusion/op.h"
+#include "common/runtime.h"
 #include "mbconv/op.h"
+
+namespace convfirst {
+
+// Restricts every later launch to a path or variant ("" lifts it) and returns the former restriction; starts as
+// $CONVFIRST_KERNELS_PATH.
+std::string force_path(const std::string& path) {
+  mbconv::check_path(path);
+  return exchange_forced_path(path);
+}
+
+}  // namespace convfirst
 
 // clang-format off
 #define CONV_FIRST_BLOCK_ARGUMENTS                                                                      \
@@ -42,5 +54,5 @@ STABLE_TORCH_LIBRARY_IMPL(convfirst, CompositeExplicitAutograd, m) {
   m.impl("plan_conv_first_block", TORCH_BOX(&convfirst::block_fusion::plan_conv_first_block));
   m.impl("mbconv_block_check", TORCH_BOX(&convfirst::mbconv::mbconv_block_check));
   m.impl("plan_mbconv_block", TORCH_BOX(&convfirst::mbconv::plan_mbconv_block));
-  m.impl("force_path", TORCH_BOX(&convfirst::block_fusion::force_path));
+  m.impl("force_path", TORCH_BOX(&convfirst::force_path));
 }

@@ -141,9 +141,4 @@ std::string plan_conv_first_block(int64_t batch, int64_t height, int64_t width, 
   return explain_json(all_variants(), problem, device, restriction);
 }
 
-std::string force_path(const std::string& path) {
-  check_path(path);
-  return exchange_forced_path(path);
-}
-
 }  // namespace convfirst::block_fusion

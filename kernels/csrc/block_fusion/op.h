@@ -35,7 +35,4 @@ std::string plan_conv_first_block(int64_t batch, int64_t height, int64_t width, 
                                   const std::string& activation, bool has_norm, int64_t capability,
                                   int64_t multiprocessors, int64_t max_shared_memory, const std::string& path);
 
-// Restricts every later launch to a path ("" lifts it) and returns the former restriction; starts as $CONVFIRST_KERNELS_PATH.
-std::string force_path(const std::string& path);
-
 }  // namespace convfirst::block_fusion

@@ -52,15 +52,20 @@ Table<Variant> join(std::initializer_list<const Variant* (*)(int*)> paths) {
   return rows;
 }
 
+template <class Variant>
+bool names_variant(const Table<Variant>& table, const std::string& path) {
+  for (const Variant* variant : table) {
+    if (path == variant->name) return true;
+  }
+  return false;
+}
+
 // Throws std::runtime_error where `path` is neither empty nor names a path or a variant of the table.
 template <class Variant>
 void check_path(const Table<Variant>& table, const std::string& path) {
-  if (path.empty() || path == "sm80" || path == "sm90") return;
+  if (path.empty() || path == "sm80" || path == "sm90" || names_variant(table, path)) return;
   std::string known = "sm80, sm90";
-  for (const Variant* variant : table) {
-    if (path == variant->name) return;
-    known += std::string(", ") + variant->name;
-  }
+  for (const Variant* variant : table) known += std::string(", ") + variant->name;
   throw std::runtime_error("CONVFIRST_KERNELS_PATH='" + path + "' names no path; known: " + known);
 }
 

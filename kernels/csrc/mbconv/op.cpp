@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "block_fusion/plan.h"
 #include "common/planner.h"
 #include "common/runtime.h"
 #include "mbconv/params.h"
@@ -28,6 +29,7 @@ Fields fields(const Problem& p) {
 namespace {
 
 constexpr Checks kChecks{"mbconv_block"};
+constexpr int kWidestTried = 1024;
 
 const Table<Variant>& all_variants() {
   static const Table<Variant> rows = join<Variant>({sm90_variants, sm80_variants});
@@ -87,15 +89,26 @@ const float* pointer(const MaybeTensor& tensor) {
   return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
 }
 
+// The most channels that a problem like this one may have on the device.
+int widest(Problem problem, const Device& device, const std::string& path) {
+  int most = 0;
+  for (problem.channels = 8; problem.channels <= kWidestTried; problem.channels += 8) {
+    if (cheapest(candidates(all_variants(), problem, device, path)) != nullptr) most = problem.channels;
+  }
+  return most;
+}
+
 void launch(const Arguments& a, const Problem& problem, const Tensor& y) {
   const int index = a.x.get_device_index();
   const DeviceInfo info = device_info(index);
   const std::string path = forced_path();
-  const auto choice = choose(all_variants(), problem,
-                             Device{info.capability, info.multiprocessors, info.max_shared_memory}, path);
+  check_path(path);
+  const Device device{info.capability, info.multiprocessors, info.max_shared_memory};
+  const auto choice = choose(all_variants(), problem, device, path);
   if (choice.variant == nullptr) {
     kChecks.refuse("no kernel variant covers ", describe(problem), " on compute capability ", info.capability,
-                   path.empty() ? "" : " on path " + path);
+                   path.empty() ? "" : " on path " + path,
+                   "; with ", problem.hidden, " hidden units the kernels take up to ", widest(problem, device, path), " channels there");
   }
   Tensor workspace;
   void* scratch = nullptr;
@@ -118,6 +131,10 @@ void launch(const Arguments& a, const Problem& problem, const Tensor& y) {
 }
 
 }  // namespace
+
+void check_path(const std::string& path) {
+  if (!names_variant(all_variants(), path)) block_fusion::check_path(path);
+}
 
 Tensor mbconv_block(const Tensor& x, const Tensor& expand_weight, const MaybeTensor& expand_bias, const Tensor& conv_weight,
                     const MaybeTensor& conv_bias, const Tensor& project_weight, const MaybeTensor& project_bias,
@@ -148,6 +165,9 @@ std::string plan_mbconv_block(int64_t batch, int64_t height, int64_t width, int6
                               int64_t kernel_size, int64_t group_width, const std::string& dtype,
                               const std::string& activation, int64_t capability, int64_t multiprocessors,
                               int64_t max_shared_memory, const std::string& path) {
+  if (dtype != "float16" && dtype != "bfloat16") {
+    throw std::runtime_error("plan: dtype is '" + dtype + "'; supported are 'float16' and 'bfloat16'");
+  }
   const Problem problem{batch,
                         height,
                         width,
@@ -158,7 +178,9 @@ std::string plan_mbconv_block(int64_t batch, int64_t height, int64_t width, int6
                         dtype == "float16" ? DType::kHalf : DType::kBFloat16,
                         parse_activation(activation)};
   const Device device{static_cast<int>(capability), static_cast<int>(multiprocessors), static_cast<int>(max_shared_memory)};
-  return explain_json(all_variants(), problem, device, path.empty() ? forced_path() : path);
+  const std::string restriction = path.empty() ? forced_path() : path;
+  check_path(restriction);
+  return explain_json(all_variants(), problem, device, restriction);
 }
 
 }  // namespace convfirst::mbconv
