@@ -16,27 +16,40 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import mbconv_cases
 from cases import inputs, small_cases
 
 import convfirst_kernels as ck
-from convfirst_kernels.planner import Device, plan
+from convfirst_kernels.planner import Device, mbconv_plan, plan
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--path", default="", help="sm80, sm90 or a variant's name; default: what the planner chooses")
     path = parser.parse_args().path
+    device = Device.of(0)
     for case in small_cases():
-        chosen = plan(case.problem, Device.of(0), path)["chosen"]
-        print(f"{case}: {chosen or 'not covered'}", flush=True)
-        if chosen is None:
-            continue
-        # Made on the CPU: the sanitizer slows every kernel, and only ours are of interest.
-        arguments = [a.cuda() if isinstance(a, torch.Tensor) else a for a in inputs(case, 0, device="cpu", guard=0)]
-        with ck.force_path(path):
-            y = torch.ops.convfirst.conv_first_block(*arguments)
-        torch.cuda.synchronize()
-        assert y.cpu().isfinite().all(), f"{case}: not finite"
+        arguments = inputs(case, 0, device="cpu", guard=0)
+        chosen = plan(case.problem, device, path)["chosen"]
+        run(torch.ops.convfirst.conv_first_block, str(case), chosen, arguments, path)
+    for case in mbconv_cases.small_cases():
+        arguments = mbconv_cases.mbconv_inputs(case, 0, device="cpu", guard=0)
+        size = case.batch, case.height, case.width
+        shape = case.channels, case.hidden, case.group_width, case.dtype, case.activation
+        chosen = mbconv_plan(*size, *shape, device, path)["chosen"]
+        run(torch.ops.convfirst.mbconv_block, f"mbconv {case}", chosen, arguments, path)
+
+
+def run(operator, name: str, chosen: str | None, arguments: tuple, path: str) -> None:
+    """Arguments come from the CPU: the sanitizer slows every kernel, and only ours are of interest."""
+    print(f"{name}: {chosen or 'not covered'}", flush=True)
+    if chosen is None:
+        return
+    moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+    with ck.force_path(path):
+        y = operator(*moved)
+    torch.cuda.synchronize()
+    assert y.cpu().isfinite().all(), f"{name}: not finite"
 
 
 if __name__ == "__main__":

@@ -95,6 +95,34 @@ def test_refuses(what):
         torch.ops.convfirst.mbconv_block_check(**given)
 
 
+def plan(channels: int, group_width: int, device: str = "h100", size: tuple = (1, 14, 14), path: str = "") -> dict:
+    named = ck.Device.named(device)
+    return mbconv_plan(*size, channels, 4 * channels, group_width, "float16", "silu", named, path)
+
+
 def test_plan():
-    answer = mbconv_plan(1, 14, 14, 64, 256, 8, "float16", "silu", ck.Device.named("h100"))
-    assert answer["problem"] == "mbconv C=64 hidden=256 k=3 group_width=8 float16 silu, 1 x 14 x 14"
+    answer = plan(64, 8, size=(128, 14, 14))
+    assert answer["problem"] == "mbconv C=64 hidden=256 k=3 group_width=8 float16 silu, 128 x 14 x 14"
+    assert answer["chosen"] == "sm80_mbconv_grouped_c64_p128"
+    (chosen,) = (row for row in answer["candidates"] if row["name"] == answer["chosen"])
+    assert chosen["config"]["launches"] == 1 and chosen["config"]["workspace"] == 0
+    assert "mbconv_block_fwd_sm80" in chosen["kernel"]
+
+
+@pytest.mark.parametrize("group_width", [1, 8, 16])
+@pytest.mark.parametrize(("device", "widest"), [("h100", 384), ("a100", 256), ("rtx3090", 160)])
+def test_widths_that_a_device_covers(device, widest, group_width):
+    """Every width up to what shared memory holds, whatever the image's size."""
+    for size in ((1, 1, 1), (128, 7, 7), (2, 225, 193)):
+        covered = [c for c in range(8, 512, 8) if plan(c, group_width, device, size)["chosen"]]
+        assert covered == list(range(8, covered[-1] + 8, 8))
+        assert covered[-1] >= widest
+
+
+def test_paths():
+    name = "sm80_mbconv_depthwise_c128_p64"
+    assert plan(64, 1, path=name)["chosen"] == name
+    with ck.force_path(name):
+        assert plan(40, 1)["chosen"] == name
+    with pytest.raises(RuntimeError, match="'sm80_mbconv_c7' names no path"), ck.force_path("sm80_mbconv_c7"):
+        pass
