@@ -2,6 +2,7 @@
 
 python kernels/benchmarks/run.py blocks --select convfirst-c --dtypes float16 bfloat16
 python kernels/benchmarks/run.py blocks --peer none              # ours alone: no compilation
+python kernels/benchmarks/run.py mbconv
 python kernels/benchmarks/run.py models --batches 1 128 --reuse results/models-h100.json
 """
 

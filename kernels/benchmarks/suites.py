@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import convfirst_kernels
-from convfirst_kernels.planner import Device, Problem, plan, problems_of
+from convfirst_kernels.block import pack_conv_weight, pack_matrix, pack_vector
+from convfirst_kernels.planner import Device, Problem, mbconv_plan, plan, problems_of
 
 # Peers: a mode of torch.compile, or none.
 PEERS = {"inductor": None, "inductor-max-autotune": "max-autotune-no-cudagraphs"}
@@ -45,6 +46,44 @@ BLOCKS = [
     *(Block(f"convfirst-c{c}", c, side) for c, side in ((64, 56), (128, 28), (256, 14), (512, 7))),
     *(Block(f"convnext-c{c}", c, side) for c, side in ((96, 56), (192, 28), (384, 14), (768, 7))),
     *(Block(f"convfirst-batchnorm-c{c}", c, side) for c, side in ((64, 56), (128, 28), (256, 14), (512, 7))),
+]
+
+
+@dataclass(frozen=True)
+class MBConvShape:
+    """An MBConv block of stride 1 with folded norms, at its resolution for 224 x 224 images."""
+
+    name: str
+    channels: int
+    side: int
+    hidden: int
+    group_width: int
+
+    def build(self) -> nn.Module:
+        return MBConv(self.channels, self.hidden, self.group_width)
+
+
+class MBConv(nn.Module):
+    """The plain block: 1x1, grouped 3x3, 1x1, SiLU between them, and the residual."""
+
+    def __init__(self, channels: int, hidden: int, group_width: int):
+        super().__init__()
+        self.expand = nn.Conv2d(channels, hidden, 1)
+        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden // group_width)
+        self.project = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        silu = nn.functional.silu
+        return x + self.project(silu(self.conv(silu(self.expand(x)))))
+
+
+# Widths and resolutions of EfficientNet-B0's stages, all with 3x3 filters; then groups of 8 at ConvFirst-T's.
+MBCONVS = [
+    *(
+        MBConvShape(f"mbconv-c{c}", c, side, 6 * c, 1)
+        for c, side in ((24, 56), (40, 28), (80, 14), (112, 14), (192, 7))
+    ),
+    *(MBConvShape(f"mbconv-grouped-c{c}", c, side, 4 * c, 8) for c, side in ((64, 56), (128, 28), (256, 14))),
 ]
 
 # Networks, each with the other network that it is also held against.
@@ -117,6 +156,59 @@ def _block_row(block: Block, dtype: str, batch: int, peer: str | None, known: di
         "floor_memory_ms": round(1e-9 * traffic / copy_tbps(), 5),
         "copy_tbps": round(copy_tbps(), 3),
     }
+
+
+def mbconv(
+    select: str = "",
+    dtypes: Sequence[str] = ("float16",),
+    batches: Sequence[int] = (128,),
+    peer: str | None = "inductor",
+    reuse: str | None = None,
+    path: str = "",
+    iterations: int = 15,
+) -> list[dict]:
+    """One fused MBConv block against the same plain modules compiled by Inductor; arguments as of `blocks`."""
+    chosen = [shape for shape in MBCONVS if re.search(select, shape.name)]
+    if not chosen:
+        raise ValueError(f"select={select!r} matches none of {', '.join(shape.name for shape in MBCONVS)}")
+    known = _peer_times(reuse)
+    rows = []
+    for dtype in dtypes:
+        for shape in chosen:
+            for batch in batches:
+                rows.append(_mbconv_row(shape, dtype, batch, peer, known, path, iterations))
+                print(json.dumps(rows[-1]), flush=True)
+                torch.compiler.reset()
+    return rows
+
+
+@torch.no_grad()
+def _mbconv_row(
+    shape: MBConvShape, dtype: str, batch: int, peer: str | None, known: dict, path: str, iterations: int
+) -> dict:
+    torch_dtype = getattr(torch, dtype)
+    torch.manual_seed(0)
+    plain = shape.build().eval().to("cuda", torch_dtype, memory_format=torch.channels_last)
+    inputs = rotating_inputs(lambda: _images((batch, shape.channels, shape.side, shape.side), torch_dtype))
+    weights = (
+        pack_matrix(plain.expand.weight, torch_dtype), pack_vector(plain.expand.bias),
+        pack_conv_weight(plain.conv.weight, torch_dtype), pack_vector(plain.conv.bias),
+        pack_matrix(plain.project.weight, torch_dtype), pack_vector(plain.project.bias),
+    )  # fmt: skip
+
+    def fused(x: Tensor) -> Tensor:
+        return torch.ops.convfirst.mbconv_block(x, *weights, None, shape.group_width, "silu")
+
+    device = Device.of(inputs[0].device.index)
+    size = batch, shape.side, shape.side, shape.channels, shape.hidden, shape.group_width
+    with convfirst_kernels.force_path(path):
+        _check_agreement(fused, plain, inputs[0])
+        variant = mbconv_plan(*size, dtype, "silu", device)["chosen"]
+        ours = graph_ms(fused, inputs, iterations)
+    peer_ms, peer = _time_peer(plain, inputs, peer, known.get((shape.name, batch, dtype)), iterations)
+    flops = 2 * batch * shape.side**2 * shape.hidden * (2 * shape.channels + 9 * shape.group_width)
+    row = _row(shape.name, batch, dtype, variant.split("_")[0], ours, peer, peer_ms, flops, matmul_tflops(torch_dtype))
+    return {**row, "variant": variant}
 
 
 def models(
@@ -272,4 +364,4 @@ def _network_flops(name: str, batch: int, image_size: int) -> int:
     return batch * counter.get_total_flops()
 
 
-SUITES: dict[str, Callable[..., list[dict]]] = {"blocks": blocks, "models": models}
+SUITES: dict[str, Callable[..., list[dict]]] = {"blocks": blocks, "mbconv": mbconv, "models": models}

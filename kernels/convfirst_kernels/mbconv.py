@@ -1,5 +1,7 @@
 """The fused MBConv block as a function of weights in PyTorch's own layout."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -74,6 +76,15 @@ def _refusal(arguments: tuple) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _uncovered(channels: int, hidden: int, group_width: int, dtype: str, activation: str, index: int) -> str | None:
+def _uncovered(*shape) -> str | None:
+    # Dynamo traces through a cache, so the cache must lie inside what it takes for a constant.
+    return _uncovered_cached(*shape)
+
+
+@cache
+def _uncovered_cached(
+    channels: int, hidden: int, group_width: int, dtype: str, activation: str, index: int
+) -> str | None:
+    """What the planner says of a shape on a CUDA device; height, width and batch do not matter to coverage."""
     answer = mbconv_plan(1, 14, 14, channels, hidden, group_width, dtype, activation, Device.of(index))
     return None if answer["chosen"] else f"no kernel variant covers {answer['problem']} on this device"
