@@ -83,7 +83,8 @@ def git_object(revision: str, variable: str) -> str:
     return found.stdout.strip() or "unknown"
 
 
-def gpu_slug() -> str:
-    """The GPU's short name: "NVIDIA H100 80GB HBM3" -> "h100", "NVIDIA GeForce RTX 4090" -> "rtx-4090"."""
-    words = torch.cuda.get_device_name().lower().replace("nvidia", "").replace("geforce", "").split()
+def gpu_slug(name: str | None = None) -> str:
+    """A GPU's short name, by default this machine's: "NVIDIA H100 80GB HBM3" -> "h100", "RTX 4090" -> "rtx-4090"."""
+    name = (torch.cuda.get_device_name() if name is None else name).lower()
+    words = name.replace("nvidia", "").replace("geforce", "").split()
     return "-".join(words[:2]) if words[0] == "rtx" else words[0]
