@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import convfirst_kernels
 from convfirst_kernels.block import pack_conv_weight, pack_matrix, pack_vector
-from convfirst_kernels.planner import Device, Problem, mbconv_plan, plan, problems_of
+from convfirst_kernels.planner import Device, MBConvProblem, Problem, plan, problems_of
 
 # Peers: a mode of torch.compile, or none.
 PEERS = {"inductor": None, "inductor-max-autotune": "max-autotune-no-cudagraphs"}
@@ -199,11 +199,11 @@ def _mbconv_row(
     def fused(x: Tensor) -> Tensor:
         return torch.ops.convfirst.mbconv_block(x, *weights, None, shape.group_width, "silu")
 
-    device = Device.of(inputs[0].device.index)
     size = batch, shape.side, shape.side, shape.channels, shape.hidden, shape.group_width
+    problem = MBConvProblem(*size, dtype, "silu")
     with convfirst_kernels.force_path(path):
         _check_agreement(fused, plain, inputs[0])
-        variant = mbconv_plan(*size, dtype, "silu", device)["chosen"]
+        variant = plan(problem, Device.of(inputs[0].device.index))["chosen"]
         ours = graph_ms(fused, inputs, iterations)
     peer_ms, peer = _time_peer(plain, inputs, peer, known.get((shape.name, batch, dtype)), iterations)
     flops = 2 * batch * shape.side**2 * shape.hidden * (2 * shape.channels + 9 * shape.group_width)

@@ -18,7 +18,7 @@ from convfirst_kernels.block import (
     pack_vector,
 )
 from convfirst_kernels.mbconv import mbconv_block
-from convfirst_kernels.planner import Device, Problem, explain, force_path
+from convfirst_kernels.planner import Device, MBConvProblem, Problem, explain, force_path
 
 __version__ = "0.1.0"
 
@@ -26,6 +26,7 @@ __all__ = [
     "ACTIVATIONS",
     "BlockWeights",
     "Device",
+    "MBConvProblem",
     "Problem",
     "Report",
     "accelerate",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from convfirst_kernels import reference
 from convfirst_kernels.block import KERNELS, compute_dtype, log_once, pack_conv_weight, pack_matrix, pack_vector
-from convfirst_kernels.planner import Device, mbconv_plan
+from convfirst_kernels.planner import Device, MBConvProblem, plan
 
 
 def mbconv_block(
@@ -86,5 +86,5 @@ def _uncovered_cached(
     channels: int, hidden: int, group_width: int, dtype: str, activation: str, index: int
 ) -> str | None:
     """What the planner says of a shape on a CUDA device; height, width and batch do not matter to coverage."""
-    answer = mbconv_plan(1, 14, 14, channels, hidden, group_width, dtype, activation, Device.of(index))
+    answer = plan(MBConvProblem(1, 14, 14, channels, hidden, group_width, dtype, activation), Device.of(index))
     return None if answer["chosen"] else f"no kernel variant covers {answer['problem']} on this device"

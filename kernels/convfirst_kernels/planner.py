@@ -29,6 +29,20 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class MBConvProblem:
+    """One call of the MBConv block: 3x3, stride 1."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    hidden: int
+    group_width: int = 1
+    dtype: str = "float16"
+    activation: str = "silu"
+
+
+@dataclass(frozen=True)
 class Device:
     """A GPU as the planner sees it."""
 
@@ -67,36 +81,18 @@ _DEVICES = {
 }
 
 
-def plan(problem: Problem, device: Device, path: str = "") -> dict:
-    """The planner's answer: {"problem", "device", "path", "chosen", "candidates"}; see csrc/block_fusion/plan.h."""
-    p, d = problem, device
-    return json.loads(
-        torch.ops.convfirst.plan_conv_first_block(
-            p.batch, p.height, p.width, p.channels, p.hidden, p.kernel_size, p.group_width, p.dtype, p.activation,
-            p.has_norm, d.capability, d.multiprocessors, d.max_shared_memory, path,
+def plan(problem: Problem | MBConvProblem, device: Device, path: str = "") -> dict:
+    """The planner's answer: {"problem", "device", "path", "chosen", "candidates"}; see csrc/common/planner.h."""
+    p = problem
+    shape = p.batch, p.height, p.width, p.channels, p.hidden
+    on = device.capability, device.multiprocessors, device.max_shared_memory, path
+    if isinstance(problem, MBConvProblem):
+        answer = torch.ops.convfirst.plan_mbconv_block(*shape, 3, p.group_width, p.dtype, p.activation, *on)
+    else:
+        answer = torch.ops.convfirst.plan_conv_first_block(
+            *shape, p.kernel_size, p.group_width, p.dtype, p.activation, p.has_norm, *on
         )
-    )  # fmt: skip
-
-
-def mbconv_plan(
-    batch: int,
-    height: int,
-    width: int,
-    channels: int,
-    hidden: int,
-    group_width: int,
-    dtype: str,
-    activation: str,
-    device: Device,
-    path: str = "",
-) -> dict:
-    """As `plan`, of the MBConv block (3x3)."""
-    return json.loads(
-        torch.ops.convfirst.plan_mbconv_block(
-            batch, height, width, channels, hidden, 3, group_width, dtype, activation,
-            device.capability, device.multiprocessors, device.max_shared_memory, path,
-        )
-    )  # fmt: skip
+    return json.loads(answer)
 
 
 @contextmanager
@@ -113,7 +109,7 @@ def force_path(path: str):
 
 
 def explain(
-    target: Problem | nn.Module,
+    target: Problem | MBConvProblem | nn.Module,
     device: str | Device = "h100",
     *,
     shape: tuple[int, int, int, int] = (128, 3, 224, 224),
@@ -130,7 +126,7 @@ def explain(
         path: restricts the choice, as `force_path` does.
     """
     device = device if isinstance(device, Device) else Device.named(device)
-    if isinstance(target, Problem):
+    if isinstance(target, (Problem, MBConvProblem)):
         return _explain_problem(target, device, path)
     problems = problems_of(target, shape, dtype)
     if not problems:
@@ -165,7 +161,7 @@ def problems_of(module: nn.Module, shape: tuple[int, int, int, int], dtype: str 
     return problems
 
 
-def _explain_problem(problem: Problem, device: Device, path: str) -> str:
+def _explain_problem(problem: Problem | MBConvProblem, device: Device, path: str) -> str:
     answer = plan(problem, device, path)
     rows = sorted(answer["candidates"], key=lambda row: (row["name"] != answer["chosen"], bool(row["refusal"])))
     lines = [

@@ -7,6 +7,7 @@ from cases import guarded, pairwise
 from torch import Tensor
 
 from convfirst_kernels import reference
+from convfirst_kernels.planner import MBConvProblem
 
 SIZES = [(1, 1), (1, 29), (23, 1), (7, 7), (13, 17), (14, 14), (28, 28), (56, 56)]
 MAX_ELEMENTS = 1 << 24  # of x, and of the hidden tensor in float64 eight times as many
@@ -14,17 +15,9 @@ MAX_PRODUCTS = 12e9  # multiply-adds of the two matrix products
 
 
 @dataclass(frozen=True)
-class MBConv:
+class MBConv(MBConvProblem):
     """A problem and which of the optional tensors it has."""
 
-    batch: int
-    height: int
-    width: int
-    channels: int
-    hidden: int
-    group_width: int = 1
-    dtype: str = "float16"
-    activation: str = "silu"
     biases: bool = True
     sample_scale: bool = False
 

@@ -20,7 +20,7 @@ import mbconv_cases
 from cases import inputs, small_cases
 
 import convfirst_kernels as ck
-from convfirst_kernels.planner import Device, mbconv_plan, plan
+from convfirst_kernels.planner import Device, plan
 
 
 def main() -> None:
@@ -34,9 +34,7 @@ def main() -> None:
         run(torch.ops.convfirst.conv_first_block, str(case), chosen, arguments, path)
     for case in mbconv_cases.small_cases():
         arguments = mbconv_cases.mbconv_inputs(case, 0, device="cpu", guard=0)
-        size = case.batch, case.height, case.width
-        shape = case.channels, case.hidden, case.group_width, case.dtype, case.activation
-        chosen = mbconv_plan(*size, *shape, device, path)["chosen"]
+        chosen = plan(case, device, path)["chosen"]
         run(torch.ops.convfirst.mbconv_block, f"mbconv {case}", chosen, arguments, path)
 
 

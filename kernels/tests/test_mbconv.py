@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import convfirst_kernels as ck
-from convfirst_kernels.planner import mbconv_plan
+from convfirst_kernels import planner
 
 NAMES = [
     "x", "expand_weight", "expand_bias", "conv_weight", "conv_bias", "project_weight", "project_bias", "sample_scale",
@@ -96,8 +96,8 @@ def test_refuses(what):
 
 
 def plan(channels: int, group_width: int, device: str = "h100", size: tuple = (1, 14, 14), path: str = "") -> dict:
-    named = ck.Device.named(device)
-    return mbconv_plan(*size, channels, 4 * channels, group_width, "float16", "silu", named, path)
+    problem = ck.MBConvProblem(*size, channels, 4 * channels, group_width)
+    return planner.plan(problem, ck.Device.named(device), path)
 
 
 def test_plan():
@@ -107,6 +107,12 @@ def test_plan():
     (chosen,) = (row for row in answer["candidates"] if row["name"] == answer["chosen"])
     assert chosen["config"]["launches"] == 1 and chosen["config"]["workspace"] == 0
     assert "mbconv_block_fwd_sm80" in chosen["kernel"]
+
+
+def test_explain():
+    text = ck.explain(ck.MBConvProblem(128, 14, 14, 80, 480), "h100")
+    assert re.search(r"runs  sm80_mbconv_depthwise_c96_p128: tile 16x8 \(128 pixels\), .*, [1-9]\d+ registers", text)
+    assert "not   sm80_mbconv_grouped_c96_p128: does not cover this width, filter, group width" in text
 
 
 @pytest.mark.parametrize("group_width", [1, 8, 16])

@@ -7,7 +7,7 @@ from mbconv_cases import MBConv, mbconv_cases, mbconv_inputs, mbconv_oracle, net
 
 import convfirst_kernels as ck
 from convfirst_kernels import reference
-from convfirst_kernels.planner import Device, mbconv_plan
+from convfirst_kernels.planner import Device, plan
 
 pytestmark = pytest.mark.gpu
 block = torch.ops.convfirst.mbconv_block
@@ -15,15 +15,8 @@ block = torch.ops.convfirst.mbconv_block
 SMALL = {width: MBConv(3, 13, 17, 64, 256, width, sample_scale=True) for width in (1, 8, 16)}
 
 
-def plan_of(case: MBConv, device: Device, path: str = "") -> dict:
-    return mbconv_plan(
-        case.batch, case.height, case.width, case.channels, case.hidden, case.group_width, case.dtype, case.activation,
-        device, path,
-    )  # fmt: skip
-
-
 def variants() -> list[str]:
-    return [row["name"] for row in plan_of(SMALL[1], Device.named("h100"))["candidates"]]
+    return [row["name"] for row in plan(SMALL[1], Device.named("h100"))["candidates"]]
 
 
 def poison(x: torch.Tensor) -> None:
@@ -47,7 +40,7 @@ def check_accuracy(case: MBConv, seed: int) -> None:
 
 @pytest.mark.parametrize("case", [*mbconv_cases(), *network_cases()], ids=str)
 def test_accuracy(case, seed):
-    answer = plan_of(case, Device.of(0))
+    answer = plan(case, Device.of(0))
     if answer["chosen"] is None:
         pytest.skip(f"no variant covers {answer['problem']} in this device's shared memory")
     check_accuracy(case, seed)
@@ -56,7 +49,7 @@ def test_accuracy(case, seed):
 @pytest.mark.parametrize("variant", variants())
 def test_each_variant(variant, seed):
     """Every row of the planner's table on the widest cases that it covers, chosen by the planner or not."""
-    cases = [c for c in mbconv_cases() if plan_of(c, Device.of(0), variant)["chosen"]]
+    cases = [c for c in mbconv_cases() if plan(c, Device.of(0), variant)["chosen"]]
     if not cases:
         pytest.skip(f"{variant} does not fit this device's shared memory")
     with ck.force_path(variant):
