@@ -60,13 +60,14 @@ __device__ __forceinline__ void load_halo(const BlockParams& p, const int* halo_
 }
 
 // Issues the copies of a chunk's filters and biases, units from `first` on; the caller commits.
-template <typename T, int kChunk, int kThreads>
+template <typename T, int kChunk, bool kDepthwise, int kThreads>
 __device__ __forceinline__ void load_filters(const BlockParams& p, int first, int group_width, uint32_t filter, uint32_t biases) {
   const T* w = static_cast<const T*>(p.t.conv_weight);
-  const int pieces = kChunk * group_width / 8;  // of a tap
+  // Copies of 16 bytes a tap are a power of two: no division.
+  const int shift = log2_of(kChunk) + (kDepthwise ? -3 : group_width == 16 ? 1 : 0);
   const int left = (p.hidden - first) * group_width / 8;
-  for (int i = threadIdx.x; i < kTaps * pieces; i += kThreads) {
-    const int tap = i / pieces, piece = i % pieces;
+  for (int i = threadIdx.x; i < kTaps << shift; i += kThreads) {
+    const int tap = i >> shift, piece = i & ((1 << shift) - 1);
     const bool valid = piece < left;
     ptx::cp_async16(filter + i * 16, valid ? w + (static_cast<size_t>(tap) * p.hidden + first) * group_width + piece * 8 : w, valid);
   }
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(tile(kWidth, kPixels).threads(), tile(kWidth, 
   auto load_step = [&](int j) {  // chunk j of what comes before the projection, chunk j - 1 of the projection
     if (j < chunks) {
       copy_expand(base + expand_slot(j), static_cast<size_t>(j * kChunk) * p.channels, p.hidden - j * kChunk, p.channels);
-      load_filters<T, kChunk, kThreads>(p, j * kChunk, group_width, base + filter_slot(j), base + expand_slot(j) + kChunk * kPitchX);
+      load_filters<T, kChunk, kDepthwise, kThreads>(p, j * kChunk, group_width, base + filter_slot(j), base + expand_slot(j) + kChunk * kPitchX);
     }
     if (j > 0 && j <= chunks) copy_project(base + project_slot(j - 1), (j - 1) * kChunk, p.channels, p.hidden - (j - 1) * kChunk);
   };

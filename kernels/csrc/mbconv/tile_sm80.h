@@ -30,7 +30,7 @@ struct Tile {
 // Depthwise, widths up to 96 fit 128 pixels into the 99 KB of sm_86 and sm_89, and 192 fits 64 pixels; 256 and 384 need more.
 CONVFIRST_HOST_DEVICE constexpr Tile tile(int width, int pixels) {
   switch (width) {
-    case 32:
+    case 32: return {2, 4, 1, 32, 4};
     case 64: return {2, 4, 1, 32, 3};
     case 96: return pixels == 128 ? Tile{2, 4, 1, 32, 2} : Tile{2, 2, 2, 32, 3};
     case 128: return pixels == 128 ? Tile{2, 4, 2, 32, 1} : Tile{2, 2, 2, 32, 2};
@@ -47,6 +47,8 @@ CONVFIRST_HOST_DEVICE constexpr int depthwise_rows(const Tile& t) {
 }
 
 CONVFIRST_HOST_DEVICE constexpr int round_up(int value, int to) { return (value + to - 1) / to * to; }
+
+CONVFIRST_HOST_DEVICE constexpr int log2_of(int power) { return power <= 1 ? 0 : 1 + log2_of(power / 2); }
 
 // Byte offsets in a block's shared memory. What depends on the problem comes last; `a` is the convolution's result. The
 // depthwise stage asks for no row's taps and window, so they lie where hidden units will.
