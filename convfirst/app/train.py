@@ -38,6 +38,7 @@ from convfirst.training import (
     NonFiniteLossError,
     StopRequested,
     TrainLog,
+    finish_wandb,
     plan_batch,
 )
 from convfirst.training.checkpoint import step_of
@@ -55,6 +56,7 @@ def main(config: DictConfig) -> None:
         slurm.watch()
         train(config)
     except StopRequested as stop:
+        slurm.unwatch()
         if _is_main_process():
             saved = f"saved {stop.path}" if stop.path else "stopped, with nothing to save"
             print(f"{signal.Signals(stop.signum).name}: {saved}; the same command goes on from there.", flush=True)
@@ -110,8 +112,8 @@ def train(config: DictConfig) -> dict[str, Any]:
         trainer.fit(module, datamodule=data, ckpt_path=start)
         summary = _finish(config, run, trainer, module, data)
     finally:
-        if "wandb" in sys.modules:
-            sys.modules["wandb"].finish()
+        finish_wandb()
+        data.teardown("fit")  # Lightning leaves the loader's workers to the interpreter's exit after an exception
     if trainer.is_global_zero:
         run.write_summary(summary)
         report(summary)

@@ -1,6 +1,7 @@
 """ImageNet's layout on disk: JPEG files in class folders, decoded and augmented by worker processes with timm."""
 
 import logging
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 TEST_SETS = ("folder", "imagenet_v2", "imagenet_real")
 MOST_SUBSTITUTES = 100  # so many unreadable files in a row are no accident
+SECONDS_AFTER_SIGTERM = 30  # a worker serves on, until the main process has come to the end of an update
 
 
 class Key(NamedTuple):
@@ -281,6 +283,7 @@ class ImageFolderDataModule(ImageDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=collate,
+            worker_init_fn=_outlive_signals,
             # of its own: each iteration draws a number, which would move torch's global generator
             generator=torch.Generator(),
         )
@@ -305,6 +308,13 @@ class ImageFolderDataModule(ImageDataModule):
         if len(tree) != expected:
             raise ValueError(f"{tree.root} holds {len(tree)} images, data.num_images.{split} says {expected}")
         return tree
+
+
+def _outlive_signals(worker: int) -> None:
+    """Leave it to the main process to stop at an update when all processes get a signal, from Ctrl-C or from Slurm."""
+    for signum in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
 
 
 def require_root(root: str | None) -> Path:

@@ -8,7 +8,7 @@ from convfirst.training.module import ClassificationModule
 from convfirst.training.progress import ProgressBar
 from convfirst.training.resize import ProgressiveResize
 from convfirst.training.train_log import TrainLog
-from convfirst.training.wandb_log import wandb_log
+from convfirst.training.wandb_log import finish_wandb, wandb_log
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -21,6 +21,7 @@ __all__ = [
     "ProgressiveResize",
     "StopRequested",
     "TrainLog",
+    "finish_wandb",
     "plan_batch",
     "wandb_log",
 ]
