@@ -94,6 +94,13 @@ def watch() -> None:
             signal.signal(signum, _stop)
 
 
+def unwatch() -> None:
+    """Let no signal disturb a process that is ending: requeueing, for one, sends SIGTERM to all of the job's."""
+    if in_job() and not _under_submitit():
+        for signum in (signal.SIGTERM, *REQUEUE_SIGNALS):
+            signal.signal(signum, signal.SIG_IGN)
+
+
 def _stop(signum: int, frame: Any) -> None:
     raise StopRequested(signum)
 

@@ -232,4 +232,4 @@ def _updates(split: dict[str, int]) -> int:
 
 
 def _is_wandb(logger) -> bool:
-    return type(logger).__name__ == "WandbLogger"
+    return any(kind.__name__ == "WandbLogger" for kind in type(logger).__mro__)  # wandb may not be installed
