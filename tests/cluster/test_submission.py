@@ -1,0 +1,136 @@
+"""What is refused before it is submitted, and which signals requeue a job; no Slurm is needed."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import open_dict
+
+from convfirst.app.slurm import check_submission, requeue
+from tests.training.helpers import REPOSITORY
+
+pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+
+
+def submission(*overrides: str):
+    with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "configs")):
+        fixed = [override for override in overrides if "," not in override]
+        config = compose("train", overrides=["launcher=slurm", *fixed], return_hydra_config=True)
+    with open_dict(config):
+        config.hydra.overrides.task = list(overrides)  # a sweep's values aren't in the configuration
+    return config
+
+
+FITS = ["trainer.devices=2", "data.batch_size=32"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        FITS,
+        [*FITS, "seed=0,1", "optimizer.lr=1e-3,2e-3"],
+        [*FITS, "trainer.accelerator=cpu", "hydra.launcher.gpus_per_node=null"],
+        [*FITS, "hydra.launcher.gpus_per_node=null", "hydra.launcher.gres=gpu:h100:2"],
+        ["trainer.devices=2", "trainer.num_nodes=4", "recipe=convnext_tiny", "hydra.launcher.timeout_min=60"],
+    ],
+)
+def test_what_fits_together_is_submitted(overrides):
+    config = submission(*overrides)
+    check_submission(config)
+    launcher = config.hydra.launcher
+    assert (launcher.nodes, launcher.tasks_per_node) == (config.trainer.num_nodes, config.trainer.devices)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.devices=auto"], "trainer.devices=auto: a submission needs the number"),
+        (["trainer.devices=1,2"], "trainer.devices is swept"),
+        (["hydra.launcher.tasks_per_node=8"], "hydra.launcher.tasks_per_node=8 must be trainer.devices=1"),
+        (["hydra.launcher.gpus_per_node=8"], "hydra.launcher.gpus_per_node=8 must be trainer.devices=1"),
+        (["hydra.launcher.nodes=2"], "hydra.launcher.nodes=2 must be trainer.num_nodes=1"),
+        (["trainer.accelerator=cpu"], "add hydra.launcher.gpus_per_node=null"),
+        (
+            ["hydra.launcher.cpus_per_task=4", "data.num_workers=4"],
+            "cpus_per_task=4 must be more than data.num_workers=4",
+        ),
+        (["hydra.launcher.timeout_min=3"], "signal_delay_s=180 leaves nothing of hydra.launcher.timeout_min=3"),
+        (["trainer.devices=2"], r"2 devices x 1 nodes x data.batch_size=64 = 128 images"),
+    ],
+)
+def test_what_does_not_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        check_submission(submission(*overrides))
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """Stands for Slurm's; what it was called with, `preempt_time` being what it shows."""
+
+    class Scontrol:
+        preempt_time, fails = "None", False
+
+        def calls(self) -> list[str]:
+            log = tmp_path / "calls"
+            return log.read_text().splitlines() if log.exists() else []
+
+        def install(self) -> None:
+            program = tmp_path / "scontrol"
+            program.write_text(f"""#!{sys.executable}
+import sys
+open({str(tmp_path / "calls")!r}, "a").write(" ".join(sys.argv[1:]) + "\\n")
+print("JobId=7 JobState=RUNNING PreemptTime={self.preempt_time} AccrueTime=x")
+sys.exit("Requested operation is presently disabled" if {self.fails} and sys.argv[1] == "requeue" else 0)
+""")
+            program.chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:{Path(sys.executable).parent}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    return Scontrol()
+
+
+@pytest.mark.parametrize(
+    ("signum", "preempt_time", "requeued"),
+    [
+        (signal.SIGUSR1, "None", True),
+        (signal.SIGUSR2, "None", True),
+        (signal.SIGTERM, "2026-01-02T03:04:05", True),
+        (signal.SIGTERM, "None", False),  # scancel
+        (signal.SIGINT, "None", False),
+    ],
+)
+def test_which_signals_requeue(scontrol, signum, preempt_time, requeued):
+    scontrol.preempt_time = preempt_time
+    scontrol.install()
+    requeue(signum)
+    assert ("requeue 7" in scontrol.calls()) == requeued
+
+
+def test_nothing_is_requeued_outside_a_job(scontrol, monkeypatch):
+    scontrol.install()
+    monkeypatch.delenv("SLURM_JOB_ID")
+    requeue(signal.SIGUSR1)
+    assert scontrol.calls() == []
+
+
+def test_what_slurm_answers_is_shown(scontrol, capsys):
+    scontrol.fails = True
+    scontrol.install()
+    requeue(signal.SIGUSR1)
+    assert "job 7 was not requeued (Requested operation is presently disabled)" in capsys.readouterr().err
+
+
+def test_submitit_requeues_its_own_jobs(scontrol, monkeypatch):
+    scontrol.install()
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    calls = []
+    before = signal.signal(signal.SIGUSR2, lambda *arguments: calls.append(arguments))
+    try:
+        requeue(signal.SIGUSR2)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert calls == [(signal.SIGUSR2, None)]
+    assert scontrol.calls() == []
