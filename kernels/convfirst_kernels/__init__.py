@@ -17,6 +17,7 @@ from convfirst_kernels.block import (
     pack_conv_weight,
     pack_vector,
 )
+from convfirst_kernels.inference import CompiledInference, compile_for_inference
 from convfirst_kernels.mbconv import mbconv_block
 from convfirst_kernels.planner import Device, MBConvProblem, Problem, explain, force_path
 
@@ -25,11 +26,13 @@ __version__ = "0.1.0"
 __all__ = [
     "ACTIVATIONS",
     "BlockWeights",
+    "CompiledInference",
     "Device",
     "MBConvProblem",
     "Problem",
     "Report",
     "accelerate",
+    "compile_for_inference",
     "conv_first_block",
     "explain",
     "force_path",
