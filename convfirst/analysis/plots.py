@@ -12,8 +12,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 
 from convfirst.analysis.latency import FAMILIES, Point
 from convfirst.analysis.waterline import Waterline
@@ -52,13 +53,15 @@ def draw_waterline(sequences: Mapping[str, Waterline], title: str, path: Path) -
 
 def _draw_sequence(axes: Axes, line: Waterline) -> None:
     waterline, start = line.ceilings.waterline, 0.0
+    rectangles: dict[str, list[Rectangle]] = {_LAND: [], _BAR: [], _WATER: []}
     for time in line.times:
         width, height = 1e3 * time.attainable_s, max(time.kernel.intensity, _LOWEST)
-        colour = _BAR if time.under_water else _LAND
-        axes.bar(start, height - _LOWEST, width, bottom=_LOWEST, align="edge", color=colour, linewidth=0)
+        rectangles[_BAR if time.under_water else _LAND].append(Rectangle((start, _LOWEST), width, height - _LOWEST))
         if time.under_water:
-            axes.bar(start, waterline - height, width, bottom=height, align="edge", color=_WATER, linewidth=0)
+            rectangles[_WATER].append(Rectangle((start, height), width, waterline - height))
         start += width
+    for colour, patches in rectangles.items():  # one artist a colour: hundreds would take long to draw
+        axes.add_collection(PatchCollection(patches, color=colour, linewidth=0))
     axes.axhline(waterline, color="black", linewidth=1)
     axes.text(1.0, waterline, f" {waterline:.0f}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     axes.set_yscale("log")
@@ -85,8 +88,8 @@ def draw_efficiency_gap(points: Sequence[Point], title: str, path: Path) -> None
         aside.set_xlabel(_UNKNOWN)
     main = panels[0, -1]
     for i, point in enumerate(known):
-        _draw_point(main, point.accuracy.top1, point, left=i % 2 == 1)
-    main.margins(x=0.12)
+        _draw_point(main, point.accuracy.top1, point, left=i % 2 == 0)
+    main.margins(x=0.15)
     main.set_xlabel("ImageNet-1K top-1 (%), as published")
     panels[0, 0].set_ylabel("time of one image in the batch (µs)")
     for axes in panels[0]:
@@ -118,7 +121,9 @@ def _draw_point(axes: Axes, x: float, point: Point, left: bool) -> None:
         axes.plot([x, x], [ideal, height], color=colour, linewidth=3, alpha=0.35, solid_capstyle="butt")
         axes.plot(x, height, marker="o", color=colour, markersize=6)
         label += f" {point.efficiency:.0%}"
-    aside = {"xytext": (-9 if left else 9, 0), "ha": "right" if left else "left", "va": "center"}
+    aside: dict[str, Any] = {"xytext": (-9 if left else 9, 0), "ha": "right" if left else "left", "va": "center"}
+    if point.measured_s is None:
+        aside = {"xytext": (0, -4), "ha": "center", "va": "top"}
     axes.annotate(label, (x, height), textcoords="offset points", fontsize=7, **aside)
 
 
@@ -144,6 +149,7 @@ def _interactive(points: Sequence[Point], title: str) -> Any:
     places += [(point, x, 1) for x, point in enumerate(unknown)]
     shown: set[str] = set()
     for i, (point, x, column) in enumerate(places):
+        beside = "middle left" if i % 2 == 0 and column == 2 else "middle right"
         family, measured = point.accuracy.family, point.measured_s is not None
         heights = [1e6 * point.ideal_s] + ([1e6 * point.measured_s] if measured else [])
         figure.add_trace(
@@ -162,7 +168,7 @@ def _interactive(points: Sequence[Point], title: str) -> Any:
                     "line": {"width": 3, "color": COLOURS[family]},
                 },
                 text=["", point.accuracy.model] if measured else [point.accuracy.model],
-                textposition="middle left" if i % 2 == 1 and column == 2 else "middle right",
+                textposition=beside if measured else "bottom center",
                 textfont={"size": 10},
                 cliponaxis=False,
                 hovertext=_hover(point),
@@ -191,6 +197,22 @@ def _hover(point: Point) -> str:
     lines.append(f"measured {1e6 * point.measured_s:.1f} µs ({how}): {point.measurement.source}")
     lines.append(f"efficiency {point.efficiency:.1%}, gap {1e6 * (point.measured_s - point.ideal_s):.1f} µs")
     return "<br>".join(lines)
+
+
+def draw_lines(lines: Mapping[str, Mapping[float, float]], x: str, y: str, title: str, path: Path) -> None:
+    """A line for each name through its {x: y}, with x doubling from tick to tick."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, values in lines.items():
+        axes.plot(list(values), list(values.values()), marker="o", label=name)
+    ticks = sorted({place for values in lines.values() for place in values})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.legend()
+    axes.set_title(title, fontsize=10)
+    _save(figure, path)
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

@@ -1,0 +1,293 @@
+"""Report of arXiv 2404.03617: efficiency gap, waterline, fused blocks, accuracy."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from convfirst.analysis.devices import Ceilings, Device
+from convfirst.analysis.kernels import PARTITIONS, kernels
+from convfirst.analysis.latency import (
+    Accuracy,
+    Measurement,
+    Point,
+    decompose,
+    fastest,
+    read_accuracies,
+    read_published_latencies,
+    read_results,
+)
+from convfirst.analysis.plots import draw_efficiency_gap, draw_waterline, write_efficiency_gap_page
+from convfirst.analysis.waterline import KernelTime, Waterline
+from convfirst.app.papers.findings import Findings, claims, provenance, read_paper, traced
+from convfirst.app.report import figure, table
+from convfirst.app.results import gpu_slug
+
+NETWORKS = ("convnext_tiny", "convfirst_tiny")
+REFERENCE = "convnext_tiny"
+BATCH = 128
+IMAGENET_IMAGES = 50_000  # of the validation set
+_PUBLISHED = "rtx-4090"  # the device of published_latency.csv
+
+
+@dataclass(frozen=True)
+class Score:
+    """ImageNet top-1 in percent of a training run."""
+
+    top1: float
+    image_size: int
+    source: str
+
+
+def suites(folder: Path, slug: str, quick: bool) -> list[list[str]]:
+    """Overrides of scripts/benchmark.py: fused blocks, networks with them, and the networks of the efficiency gap."""
+    blocks = ["suite=blocks", f"output={folder / f'blocks-{slug}.json'}"]
+    networks = ["suite=models", f"output={folder / f'models-{slug}.json'}"]
+    if quick:
+        blocks += ["++blocks.select='^convfirst-c64$|^convnext-c96$'", "blocks.iterations=5"]
+        networks += ["networks.select='^convfirst_tiny$'", "networks.iterations=5"]
+    else:
+        networks += ["networks.select='^conv(first|next)_(tiny|small|base)$'"]
+    return [blocks, networks, *_throughputs(folder, slug, quick)]
+
+
+def _throughputs(folder: Path, slug: str, quick: bool) -> list[list[str]]:
+    sizes: dict[int, list[str]] = {}
+    for accuracy in read_accuracies():
+        sizes.setdefault(accuracy.image_size, []).append(accuracy.model)
+    if quick:
+        sizes = {224: ["resnet50"]}
+    common = ["suite=throughput", f"output={folder / f'throughput-{slug}.json'}", f"throughput.batches=[{BATCH}]"]
+    return [
+        [*common, "throughput.modes=[inductor+graph]", f"models=[{','.join(models)}]", f"image_size={size}"]
+        + [f"append={str(i > 0).lower()}"]
+        for i, (size, models) in enumerate(sizes.items())
+    ]
+
+
+def sections(findings: Findings) -> list[str]:
+    """The report's parts in Markdown; draws its figures."""
+    trained = {recipe: _score(path) for recipe, path in findings.runs.items()}
+    ours = _headline(findings, trained)
+    parts = ["## The paper's claims", claims(read_paper("convfirst"), ours)]
+    parts += _networks(findings, trained)
+    parts += ["## Efficiency gap", _GAP_TEXT]
+    for slug in _devices(findings):
+        parts += _efficiency_gap(findings, slug, trained)
+    parts += _blocks(findings)
+    parts += ["## Waterline", _WATERLINE_TEXT]
+    for slug in _devices(findings):
+        parts += _waterline(findings, slug)
+    return [*parts, *_accuracies(trained)]
+
+
+_GAP_TEXT = (
+    "latency = 2 MACs / (peak x efficiency), per image. *Ideal* is the latency at efficiency 1 on the peak of the data "
+    "sheet for float16 with float32 accumulation; the gap is what lies between it and the measured latency. The "
+    f"speed-up over {REFERENCE} is the product of two factors: less work, and more efficiency."
+)
+_WATERLINE_TEXT = (
+    "Each kernel takes at least the longer of its arithmetic at the device's FLOP/s and its memory traffic at the "
+    "device's bytes/s. The waterline is the operational intensity where both are equal; below it a kernel waits for "
+    "memory. *Layer by layer* is one kernel an operation, *compiled* fuses everything between two convolutions or "
+    "matrix products, *block fused* makes each residual block one kernel. Traffic is the least possible, launches "
+    "cost nothing, and activation functions and norms count as traffic only, so these are bounds."
+)
+
+
+def _devices(findings: Findings) -> list[str]:
+    """The GPU at hand, else the devices of shipped results, and the device of published latencies."""
+    own = (
+        [findings.slug] if findings.slug else [gpu_slug(results["device"]) for _, results in findings.results("models")]
+    )
+    return list(dict.fromkeys([*own, _PUBLISHED]))
+
+
+def _peak(device: Device) -> Ceilings:
+    """The data sheet's ceilings; those measured for a device whose data sheet isn't shipped."""
+    return device.ceilings("float16", "datasheet" if "datasheet" in device.sheets else None)
+
+
+def _headline(findings: Findings, trained: dict[str, Score | str]) -> dict[str, str]:
+    speedups = []
+    for path, results in findings.results("models"):
+        for row in results["rows"]:
+            if row["name"] == "convfirst_tiny" and (row["peer"] or "").startswith("convnext_tiny ") and row["speedup"]:
+                about = f"{results['device']}, {row['dtype']}, batch {row['batch']}, {path.name}"
+                speedups.append(f"{row['speedup']:.2f}x: convfirst_tiny against {row['peer']} ({about})")
+    scores = [f"{name}: {_top1(score)}{' %' if isinstance(score, Score) else ''}" for name, score in trained.items()]
+    facts = [claim["fact"] for claim in read_paper("convfirst")["claims"]]
+    return {facts[0]: "; ".join(speedups) or "not measured", facts[1]: "; ".join(scores)}
+
+
+def _score(run: Path) -> Score | str:
+    """ImageNet top-1 of a finished run, the EMA's where there is one, or why there is none."""
+    path = run / "summary.json"
+    if not path.exists():
+        return "not run"
+    summary = json.loads(path.read_text())
+    if summary["test_images"] != IMAGENET_IMAGES:
+        return f"not run (the run tested {summary['test_images']} images, not ImageNet's {IMAGENET_IMAGES})"
+    top1 = summary["test"].get("top1_ema", summary["test"]["top1"])
+    return Score(top1, summary["test_image_size"], f"{run.name}/{path.name}, {summary['epochs']} epochs")
+
+
+def _networks(findings: Findings, trained: dict[str, Score | str]) -> list[str]:
+    published = {accuracy.model: accuracy for accuracy in read_accuracies()}
+    keys = ("batch", "dtype", "path", "ours_ms", "peer", "peer_ms", "speedup", "efficiency")
+    headings = ("model", "GMACs", "top-1 published", "top-1 here", "batch", "dtype", "path", "ms", "peer", "peer ms")
+    parts = ["## Networks with fused blocks"]
+    for path, results in findings.results("models"):
+        rows = []
+        for row in results["rows"]:
+            name = row["name"]
+            gmacs = traced(name, 1, row.get("image_size", 224)).macs / 1e9
+            top1 = (_top1(published.get(name)), _top1(trained.get(name)))
+            rows.append((name, gmacs, *top1, *(row[key] for key in keys)))
+        parts += [table((*headings, "speed-up", "efficiency"), rows), provenance(path, results)]
+    if len(parts) == 1:
+        return [*parts, "Not measured."]
+    return [*parts, "The efficiency is against the matrix-product rate measured in the same run."]
+
+
+def _points(findings: Findings, slug: str, peak: Ceilings, trained: dict[str, Score | str]) -> list[Point]:
+    found = [*findings.results("models"), *findings.results("throughput")]
+    measured: list[Measurement] = read_results(path for path, results in found if gpu_slug(results["device"]) == slug)
+    measured += read_published_latencies(slug)
+    points = []
+    for accuracy in read_accuracies():
+        run = trained.get(accuracy.model)
+        if isinstance(run, Score):
+            accuracy = replace(accuracy, top1=run.top1, source=run.source)
+        macs = traced(accuracy.model, 1, accuracy.image_size).macs
+        points.append(Point(accuracy, macs, peak.flops, fastest(measured, accuracy.model, accuracy.image_size)))
+    return points
+
+
+def _efficiency_gap(findings: Findings, slug: str, trained: dict[str, Score | str]) -> list[str]:
+    device = findings.device(slug)
+    peak = _peak(device)
+    points = _points(findings, slug, peak, trained)
+    picture = findings.figures / f"efficiency-gap-{slug}.png"
+    page = findings.reports / f"efficiency-gap-{slug}.html"
+    title = f"Efficiency gap on {device.name}: peak {peak.flops / 1e12:.0f} TFLOP/s (float16, {_kind(peak)})"
+    draw_efficiency_gap(points, title, picture)
+    write_efficiency_gap_page(points, title, page)
+    missing = [point.accuracy.model for point in points if point.measurement is None]
+    parts = [f"### {device.name}", figure(picture, findings.reports, title), f"[Interactive page]({page.name})"]
+    parts.append(_decompositions(points))
+    if missing:
+        parts.append(f"Not measured on this device, ideal only: {', '.join(missing)}.")
+    sources = dict.fromkeys(point.measurement.source for point in points if point.measurement is not None)
+    parts.append(f"Peak: {peak.source}. Measured: {'; '.join(sources) or 'nothing'}.")
+    return parts
+
+
+def _decompositions(points: Sequence[Point]) -> str:
+    reference = next((p for p in points if p.accuracy.model == REFERENCE and p.measurement is not None), None)
+    rows = []
+    for point in sorted(points, key=lambda p: (p.measured_s is None, p.measured_s or p.ideal_s)):
+        measured, how, parts = point.measurement, None, (None, None, None)
+        if measured is not None:
+            how = f"{measured.path}, batch {measured.batch}"
+            if reference is not None:
+                factors = decompose(point, reference)
+                parts = (factors.speedup, factors.work, factors.efficiency)
+        latency = (
+            (None, None) if measured is None else (1e6 * point.measured_s, 1e6 * (point.measured_s - point.ideal_s))
+        )
+        about = (
+            point.accuracy.model,
+            point.accuracy.image_size,
+            _top1(point.accuracy),
+            point.macs / 1e9,
+            1e6 * point.ideal_s,
+        )
+        rows.append((*about, *latency, point.efficiency, *parts, how))
+    headings = ("model", "px", "top-1 %", "GMACs", "ideal µs", "measured µs", "gap µs", "efficiency")
+    return table((*headings, f"speed-up over {REFERENCE}", "= less work", "x efficiency", "how"), rows)
+
+
+def _blocks(findings: Findings) -> list[str]:
+    parts = ["## Fused blocks"]
+    for path, results in findings.results("blocks"):
+        rows = []
+        for row in results["rows"]:
+            floor = max(row["floor_tensor_ms"], row["floor_memory_ms"])
+            binds = "memory" if row["floor_memory_ms"] > row["floor_tensor_ms"] else "arithmetic"
+            rows.append(
+                (row["name"], row["batch"], row["dtype"], row["path"], row["ours_ms"], row["peer"], row["peer_ms"])
+                + (row["speedup"], floor, binds, floor / row["ours_ms"])
+            )
+        headings = ("block", "batch", "dtype", "path", "ms", "peer", "peer ms", "speed-up", "least ms", "bound by")
+        parts += [table((*headings, "reached"), rows), provenance(path, results)]
+    return parts if len(parts) > 1 else [*parts, "Not measured."]
+
+
+def _waterline(findings: Findings, slug: str) -> list[str]:
+    device = findings.device(slug)
+    ceilings = device.ceilings("float16")
+    lines = {
+        (name, partition): Waterline(kernels(traced(name, BATCH, 224), partition), ceilings)
+        for name in NETWORKS
+        for partition in PARTITIONS
+    }
+    picture = findings.figures / f"waterline-{slug}.png"
+    title = f"Waterline on {device.name}: {ceilings.flops / 1e12:.0f} TFLOP/s, {ceilings.bandwidth / 1e12:.3g} TB/s"
+    title += f" ({_kind(ceilings)}), float16, batch {BATCH}"
+    panels = {
+        f"{name}, {part.replace('_', ' ')}": line for (name, part), line in lines.items() if part != "layer_by_layer"
+    }
+    draw_waterline(panels, title, picture)
+    rows = []
+    for (name, partition), line in lines.items():
+        water = (len(line.under_water), line.share_under_water)
+        traffic = sum(kernel.bytes for kernel in line.kernels) / 1e9
+        times = (1e3 * line.compute_s, 1e3 * line.latency_s, line.efficiency)
+        rows.append((name, partition.replace("_", " "), len(line.kernels), *water, traffic, *times))
+    headings = ("model", "sequence", "kernels", "under water", "share of time", "GB", "arithmetic ms", "least ms")
+    return [
+        f"### {device.name}",
+        figure(picture, findings.reports, title),
+        table((*headings, "attainable efficiency"), rows),
+        "What is under water in the compiled networks, and the time that its arithmetic units wait for memory:",
+        table(("model", "kernels", "count", "FLOP/byte", "waiting ms"), _under_water(lines)),
+        f"Waterline {ceilings.waterline:.0f} FLOP/byte. Ceilings ({_kind(ceilings)}): {ceilings.source}.",
+    ]
+
+
+def _under_water(lines: Mapping[tuple[str, str], Waterline], kinds: int = 5) -> list[tuple]:
+    """The kinds of kernels that wait longest for memory in each compiled network, by their operators."""
+    rows = []
+    for (name, partition), line in lines.items():
+        if partition != "compiled":
+            continue
+        groups: dict[str, list[KernelTime]] = {}
+        for time in line.under_water:
+            groups.setdefault(time.kernel.name.partition(": ")[2], []).append(time)
+        for operators, times in sorted(groups.items(), key=lambda item: -sum(t.lost_s for t in item[1]))[:kinds]:
+            low, high = (limit(time.kernel.intensity for time in times) for limit in (min, max))
+            intensity = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+            rows.append((name, operators, len(times), intensity, 1e3 * sum(time.lost_s for time in times)))
+    return rows
+
+
+def _accuracies(trained: dict[str, Score | str]) -> list[str]:
+    rows = []
+    for accuracy in read_accuracies():
+        here = trained.get(accuracy.model)
+        run = (_top1(here), *((here.image_size, here.source) if isinstance(here, Score) else (None, None)))
+        rows.append((accuracy.model, _top1(accuracy), accuracy.image_size, accuracy.source, *run))
+    headings = ("model", "published top-1 %", "px", "source", "here %", "px", "run")
+    return ["## Accuracy on ImageNet-1K", table(headings, rows)]
+
+
+def _top1(score: Accuracy | Score | str | None) -> str:
+    """A top-1 with two decimals; "not run" or the reason where there is none."""
+    if isinstance(score, str):
+        return score
+    return "not run" if score is None or score.top1 is None else f"{score.top1:.2f}"
+
+
+def _kind(ceilings: Ceilings) -> str:
+    return {"datasheet": "data sheet", "measured": "measured"}[ceilings.kind]

@@ -1,0 +1,88 @@
+"""What a report is made from: result files, training runs, and the papers' own values."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import timm
+import torch
+
+import convfirst.models  # noqa: F401  registers ConvFirst with timm
+from convfirst.analysis.devices import Device, load_device
+from convfirst.analysis.trace import Trace, trace
+from convfirst.app.report import table
+
+PAPERS = Path(__file__).parents[2] / "analysis/papers"
+CERTAINTY = {"recalled": "recalled, unverified", "missing": "–"}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Where to look and where to write.
+
+    Attributes:
+        folders: result folders, the first of which wins for a file of the same name.
+        figures: folder for pictures.
+        reports: folder for the report and for web pages.
+        runs: run directory of each recipe.
+        slug: short name of the GPU at hand, None without one.
+    """
+
+    folders: tuple[Path, ...]
+    figures: Path
+    reports: Path
+    runs: Mapping[str, Path]
+    slug: str | None
+
+    def files(self, suite: str) -> list[Path]:
+        """Result files ``<suite>-<device>.json`` and ``<suite>.json``, those of the GPU at hand first."""
+        found: dict[str, Path] = {}
+        for folder in self.folders:
+            for path in sorted([*folder.glob(f"{suite}-*.json"), *folder.glob(f"{suite}.json")]):
+                found.setdefault(path.name, path)
+        return sorted(found.values(), key=lambda path: (path.stem != f"{suite}-{self.slug}", path.name))
+
+    def results(self, suite: str) -> list[tuple[Path, dict]]:
+        """Contents of `files`."""
+        return [(path, json.loads(path.read_text())) for path in self.files(suite)]
+
+    def device(self, slug: str) -> Device:
+        """Ceilings of a device, those of its ``device-<slug>.json`` first."""
+        folders = [folder for folder in self.folders if (folder / f"device-{slug}.json").exists()]
+        return load_device(slug, folders[0] if folders else None)
+
+
+def provenance(path: Path, results: dict) -> str:
+    """One line that says where, when and with what a result file was measured."""
+    quick = " (quick)" if path.parent.name == "quick" else ""
+    commit, torch_version = results["commit"][:10], results["versions"]["torch"]
+    return f"`{path.name}`{quick}: {results['device']}, {results['date']}, commit {commit}, PyTorch {torch_version}."
+
+
+def read_paper(name: str) -> dict:
+    return json.loads((PAPERS / f"{name}.json").read_text())
+
+
+def claims(paper: dict, ours: Mapping[str, str]) -> str:
+    """The paper's claims with source and certainty, beside ours where there is something to compare."""
+    rows = [
+        (
+            claim["fact"],
+            claim["value"],
+            CERTAINTY.get(claim["certainty"], claim["certainty"]),
+            claim["source"] or "–",
+            ours.get(claim["fact"], "–"),
+        )
+        for claim in paper["claims"]
+    ]
+    return table(("", "paper", "certainty", "source", "here"), rows)
+
+
+@cache
+def traced(model: str, batch: int, image_size: int) -> Trace:
+    """Trace of a model of timm's registry in float16."""
+    with torch.device("meta"):
+        network = timm.create_model(model)
+    return trace(network, batch, image_size)

@@ -1,0 +1,248 @@
+"""The papers' reports, rendered on a CPU from shipped and made-up results."""
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from convfirst.analysis.convolutions import ConvLayer, WinogradTile, tile_quantisation
+from convfirst.analysis.latency import read_accuracies
+from convfirst.app import benchmark as benchmark_module
+from convfirst.app import reproduce as reproduce_module
+from convfirst.app.measure_device import measure_device
+from convfirst.app.papers import convfirst as convfirst_paper
+from convfirst.app.papers import winograd
+from convfirst.app.reproduce import reproduce
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = str(REPOSITORY / "configs")
+ABOUT = {
+    "device": "NVIDIA H100 80GB HBM3",
+    "date": "2026-01-02",
+    "commit": "0123456789abcdef",
+    "versions": {"torch": "2.14"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _hydra(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
+        yield
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Results as shipped, in a copy, with three of the models whose accuracy is known."""
+    (tmp_path / "results").mkdir()
+    for name in ("models-h200.json", "blocks-h200.json"):
+        shutil.copy(REPOSITORY / "results" / name, tmp_path / "results")
+    few = [row for row in read_accuracies() if row.model in ("convfirst_tiny", "convnext_tiny", "resnet50")]
+    monkeypatch.setattr(convfirst_paper, "read_accuracies", lambda: few)
+    return [f"results={tmp_path / 'results'}", f"reports={tmp_path / 'reports'}", f"run_root={tmp_path / 'runs'}"]
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Nothing is drawn, which takes longest; a picture's caption stands in its place."""
+    for name in ("draw_waterline", "draw_efficiency_gap", "write_efficiency_gap_page"):
+        monkeypatch.setattr(convfirst_paper, name, lambda *_: None)
+    monkeypatch.setattr(convfirst_paper, "figure", lambda picture, folder, caption: caption)
+
+
+def run(*overrides: str) -> str:
+    return reproduce(hydra.compose("reproduce", overrides=list(overrides))).read_text()
+
+
+def test_convfirst_without_a_gpu(folders, tmp_path):
+    text = run("paper=convfirst", *folders)
+    assert "device, blocks, models, throughput: there is no CUDA device here" in text
+    assert "| approximately 4x | seen | abstract, version 1 | 2.67x: convfirst_tiny against convnext_tiny" in text
+    assert "convfirst_tiny: not run; convnext_tiny: not run" in text
+    assert "RTX A5000, fp16 | recalled, unverified" in text
+    assert "`models-h200.json`: NVIDIA H200" in text and "`blocks-h200.json`: NVIDIA H200" in text
+    assert "Not measured on this device, ideal only: resnet50." in text  # the H200's
+    assert "| convnext_tiny | 224 | 82.10 | 4.46 | 53.9 | 149 | 95.4 | 0.361 | 1 | 1 | 1 | torch.compile" in text
+    assert re.search(r"\| convfirst_tiny \| 224 \| not run \| 3.27 .* \| 0.305 \| 2.67 \| 1.36 \| 1.96 \|", text)
+    assert re.search(r"\| convnext_tiny \| block fused \| 28 \|", text)
+    for name in ("efficiency-gap-h200", "efficiency-gap-rtx-4090", "waterline-h200"):
+        assert (tmp_path / f"results/{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"](../results/{name}.png)" in text
+    page = (tmp_path / "reports/efficiency-gap-rtx-4090.html").read_text()
+    assert "Plotly.newPlot" in page and "152.872" not in page and "convnext_tiny" in page
+    assert not re.search(r'<script[^>]+src="http', page)  # nothing from the network
+    html = (tmp_path / "reports/convfirst.html").read_text()
+    assert html.count('src="data:image/png;base64,') == 4 and "<table>" in html and "../results" not in html
+    assert not list(tmp_path.rglob(".*"))  # nothing half-written
+
+
+def test_accuracy_comes_from_the_summaries_of_imagenet_runs(folders, tmp_path, without_pictures):
+    for recipe, images in (("convfirst_tiny", 50_000), ("convnext_tiny", 100)):
+        (tmp_path / "runs" / recipe).mkdir(parents=True)
+        summary = {
+            "test": {"top1": 81.5, "top1_ema": 81.75},
+            "test_images": images,
+            "test_image_size": 224,
+            "epochs": 300,
+        }
+        (tmp_path / "runs" / recipe / "summary.json").write_text(json.dumps(summary))
+    text = run("paper=convfirst", *folders)
+    assert "convfirst_tiny: 81.75 %; convnext_tiny: not run (the run tested 100 images" in text
+    assert "| 81.75 | 224 | convfirst_tiny/summary.json, 300 epochs |" in text
+    assert re.search(r"\| convfirst_tiny \| 3.27 \| not run \| 81.75 \|", text)
+
+
+def test_winograd_without_results(folders):
+    text = run("paper=winograd", *folders)
+    assert "| F(4x4,3x3) | 144 | 36 | 4 | 144 | 72 | 100 | wincnn FAQ |" in text
+    assert "| total | 16 | – | – | 39 |" in text
+    assert "| 1 | 12.5 | 3.12 | 5.55 | 7.03 | 2.26 |" in text and "recalled, unverified" in text
+    assert text.count("not measured") >= 4
+
+
+def test_winograd_results_are_picked_up_when_they_appear(folders, tmp_path):
+    common = {"N": 8, "peer": "cudnn", "speedup": 2.0, "effective_tflops": 1.0}
+    rows = [
+        {
+            **common,
+            "layer": f"conv{layer.name}",
+            "dtype": "float32",
+            "algorithm": algorithm,
+            "ours_ms": ms,
+            "peer_ms": 2.0,
+        }
+        | {"max_error": 1e-5 * ms}
+        for layer in winograd.LAYERS
+        for algorithm, ms in (("f2", 1.0), ("f4", 3.0))
+    ]
+    rows += [{**rows[0], "dtype": "float16"}]
+    (tmp_path / "results/winograd-h100.json").write_text(json.dumps({**ABOUT, "rows": rows}))
+    text = run("paper=winograd", *folders)
+    # Sixteen layers at 1 ms against 2 ms; 39.02 GFLOP x 8
+    assert "| 8 | 32 | 9.75 | 16 | 19.5 | 2 |" in text
+    assert "layers 1.2, 2.1, 2.2, 3.1, 3.2, 4.1, 4.2, 5 not measured" in text
+    assert "| layer | f4 float32 | f2 float32 |" in text and "| 5 | 3.00e-05 | 1.00e-05 |" in text
+    assert "`winograd-h100.json`: NVIDIA H100 80GB HBM3, 2026-01-02, commit 0123456789, PyTorch 2.14." in text
+    assert (tmp_path / "results/winograd-h100-float32.png").exists()
+
+
+def test_maxdnn_with_and_without_results(folders, tmp_path):
+    text = run("paper=maxdnn", *folders)
+    assert "| alexnet_conv2 | 64x27x27 | 192x5x5, stride 1 | 192x27x27 | 57.3 | 1 |" in text
+    assert "| convnet_benchmarks_L1 | 3x128x128 | 96x11x11, stride 1 | 96x118x118 | 124 | 0.75 |" in text
+    assert "96.3 %" in text and text.endswith("Not measured.\n")
+    row = {"layer": "alexnet_conv2", "N": 128, "dtype": "float16", "ours_ms": 0.1, "efficiency": 0.9, "peer": "cudnn"}
+    results = {**ABOUT, "rows": [{**row, "peer_ms": 0.12, "speedup": 1.2}]}
+    (tmp_path / "results/direct-h100.json").write_text(json.dumps(results))
+    assert "| alexnet_conv2 | forward | 128 | float16 | 0.1 | 0.9 | cudnn | 0.12 | 0.75 | 1.2 |" in run(
+        "paper=maxdnn", *folders
+    )
+
+
+def test_suites_run_on_a_gpu_and_what_is_missing_is_said(folders, tmp_path, monkeypatch, without_pictures):
+    ran = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA GeForce RTX 3090")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90000)
+    monkeypatch.setattr(reproduce_module, "measure_device", lambda config: ran.append(("device", config.output)))
+    monkeypatch.setattr(benchmark_module, "benchmark", lambda config: ran.append((config.suite, config.output)))
+    find = importlib.util.find_spec
+    without_kernels = lambda name, *rest: None if name == "convfirst_kernels" else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", without_kernels)
+    device = {**ABOUT, "device": "NVIDIA GeForce RTX 3090"}
+    device["measured"] = {"bandwidth_tbps": 0.85, "tflops": {"float16": 70.0}, "source": "measured here"}
+    (tmp_path / "results/device-rtx-3090.json").write_text(json.dumps(device))
+    monkeypatch.setattr(winograd, "suites", lambda *_: [["suite=nonesuch", "output=x"]])
+    text = run("paper=winograd", *folders)
+    assert "nonesuch: scripts/benchmark.py has no such suite yet" in text
+    text = run("paper=convfirst", "quick=true", *folders)
+    quick = tmp_path / "results/quick"
+    assert ran[1:] == [("device", f"{quick}/device-rtx-3090.json"), ("throughput", f"{quick}/throughput-rtx-3090.json")]
+    assert "blocks: the package convfirst_kernels isn't installed" in text
+    assert "Waterline on NVIDIA GeForce RTX 3090: 70 TFLOP/s, 0.85 TB/s (measured)" in text
+    assert (tmp_path / "reports/convfirst-quick.md").exists()
+
+
+@pytest.mark.parametrize("paper", ["convfirst", "winograd", "maxdnn"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_suites_options_exist(paper, quick):
+    for overrides in reproduce_module.PAPERS[paper].suites(Path("results"), "h100", quick):
+        config = hydra.compose("benchmark", overrides=overrides)
+        assert config.suite in ("blocks", "models", "throughput", "winograd", "direct")
+        assert config.output.startswith("results/") and config.output.endswith("-h100.json")
+        OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def test_training_runs_train_py_for_each_recipe(folders, tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text(
+        "import sys\nprint(sys.argv[1:], file=open('ran', 'a'))\nsys.exit('fail' in sys.argv)"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce_module, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(convfirst_paper, "sections", lambda findings: ["sections"])
+    train = ["paper=convfirst", "train=true", f"data.root={tmp_path}", *folders]
+    assert "paper=convfirst train=true" in run(*train, 'train_overrides=["trainer.devices=8"]')
+    common = [f"data.root={tmp_path}", f"run_root={tmp_path / 'runs'}", "trainer.devices=8"]
+    expected = [str([f"recipe={recipe}", *common]) for recipe in ("convfirst_tiny", "convnext_tiny")]
+    assert (tmp_path / "ran").read_text().splitlines() == expected
+    with pytest.raises(ValueError, match="train.py recipe=convfirst_tiny ended with status 1"):
+        run(*train, "train_overrides=[fail]")
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ([], "give paper=...; accepted: convfirst, winograd, maxdnn"),
+        (["paper=alexnet"], "paper='alexnet' is unknown; accepted: convfirst, winograd, maxdnn"),
+        (["paper=convfirst", "measure=on"], "measure='on' is unknown; accepted: auto, off"),
+        (["paper=winograd", "train=true"], "train=true, but paper=winograd trains nothing"),
+        (["paper=convfirst", "train=true"], "train=true needs ImageNet: give data.root=FOLDER"),
+        (["paper=convfirst", "train=true", "data.root=/nowhere"], "data.root=/nowhere: no such folder"),
+    ],
+)
+def test_bad_options_are_named(overrides, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        run(*overrides)
+
+
+def test_device_measurement_writes_what_the_analysis_reads(tmp_path):
+    options = ["device=cpu", "bytes=40000", "size=32", "iterations=2", "warmup=1", "dtypes=[float32]"]
+    path = measure_device(
+        hydra.compose("measure_device", overrides=[*options, f"output={tmp_path / 'device-cpu.json'}"])
+    )
+    result = json.loads(path.read_text())
+    assert result["measured"]["bandwidth_tbps"] == max(result["options"]["bandwidths_tbps"].values()) > 0
+    assert set(result["measured"]["tflops"]) == {"float32"} and result["device"]
+    with pytest.raises(ValueError, match="dtypes='int4' is unknown; accepted: float16"):
+        measure_device(hydra.compose("measure_device", overrides=["device=cpu", "dtypes=[int4]"]))
+    with pytest.raises(ValueError, match="device='cuda', but there is no CUDA device here"):
+        measure_device(hydra.compose("measure_device"))
+
+
+def test_winograd_arithmetic():
+    layer = ConvLayer("4.2", 512, 28, 28, 512)
+    tile = WinogradTile(2, 3, data=32, filter=28, inverse=24)
+    assert (tile.name, tile.saving, tile.tiles(layer)) == ("F(2x2,3x3)", 2.25, 14 * 14)
+    products = 14 * 14 * 16 * 512 * 512
+    assert tile.flops(layer, 1) == 2 * products + 14 * 14 * (32 + 24) * 512 + 28 * 512 * 512
+    assert 2.2 < tile.speedup_bound(layer, 64) < 2.25
+    odd = ConvLayer("5", 512, 14, 14, 512)
+    assert WinogradTile(4, 3, 144, 72, 100).tiles(odd) == 4 * 4  # 14 rows need four tiles of 4
+    with pytest.raises(ValueError, match=r"F\(2x2,3x3\) needs 3x3 filters and stride 1; conv1 has others"):
+        tile.flops(ConvLayer("conv1", 3, 227, 227, 64, kernel_size=11, stride=4, padding=0), 1)
+    with pytest.raises(ValueError, match=r"transforms' costs of F\(3x3,2x2\) are not known"):
+        WinogradTile(3, 2).flops(ConvLayer("2x2", 8, 8, 8, 8, kernel_size=2, padding=0), 1)
+
+
+def test_convolution_arithmetic():
+    conv1 = ConvLayer("conv1", 3, 227, 227, 64, kernel_size=11, stride=4, padding=0)
+    assert (conv1.output_height, conv1.macs) == (55, 55 * 55 * 64 * 3 * 121)
+    assert conv1.bytes(2) == 2 * (2 * 3 * 227 * 227 + 2 * 64 * 55 * 55 + 64 * 3 * 121)
+    assert tile_quantisation(ConvLayer("L1", 3, 231, 231, 96, 11, 4, 0), 128, 64) == 0.75
+    assert sum(2e-9 * layer.macs * layer.depth for layer in winograd.LAYERS) == pytest.approx(39.02, abs=0.005)
