@@ -499,7 +499,7 @@ struct Consumer {
 
   __device__ void run(Barriers& bar, int tiles) {
     FeedForward<Traits> feed_forward{p, bar, smem_address(smem + layout.w1), smem_address(smem + layout.w2),
-                                     smem_address(smem + layout.expand_bias), lane, {}, {}, {}, {}, p.chunks, {}};
+                                     smem_address(smem + layout.expand_bias), lane, {}, {}, {}, {}};
     const int rounds = (tiles + Traits::kWarpgroups - 1) / Traits::kWarpgroups;
     for (int round = 0; round < rounds; ++round) {
       const int i = round * Traits::kWarpgroups + warpgroup;

@@ -11,8 +11,7 @@
 //
 //   what                       where                                               written by          released when
 //   A, x tiles                 shared, a warpgroup's ring: A(0) x(0) A(1) x(1) ..   TMA                 A read to registers; y stored
-//   W1, W2 chunks              shared, resident if all fit, else two rings;         TMA                 product done, per chunk
-//                              a cluster's blocks load them for each other
+//   W1, W2 chunks              shared, resident if all fit, else two rings          TMA                 product done, per chunk
 //   bias and scale vectors     shared, float32                                     prologue            -
 //   S, P, O                    32, 2 x 16, C/2 registers                           wgmma, activation   -
 //   y tile                     shared, over the x tile; TMA store                  consumer            -
@@ -31,8 +30,6 @@ struct FeedForwardParams : WeightRings {
   const float* layer_scale;
   const float* sample_scale;
   int pixels, image_pixels, channels, hidden, tiles, tile_slots;
-  int rounds;
-  bool shares_last_round;
 };
 
 struct FeedForwardBarriers : WeightBarriers {
@@ -52,61 +49,31 @@ struct FeedForwardBarriers : WeightBarriers {
 };
 
 template <class Traits>
-__device__ __forceinline__ bool is_shared(const FeedForwardParams& p, int round) {
-  return Traits::kSharesTiles && p.shares_last_round && round + 1 == p.rounds;
-}
-
-// Beyond p.tiles where the warpgroup has none in this round.
-template <class Traits>
-__device__ __forceinline__ int tile_of(const FeedForwardParams& p, int round, int warpgroup) {
-  return blockIdx.x + (round * Traits::kWarpgroups + (is_shared<Traits>(p, round) ? 0 : warpgroup)) * gridDim.x;
-}
-
-// Weights [first row, first column] of a map whose box has kPanel columns. In a cluster each block loads its share of every chunk
-// for all.
-template <class Traits>
-__device__ __forceinline__ void load_weights(const CUtensorMap& map, TransactionBarrier* barrier, char* to, int column, int row) {
-  if constexpr (Traits::kCluster == 1) {
-    tma_load_2d(&map, barrier, to, column, row);
-  } else {
-    tma_load_2d_multicast(&map, barrier, to, column, row, (1 << Traits::kCluster) - 1);
-  }
-}
-
-template <class Traits>
 __device__ void produce_chunks(const FeedForwardParams& p, const CUtensorMap& w1_map, const CUtensorMap& w2_map, char* smem,
-                               const FeedForwardLayout& layout, WeightBarriers& bar) {
-  constexpr int kPanels = Traits::kPanels / Traits::kCluster, kRows = Traits::kChannels / Traits::kCluster;
-  const int rank = Traits::kCluster > 1 ? cute::block_rank_in_cluster() : 0;
+                               const FeedForwardLayout& layout, WeightBarriers& bar, int rounds) {
   const bool resident = p.w1_slots == p.chunks && p.w2_slots == p.chunks;
   RingState w1, w2;
   w1.phase = w2.phase = 1;  // the slots start empty
-  for (int round = 0; round < (resident ? 1 : p.rounds); ++round) {
-    const bool shared = p.shares_last_round && round + 1 == p.rounds;
-    for (int i = 0; i < p.chunks; ++i) {
-      const int chunk = shared ? (i % 2) * (p.chunks / 2) + i / 2 : i;
-      bar.w1_empty[w1.slot].wait(w1.phase);
-      bar.w1_full[w1.slot].arrive_and_expect_tx(Traits::kW1Bytes);
+  const int steps = resident ? p.chunks : rounds * p.chunks;
+  for (int step = 0, chunk = 0; step < steps; ++step, chunk = chunk + 1 == p.chunks ? 0 : chunk + 1) {
+    bar.w1_empty[w1.slot].wait(w1.phase);
+    bar.w1_full[w1.slot].arrive_and_expect_tx(Traits::kW1Bytes);
 #pragma unroll
-      for (int j = 0; j < kPanels; ++j) {
-        const int panel = rank * kPanels + j;
-        load_weights<Traits>(w1_map, bar.w1_full + w1.slot,
-                             smem + layout.w1 + w1.slot * Traits::kW1Bytes + panel * kHiddenChunk * Traits::kRowBytes,
-                             panel * Traits::kPanel, chunk * kHiddenChunk);
-      }
-      w1.advance(p.w1_slots, false);
-      bar.w2_empty[w2.slot].wait(w2.phase);
-      bar.w2_full[w2.slot].arrive_and_expect_tx(Traits::kW2Bytes);
-      load_weights<Traits>(w2_map, bar.w2_full + w2.slot, smem + layout.w2 + w2.slot * Traits::kW2Bytes + rank * kRows * 128,
-                           chunk * kHiddenChunk, rank * kRows);
-      w2.advance(p.w2_slots, false);
+    for (int panel = 0; panel < Traits::kPanels; ++panel) {
+      tma_load_2d(&w1_map, bar.w1_full + w1.slot, smem + layout.w1 + w1.slot * Traits::kW1Bytes + panel * kHiddenChunk * Traits::kRowBytes,
+                  panel * Traits::kPanel, chunk * kHiddenChunk);
     }
+    w1.advance(p.w1_slots, false);
+    bar.w2_empty[w2.slot].wait(w2.phase);
+    bar.w2_full[w2.slot].arrive_and_expect_tx(Traits::kW2Bytes);
+    tma_load_2d(&w2_map, bar.w2_full + w2.slot, smem + layout.w2 + w2.slot * Traits::kW2Bytes, chunk * kHiddenChunk, 0);
+    w2.advance(p.w2_slots, false);
   }
 }
 
 template <class Traits>
 __device__ void produce_tiles(const FeedForwardParams& p, const CUtensorMap& a_map, const CUtensorMap& x_map, char* slots,
-                              TransactionBarrier* full, Barrier* empty, int warpgroup) {
+                              TransactionBarrier* full, Barrier* empty, int first) {
   RingState ring;
   ring.phase = 1;
   const auto load = [&](const CUtensorMap& map, int tile) {
@@ -119,9 +86,7 @@ __device__ void produce_tiles(const FeedForwardParams& p, const CUtensorMap& a_m
     }
     ring.advance(p.tile_slots, false);
   };
-  for (int round = 0; round < p.rounds; ++round) {
-    const int tile = tile_of<Traits>(p, round, warpgroup);
-    if (tile >= p.tiles || (warpgroup > 0 && is_shared<Traits>(p, round))) break;
+  for (int tile = first; tile < p.tiles; tile += gridDim.x * Traits::kWarpgroups) {
     load(a_map, tile);
     if (Traits::kXShared) load(x_map, tile);
   }
@@ -255,45 +220,19 @@ struct FeedForwardConsumer {
     if (lane == 0) empty[slot].arrive();
   }
 
-  // A tile of which each warpgroup has half of the hidden units: the second adds its sums to the first's, through the slots of
-  // A, which both have read by then.
-  __device__ __forceinline__ void add_sums(float (&o)[kChannels / 2]) const {
-    const uint32_t exchange = slots + (warp * 32 + lane) * 16;
-    named_barrier(3, 256);
-    if (warpgroup == 1) {
-#pragma unroll
-      for (int i = 0; i < kChannels / 8; ++i) store_shared_128(exchange + i * 2048, o + 4 * i);
-    }
-    named_barrier(3, 256);
-    if (warpgroup == 0) {
-#pragma unroll
-      for (int i = 0; i < kChannels / 8; ++i) {
-        const uint4 v = load_shared_128(exchange + i * 2048);
-        o[4 * i] += __uint_as_float(v.x), o[4 * i + 1] += __uint_as_float(v.y);
-        o[4 * i + 2] += __uint_as_float(v.z), o[4 * i + 3] += __uint_as_float(v.w);
-      }
-    }
-  }
-
-  __device__ void run(WeightBarriers& bar, uint32_t w1, uint32_t w2, uint32_t expand_bias, const CUtensorMap& y_map) {
-    FeedForward<Traits> feed_forward{p, bar, w1, w2, expand_bias, lane, {}, {}, {}, {}, p.chunks, {}};
+  __device__ void run(WeightBarriers& bar, uint32_t w1, uint32_t w2, uint32_t expand_bias, const CUtensorMap& y_map, int rounds) {
+    FeedForward<Traits> feed_forward{p, bar, w1, w2, expand_bias, lane, {}, {}, {}, {}};
     int stored_slot = -1;  // of the last y tile, while TMA may still read it
     const auto release_stored = [&] {
       if (stored_slot < 0) return;
       if (warp == 0 && lane == 0) cute::tma_store_wait<0>();
       release(stored_slot);
     };
-    for (int round = 0; round < p.rounds; ++round) {
-      const int tile = tile_of<Traits>(p, round, warpgroup);
+    for (int round = 0; round < rounds; ++round) {
+      const int tile = blockIdx.x + (round * Traits::kWarpgroups + warpgroup) * gridDim.x;
       if (tile >= p.tiles) {
         feed_forward.skip(0);
         break;
-      }
-      if (is_shared<Traits>(p, round)) {
-        feed_forward.share(warpgroup);
-        // The first warpgroup's slots hold A.
-        slots -= warpgroup * p.tile_slots * Traits::kSlotBytes;
-        full -= warpgroup * kMaxSlots;
       }
       int a_slot, x_slot;
       uint32_t slot = wait_slot(&a_slot);
@@ -303,12 +242,6 @@ struct FeedForwardConsumer {
       if (Traits::kARegisters) release(a_slot);
       if (Traits::kXShared) release_stored();
       feed_forward.run(o, a);
-      if constexpr (Traits::kSharesTiles) {
-        if (is_shared<Traits>(p, round)) {
-          add_sums(o);
-          if (warpgroup == 1) break;
-        }
-      }
       scale_output(o, tile);
       if constexpr (Traits::kXShared) {
         if (!Traits::kARegisters) release(a_slot);
@@ -365,31 +298,30 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const FeedForwardLayout layout = feed_forward_layout<Traits>({p.w1_slots, p.w2_slots, p.tile_slots}, p.chunks);
   auto bar = FeedForwardBarriers::at<Traits::kWarpgroups>(smem + layout.barriers);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const int rounds = (p.tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) * Traits::kWarpgroups - 1) /
+                     (static_cast<int>(gridDim.x) * Traits::kWarpgroups);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kMaxSlots; ++i) {
       bar.w1_full[i].init(1), bar.w2_full[i].init(1);
-      bar.w1_empty[i].init(4 * Traits::kWarpgroups * Traits::kCluster), bar.w2_empty[i].init(4 * Traits::kWarpgroups * Traits::kCluster);
+      bar.w1_empty[i].init(4 * Traits::kWarpgroups), bar.w2_empty[i].init(4 * Traits::kWarpgroups);
     }
     for (int i = 0; i < Traits::kWarpgroups * kMaxSlots; ++i) bar.tile_full[i].init(1), bar.tile_empty[i].init(4);
     cutlass::arch::fence_barrier_init();
   }
   load_feed_forward_vectors<Traits>(p, smem, layout);
-  if constexpr (Traits::kCluster > 1) {
-    cute::cluster_sync();  // no copy before the other blocks' barriers are ready for it
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
   allow_next_launch();
   wait_for_previous_launch();
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (threadIdx.x % 32 == 0) {
       if (warp == 0) {
-        produce_chunks<Traits>(p, w1_map, w2_map, smem, layout, bar);
+        produce_chunks<Traits>(p, w1_map, w2_map, smem, layout, bar, rounds);
       } else if (warp <= Traits::kWarpgroups) {
         const int consumer = warp - 1;
         produce_tiles<Traits>(p, a_map, x_map, smem + layout.slots + consumer * p.tile_slots * Traits::kSlotBytes,
-                              bar.tile_full + consumer * kMaxSlots, bar.tile_empty + consumer * kMaxSlots, consumer);
+                              bar.tile_full + consumer * kMaxSlots, bar.tile_empty + consumer * kMaxSlots,
+                              blockIdx.x + consumer * gridDim.x);
       }
     }
   } else {
@@ -404,9 +336,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                                        warp % 4,
                                        static_cast<int>(threadIdx.x % 32),
                                        {}};
-    worker.run(bar, smem_address(smem + layout.w1), smem_address(smem + layout.w2), smem_address(smem + layout.expand_bias), y_map);
+    worker.run(bar, smem_address(smem + layout.w1), smem_address(smem + layout.w2), smem_address(smem + layout.expand_bias), y_map, rounds);
   }
-  if constexpr (Traits::kCluster > 1) cute::cluster_sync();  // the others' copies and arrivals come here until they end
 #endif
 }
 

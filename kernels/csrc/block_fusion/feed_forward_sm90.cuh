@@ -80,33 +80,6 @@ __device__ __forceinline__ void issue_project(float (&o)[Traits::kChannels / 2],
   }
 }
 
-// Whose turn it is where two warpgroups share a tile's hidden units: chunks pass through the rings for one and the other in turn.
-template <bool kEnabled>
-struct Sharing {
-  bool on = false, pending_w1 = false, pending_w2 = false;
-  __device__ void begin(int which) { on = true, pending_w1 = pending_w2 = which == 1; }
-  __device__ bool active() const { return on; }
-  __device__ bool pass_w1() {
-    const bool pass = pending_w1;
-    pending_w1 = on;
-    return pass;
-  }
-  __device__ bool pass_w2() {
-    const bool pass = pending_w2;
-    pending_w2 = false;
-    return pass;
-  }
-  __device__ void waited_w2() { pending_w2 = on; }
-};
-template <>
-struct Sharing<false> {
-  __device__ void begin(int) {}
-  __device__ static constexpr bool active() { return false; }
-  __device__ static constexpr bool pass_w1() { return false; }
-  __device__ static constexpr bool pass_w2() { return false; }
-  __device__ static void waited_w2() {}
-};
-
 template <class Traits>
 struct FeedForward {
   using Sums = float[kHiddenChunk / 2];
@@ -117,30 +90,16 @@ struct FeedForward {
   uint32_t w1_base, w2_base, bias_base;
   int lane;
   RingState w1, w1_free, w2, w2_free;  // next to wait for, next to release: products trail waits
-  int chunks;  // of this warpgroup's share of the tile; the bias of its first chunk is at bias_base
-  Sharing<Traits::kSharesTiles> sharing;
 
   __device__ bool w1_resident() const { return p.w1_slots == p.chunks; }
   __device__ bool w2_resident() const { return p.w2_slots == p.chunks; }
-  __device__ void arrive(Barrier& empty) const {
-    if constexpr (Traits::kCluster > 1) {
-      if (lane < Traits::kCluster) empty.arrive(lane);  // the slots of all blocks are filled together
-    } else {
-      if (lane == 0) empty.arrive();
-    }
-  }
   __device__ uint32_t wait_w1() {
-    // The other's chunk of W2 goes first: the loads that this wait is for come after those that need its slot.
-    if (sharing.pass_w2()) pass(bar.w2_full, bar.w2_empty, w2, p.w2_slots);
-    if (sharing.pass_w1()) pass(bar.w1_full, bar.w1_empty, w1, p.w1_slots);
     bar.w1_full[w1.slot].wait(w1.phase);
     const uint32_t address = w1_base + w1.slot * Traits::kW1Bytes;
     w1.advance(p.w1_slots, w1_resident());
     return address;
   }
   __device__ uint32_t wait_w2() {
-    if (sharing.pass_w2()) pass(bar.w2_full, bar.w2_empty, w2, p.w2_slots);
-    sharing.waited_w2();
     bar.w2_full[w2.slot].wait(w2.phase);
     const uint32_t address = w2_base + w2.slot * Traits::kW2Bytes;
     w2.advance(p.w2_slots, w2_resident());
@@ -148,28 +107,13 @@ struct FeedForward {
   }
   __device__ void release_w1() {
     if (w1_resident()) return;
-    arrive(bar.w1_empty[w1_free.slot]);
+    if (lane == 0) bar.w1_empty[w1_free.slot].arrive();
     w1_free.advance(p.w1_slots, false);
-    if (sharing.active()) w1_free.advance(p.w1_slots, false);
   }
   __device__ void release_w2() {
     if (w2_resident()) return;
-    arrive(bar.w2_empty[w2_free.slot]);
+    if (lane == 0) bar.w2_empty[w2_free.slot].arrive();
     w2_free.advance(p.w2_slots, false);
-    if (sharing.active()) w2_free.advance(p.w2_slots, false);
-  }
-  // Leaves a chunk to the other warpgroup. The wait keeps the arrival out of the slot's former turn.
-  __device__ void pass(TransactionBarrier* full, Barrier* empty, RingState& ring, int slots) {
-    full[ring.slot].wait(ring.phase);
-    arrive(empty[ring.slot]);
-    ring.advance(slots, false);
-  }
-  // From here on this warpgroup takes every other chunk that comes through the rings, the other one those between.
-  __device__ void share(int which) {
-    sharing.begin(which);
-    chunks = p.chunks / 2;
-    bias_base += which * chunks * kHiddenChunk * Traits::kExpandBiasBytes;
-    if (which == 1) w1_free.advance(p.w1_slots, false), w2_free.advance(p.w2_slots, false);
   }
 
   __device__ __forceinline__ void expand(Sums& s, OperandA<Traits>& a) {
@@ -217,11 +161,11 @@ struct FeedForward {
     activate_chunk(s, h[0], 0);
     int chunk = 0;
 #pragma unroll 1
-    for (; chunk + 2 < chunks; chunk += 2) {
+    for (; chunk + 2 < p.chunks; chunk += 2) {
       step(o, s, a, h[0], h[1], chunk);
       step(o, s, a, h[1], h[0], chunk + 1);
     }
-    if (chunk + 2 == chunks) {
+    if (chunk + 2 == p.chunks) {
       step(o, s, a, h[0], h[1], chunk);
       finish(o, h[1]);
     } else {
@@ -250,11 +194,11 @@ struct FeedForward {
     activate_chunk(s[0], h[0], 0);
     int chunk = 0;
 #pragma unroll 1
-    for (; chunk + 3 < chunks; chunk += 2) {
+    for (; chunk + 3 < p.chunks; chunk += 2) {
       step_two<true>(o, s[0], s[1], a, h[0], h[1], chunk);
       step_two<true>(o, s[1], s[0], a, h[1], h[0], chunk + 1);
     }
-    if (chunk + 3 == chunks) {
+    if (chunk + 3 == p.chunks) {
       step_two<true>(o, s[0], s[1], a, h[0], h[1], chunk);
       step_two<false>(o, s[1], s[0], a, h[1], h[0], chunk + 1);
       finish(o, h[0]);
@@ -265,11 +209,11 @@ struct FeedForward {
   }
 
   __device__ __forceinline__ void finish(Output& o, Hidden& h) {
-    project(o, h, chunks > 1);
+    project(o, h, p.chunks > 1);
     cute::warpgroup_wait<0>();
     fence_operands(o);
     release_w2();
-    if (Traits::kSchedule != Schedule::kDrain && chunks > 1) release_w2();
+    if (Traits::kSchedule != Schedule::kDrain && p.chunks > 1) release_w2();
   }
 
   __device__ __forceinline__ void run(Output& o, OperandA<Traits>& a) {

@@ -18,15 +18,14 @@ struct FeedForwardChoice {
   bool a_registers;  // A is read from its slot once a tile, and the slot is free for the next; else it stays there as wgmma's operand
   bool x_shared;     // the residual comes through a slot too, and y leaves from there; else both pass A's slot and the registers
   Schedule schedule;
-  int cluster;        // blocks that share the loads of the weights
-  bool shares_tiles;  // in a last round of at most one tile a block, two warpgroups halve the tile's hidden units
 };
 
+// What was measured best at each width (NOTES.md).
 constexpr FeedForwardChoice feed_forward_choice(int width) {
-  if (width <= 64) return {3, true, true, Schedule::kOneAhead, 1, false};
-  if (width <= 128) return {3, false, true, Schedule::kOneAhead, 1, false};
-  if (width <= 192) return {2, true, true, Schedule::kOneAhead, 1, false};
-  return {2, false, false, Schedule::kDrain, 2, true};
+  if (width <= 64) return {3, true, true, Schedule::kOneAhead};
+  if (width <= 128) return {3, false, true, Schedule::kOneAhead};
+  if (width <= 192) return {2, true, true, Schedule::kOneAhead};
+  return {2, false, false, Schedule::kDrain};
 }
 
 // kChannels: the width that tiles are padded to; TMA fills the rest with zeros and does not store it.
@@ -40,8 +39,6 @@ struct FeedForwardTraits {
   static constexpr bool kARegisters = kChoice.a_registers;
   static constexpr bool kXShared = kChoice.x_shared;
   static constexpr Schedule kSchedule = kChoice.schedule;
-  static constexpr int kCluster = kChoice.cluster;
-  static constexpr bool kSharesTiles = kChoice.shares_tiles;
   static constexpr int kPanel = kChannels % 64 == 0 ? 64 : 32;
   static constexpr int kRowBytes = kPanel * 2;
   static constexpr int kPanels = kChannels / kPanel;
@@ -55,8 +52,6 @@ struct FeedForwardTraits {
   static constexpr int kLeastSlots = kXShared ? 2 : 1;  // a warpgroup's slots of A and x
   static constexpr bool kHalfActivation = kDType == DType::kHalf;
   static constexpr int kExpandBiasBytes = kHalfActivation ? 2 : 4;
-  static_assert(kPanels % kCluster == 0 || kCluster == 1);
-  static_assert(!kSharesTiles || (kWarpgroups == 2 && !kXShared));
 };
 
 struct FeedForwardLayout {
@@ -98,23 +93,6 @@ bool choose_rings(int hidden, int max_shared_memory, FeedForwardRings* rings) {
   }
   while (rings->tile < 2 * Traits::kLeastSlots && fits({rings->w1, rings->w2, rings->tile + 1})) ++rings->tile;
   return true;
-}
-
-// How the blocks go through the tiles: `rounds` of one tile a warpgroup, the last of one tile a block where `shares` says so.
-struct FeedForwardRounds {
-  int grid, rounds;
-  bool shares;
-};
-
-template <class Traits>
-FeedForwardRounds feed_forward_rounds(int64_t tiles, int chunks, const FeedForwardRings& rings, int multiprocessors) {
-  FeedForwardRounds r;
-  const int most = multiprocessors / Traits::kCluster * Traits::kCluster;
-  r.grid = static_cast<int>(std::min<int64_t>(ceil_div(tiles, Traits::kCluster) * Traits::kCluster, most));
-  r.rounds = static_cast<int>(ceil_div(tiles, int64_t{r.grid} * Traits::kWarpgroups));
-  const int64_t last = tiles - int64_t{r.rounds - 1} * r.grid * Traits::kWarpgroups;
-  r.shares = Traits::kSharesTiles && last <= r.grid && chunks % 2 == 0 && chunks > rings.w1 && chunks > rings.w2;
-  return r;
 }
 
 // The compiled kernel of one variant; defined in launch_feed_forward_sm90.cuh, instantiated in instantiations_sm90/.

@@ -59,8 +59,6 @@ struct BlockTraits {
   static constexpr int kRowBytes = kPanel * 2;
   static constexpr int kPanels = kChannels / kPanel;
   static constexpr int kThreads = (kWarpgroups + 1) * 128;
-  static constexpr int kCluster = 1;
-  static constexpr bool kSharesTiles = false;
   static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 240;
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
   // The x tile survives the convolution only where nothing is written over it before the epilogue.

@@ -37,12 +37,6 @@ __device__ __forceinline__ void tma_load_2d(const void* map, TransactionBarrier*
   cute::SM90_TMA_LOAD_2D::copy(map, barrier_pointer(barrier), hint, smem, c0, c1);
 }
 
-// The same to every block of the cluster whose bit is in `mask`, at the same place, each with its own barrier.
-__device__ __forceinline__ void tma_load_2d_multicast(const void* map, TransactionBarrier* barrier, void* smem, int c0, int c1,
-                                                      int mask) {
-  cute::SM90_TMA_LOAD_MULTICAST_2D::copy(map, barrier_pointer(barrier), static_cast<uint16_t>(mask), kEvictLast, smem, c0, c1);
-}
-
 __device__ __forceinline__ void tma_load_4d(const void* map, TransactionBarrier* barrier, void* smem, int c0, int c1, int c2,
                                             int c3) {
   cute::SM90_TMA_LOAD_4D::copy(map, barrier_pointer(barrier), kEvictNormal, smem, c0, c1, c2, c3);
@@ -58,8 +52,6 @@ __device__ __forceinline__ void allow_next_launch() { asm volatile("griddepcontr
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void warpgroup_barrier(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
-
-__device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -103,10 +95,6 @@ __device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
   float2 v;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
   return v;
-}
-
-__device__ __forceinline__ void store_shared_128(uint32_t address, const float* v) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
 }
 
 __device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t value) {
