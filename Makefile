@@ -51,6 +51,7 @@ bench: $(FULL)
 	$(PYTHON) scripts/benchmark.py suite=models $(ARGS)
 	$(PYTHON) scripts/benchmark.py suite=training_throughput $(ARGS)
 	$(PYTHON) scripts/render_results.py
+	$(PYTHON) scripts/reproduce.py paper=convfirst measure=off
 
 $(VENV)/bin/python:
 	@$(SYSTEM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
