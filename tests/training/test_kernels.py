@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from convfirst.app import kernels
+from convfirst.app.train import train
+from tests.training.helpers import tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -58,8 +60,31 @@ def test_required_without_the_package_is_an_error(no_package):
 
 
 def test_required_without_a_gpu_is_an_error(package):
-    with pytest.raises(RuntimeError, match="need a CUDA device, not cpu"):
-        kernels.accelerate([torch.nn.Identity()], CPU, "required")
+    for check in (kernels.accelerate, lambda models, *rest: kernels.rehearse(models[0], *rest)):
+        with pytest.raises(ValueError, match="need a CUDA device, not cpu"):
+            check([torch.nn.Identity()], CPU, "required")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "32"])
+def test_required_in_single_precision_is_refused_at_the_start(package, tmp_path, precision):
+    with pytest.raises(ValueError, match=f"kernels=required, but trainer.precision={precision}: .*bf16-mixed"):
+        train(tiny_config(tmp_path, "kernels=required", f"trainer.precision={precision}"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_required_without_a_gpu_is_refused_before_training(package, tmp_path):
+    with pytest.raises(ValueError, match="kernels=required, but the fused kernels need a CUDA device, not cpu"):
+        train(tiny_config(tmp_path, "kernels=required", "trainer.precision=bf16-mixed"))
+    assert not (tmp_path / "digits" / "metrics.csv").exists()
+
+
+def test_required_for_a_model_that_the_kernels_do_not_cover_is_refused(package, monkeypatch):
+    def accelerate(model, kernels):
+        raise RuntimeError("stages.0 isn't covered")
+
+    monkeypatch.setattr(sys.modules["convfirst_kernels"], "accelerate", accelerate)
+    with pytest.raises(ValueError, match="stages.0 isn't covered"):
+        kernels.accelerate([torch.nn.Identity()], CUDA, "required")
 
 
 def test_another_choice_is_refused():
