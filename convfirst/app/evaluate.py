@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from convfirst.app.export import find_checkpoint, load_trained
 from convfirst.app.kernels import accelerate, check_kernels
-from convfirst.data import ImageDataModule, ImageFolderDataModule
+from convfirst.data import Augment, ImageDataModule, ImageFolderDataModule
+from convfirst.data.datamodule import bad_images
 from convfirst.training import ClassificationModule
 from convfirst.training.checkpoint import checkpoints, write_atomically
 
@@ -24,14 +25,15 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
 
     Returns:
         top1, top5 (in %; top5 from five classes on), loss (cross-entropy; not with ReaL labels), images, image_size,
-        crop_pct, interpolation, test_set, and what was evaluated.
+        crop_pct, interpolation, reader (what decoded and resized the images), test_set, skipped_images, and what was
+        evaluated.
 
     Raises:
         ValueError: not exactly one of run and timm_model is given, or the model's classes aren't the data's.
         RuntimeError: an image wasn't evaluated exactly once.
     """
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # between Lightning and torch
-    check_kernels(config.kernels)
+    check_kernels(config.kernels, config.trainer.precision)
     if (config.run is None) == (config.timm_model is None):
         raise ValueError("give either run=<folder or checkpoint> or timm_model=<name>")
     evaluated, model, data = _from_run(config) if config.timm_model is None else _from_timm(config)
@@ -63,7 +65,9 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         "image_size": data.eval_image_size,
         "crop_pct": data.augment.crop_pct,
         "interpolation": data.augment.test_interpolation,
+        "reader": data.test_reader,
         "test_set": getattr(data, "test_set", type(data).__name__),
+        "skipped_images": len(bad_images(data)),
     }
     if trainer.is_global_zero:
         text = json.dumps(result, indent=2)
@@ -87,9 +91,20 @@ def _from_run(config: DictConfig) -> tuple[str, nn.Module, ImageDataModule]:
     path = newest[0] if newest else find_checkpoint(config.run)
     model, _ = load_trained(path, config.weights)
     run_config = OmegaConf.create(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["config"])
-    data_config = OmegaConf.merge(run_config.data, _given(config.data))
     augment = OmegaConf.merge(run_config.augment, _preprocessing(config))
+    given = _given(config.data)
+    eval_root = given.pop("eval_root", run_config.data.get("eval_root"))
+    if eval_root is not None:
+        return str(path), model, _image_tree(run_config.data, {**given, "root": eval_root}, instantiate(augment))
+    data_config = OmegaConf.merge(run_config.data, given)
     return str(path), model, instantiate(data_config, augment=augment)
+
+
+def _image_tree(run_data: DictConfig, given: dict[str, Any], augment: Augment) -> ImageFolderDataModule:
+    """The image tree ``given["root"]`` for a run that was trained on another source, on FFCV for instance."""
+    kept = ("eval_batch_size", "num_workers", "seed", "image_size", "mean", "std")
+    options = {key: run_data[key] for key in kept if key in run_data}
+    return ImageFolderDataModule(**{**options, **given}, augment=augment.evaluation())
 
 
 def _from_timm(config: DictConfig) -> tuple[str, nn.Module, ImageDataModule]:
@@ -110,8 +125,11 @@ def _from_timm(config: DictConfig) -> tuple[str, nn.Module, ImageDataModule]:
             "supported are square images with crop_mode='center'"
         )
     augment = {"test_size": size, "crop_pct": own["crop_pct"], "test_interpolation": own["interpolation"]}
+    given = _given(config.data)
+    if "eval_root" in given:
+        raise ValueError("data.eval_root goes with run=...; with timm_model=... give data.root")
     data = ImageFolderDataModule(
-        **{"root": None, **_given(config.data)},
+        **{"root": None, **given},
         augment={**augment, **_preprocessing(config)},
         image_size=size,
         mean=own["mean"],

@@ -13,7 +13,7 @@ from convfirst.training.checkpoint import checkpoints, step_of, write_atomically
 # What may differ when a run goes on: where and how fast it runs, not what it computes.
 _FREE = ("trainer.", "callbacks.", "logger.", "compile.", "resume", "overwrite", "kernels", "run_root", "run_dir")
 _FREE += ("data.root", "data.num_workers", "data.batch_size", "data.eval_batch_size", "batch.accumulate")
-_FREE += ("grad_checkpointing", "matmul_precision")
+_FREE += ("data.timeout", "data.eval_root", "grad_checkpointing", "matmul_precision")
 _FREE += ("start_step", "model.num_classes", "model.in_chans")  # added while a run is built
 _BOUND = ("trainer.precision", "trainer.max_epochs", "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm")
 

@@ -27,9 +27,10 @@ from timm.layers import convert_sync_batchnorm
 
 from convfirst import __version__
 from convfirst.app import slurm
-from convfirst.app.kernels import accelerate, check_kernels
+from convfirst.app.kernels import accelerate, check_kernels, rehearse
 from convfirst.app.run_dir import RunDirectory, RunExistsError
 from convfirst.data import ImageDataModule
+from convfirst.data.datamodule import bad_images
 from convfirst.data.order import TrainOrder
 from convfirst.training import (
     AtomicCheckpointIO,
@@ -81,7 +82,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         StopRequested: a signal ended the run after saving.
     """
     _quieten()
-    check_kernels(config.kernels)
+    check_kernels(config.kernels, config.trainer.precision)
     _name_sweep_job(config)
     run = RunDirectory(_absolute(config.run_dir))
     if _is_main_process():
@@ -104,6 +105,7 @@ def train(config: DictConfig) -> dict[str, Any]:
             config.logger.csv.start_step = config.start_step
     trainer = build_trainer(config)
     module = build_module(config, data, trainer.world_size, steps_per_epoch=_plan(config, trainer, data))
+    rehearse(module.model, trainer.strategy.root_device, config.kernels)
     if trainer.is_global_zero:
         run.freeze(config)
     if start is not None:
@@ -204,6 +206,7 @@ def _finish(
     """Test the final weights, raw and EMA, and sum the run up."""
     models = [module.model] if module.ema is None else [module.model, module.ema.module]
     accelerate([model.eval() for model in models], trainer.strategy.root_device, config.kernels)
+    module.images_evaluated = 0
     trainer.test(module, datamodule=data, verbose=False)
     results = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test/")}
     checkpointing = next(c for c in trainer.callbacks if isinstance(c, Checkpointing))
@@ -219,8 +222,10 @@ def _finish(
         "epochs": config.epochs,
         "updates": trainer.global_step,
         "test": {key.removeprefix("test/"): value for key, value in results.items()},
-        "test_images": getattr(data, "num_test_images", None),
+        "test_images": module.images_evaluated,
         "test_image_size": getattr(data, "eval_image_size", data.image_size),
+        "test_reader": data.test_reader,
+        "skipped_images": len(bad_images(data)),
         "best_val": {"score": checkpointing.best_score, "update": checkpointing.best_step},
         "images_per_s": None if train_log is None else train_log.images_per_s(),
         "checkpoint": str(run.checkpoints[-1]) if run.checkpoints else None,
@@ -245,7 +250,10 @@ def report(summary: dict[str, Any]) -> None:
         if key in test:
             ema = f" (EMA {test[f'{key}_ema']:.2f} %)" if f"{key}_ema" in test else ""
             table.add_row(f"test {label}", f"{test[key]:.2f} %{ema}")
-    table.add_row("test images", f"{summary['test_images']} at {summary['test_image_size']} px")
+    reader = f" ({summary['test_reader']})" if "test_reader" in summary else ""  # summaries of old have none
+    table.add_row("test images", f"{summary['test_images']} at {summary['test_image_size']} px{reader}")
+    if summary.get("skipped_images"):
+        table.add_row("unreadable images skipped", str(summary["skipped_images"]))
     if summary["images_per_s"]:
         table.add_row("images/s in training", f"{summary['images_per_s']:,.0f}")
     for key in ("checkpoint", "curves"):

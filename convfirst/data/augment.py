@@ -72,6 +72,10 @@ class Augment:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
 
+    def evaluation(self) -> "Augment":
+        """The evaluation's part of it, without any augmentation."""
+        return Augment(test_size=self.test_size, crop_pct=self.crop_pct, test_interpolation=self.test_interpolation)
+
     @property
     def mixes(self) -> bool:
         """Whether images of a batch are mixed with one another."""

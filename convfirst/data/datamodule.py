@@ -1,6 +1,7 @@
 """What the four data sources share: positions that can be resumed, and the batch-wise work on the device."""
 
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 import torch.distributed
@@ -83,6 +84,7 @@ class ImageDataModule(LightningDataModule):
     """
 
     num_train_images: int
+    bad_images: Mapping[str, str] = MappingProxyType({})  # path -> reason of each file that was skipped
 
     def __init__(
         self,
@@ -115,6 +117,11 @@ class ImageDataModule(LightningDataModule):
         self.train_loader: TrainLoader | None = None
         self._mixup = self.augment.make_mixup(num_classes)
         self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def test_reader(self) -> str:
+        """What makes pixels of the test images, and how it resizes: what a score rests on beside the model."""
+        raise NotImplementedError
 
     @property
     def rank_and_world(self) -> tuple[int, int]:
@@ -173,3 +180,12 @@ class ImageDataModule(LightningDataModule):
         elif self.augment.label_smoothing > 0:
             targets = mixup_target(targets, self.num_classes, smoothing=self.augment.label_smoothing)
         return images, targets
+
+
+def bad_images(data: ImageDataModule) -> set[str]:
+    """Paths of the files that some process skipped; every process must call it."""
+    found = [set(data.bad_images)]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        found = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, set(data.bad_images))
+    return set().union(*found)

@@ -52,6 +52,8 @@ class DigitsDataModule(ImageDataModule):
         self.num_train_images = len(self._splits["train"][1])
         self.num_val_images, self.num_test_images = NUM_VAL, NUM_TEST
 
+    test_reader = "scikit-learn, bicubic"
+
     def train_dataloader(self) -> TrainLoader:
         return self.make_train_loader(self._read_train)
 

@@ -10,7 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from convfirst.data.augment import Augment
 from convfirst.data.datamodule import Batch, EvalLoader, ImageDataModule, TrainLoader
-from convfirst.data.image_folder import require_root
+from convfirst.data.image_folder import ImageFolderDataModule, require_root
 from convfirst.data.order import Batches, eval_batches
 
 
@@ -20,19 +20,26 @@ class FFCVDataModule(ImageDataModule):
     Random resized crop and flip happen while decoding, as functions of (seed, epoch, image); normalisation, erasing,
     mixup and cutmix on the device. FFCV has neither RandAugment nor colour jitter, and resizes by area averaging
     (OpenCV's INTER_AREA) whatever `augment.interpolation` says: results are close to image_folder's, not the same.
-    Evaluation crops the centre as timm does; images stored uncompressed at the evaluation's resize are taken pixel by
-    pixel. The system's file cache holds the data: shuffled reading is fast once the file fits into memory.
+    Evaluation crops the centre as timm does; images stored uncompressed at the evaluation's resize (the writer's preset
+    eval, at 224 pixels and crop_pct=0.875) are taken pixel by pixel and so equal image_folder's. With `eval_root` the
+    test doesn't rest on that: it reads the image tree through Pillow, as published scores were measured. The system's
+    file cache holds the data: shuffled reading is fast once the file fits into memory.
 
     Args:
         root: folder of the .beton files.
         num_workers: decoding threads of this process; at most its cores are used.
         num_classes: checked against the file; None takes what the file says.
         batches_ahead: decoded batches waiting for the training step.
+        timeout: seconds after which a batch that doesn't come is an error (the first one waits for FFCV's compiler
+            too), None for no limit.
+        eval_root: an image tree for the test: `eval_root`/test, or `eval_root`/val if there is none.
 
     Raises:
         ImportError: FFCV isn't installed.
         FileNotFoundError: `root` or a file isn't there.
-        ValueError: a file is half-written or damaged, has a label out of range, or train and val differ in classes.
+        ValueError: a file is half-written or damaged, has a label out of range, or train, val and `eval_root` differ in
+            classes.
+        TimeoutError: while reading, FFCV's thread hangs.
     """
 
     def __init__(
@@ -46,6 +53,8 @@ class FFCVDataModule(ImageDataModule):
         image_size: int = 224,
         num_classes: int | None = None,
         batches_ahead: int = 3,
+        timeout: float | None = 600,
+        eval_root: str | None = None,
         mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
         std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
     ) -> None:
@@ -69,15 +78,33 @@ class FFCVDataModule(ImageDataModule):
         self.augment.refuse("ffcv", "rotate", "translate", "zoom")
         if self.augment.scale is None:
             self.augment.refuse("ffcv and augment.scale=null", "hflip", "ratio")
-        self.batches_ahead = batches_ahead
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"data.timeout={timeout!r} must be a number of seconds above 0, or null")
+        self.batches_ahead, self.timeout = batches_ahead, timeout
         if (self.root / "train.beton").is_file():
             self.train_file.require_same_classes(self.val_file)
+        self.test_tree = None if eval_root is None else self._open_tree(eval_root)
         self._readers: dict = {}
 
     def _open(self, split: str):
         from convfirst.data.ffcv_file import open_beton
 
         return open_beton(self.root / f"{split}.beton", self.given_num_classes)
+
+    def _open_tree(self, root: str) -> ImageFolderDataModule:
+        if not Path(root).is_dir():
+            raise FileNotFoundError(f"data.eval_root={root}: no such folder")
+        tree = ImageFolderDataModule(
+            root,
+            eval_batch_size=self.eval_batch_size,
+            num_workers=self.num_workers,
+            augment=self.augment.evaluation(),
+            image_size=self.eval_image_size,
+            mean=self.mean,
+            std=self.std,
+        )
+        self.val_file.require_classes(tree.val_tree.classes, tree.val_tree.root)
+        return tree
 
     @cached_property
     def train_file(self):
@@ -105,7 +132,11 @@ class FFCVDataModule(ImageDataModule):
 
     @property
     def num_test_images(self) -> int:
-        return len(self.test_file)
+        return len(self.test_file) if self.test_tree is None else self.test_tree.num_test_images
+
+    @property
+    def test_reader(self) -> str:
+        return "FFCV, area averaging" if self.test_tree is None else self.test_tree.test_reader
 
     def train_dataloader(self) -> TrainLoader:
         return self.make_train_loader(self._read_train)
@@ -114,7 +145,14 @@ class FFCVDataModule(ImageDataModule):
         return self._eval_loader(self.val_file.path, self.num_val_images)
 
     def test_dataloader(self) -> EvalLoader:
+        if self.test_tree is not None:
+            self.test_tree.trainer = self.trainer
+            return self.test_tree.test_dataloader()
         return self._eval_loader(self.test_file.path, self.num_test_images)
+
+    def teardown(self, stage: str) -> None:
+        if self.test_tree is not None:
+            self.test_tree.teardown(stage)
 
     def _read_train(self, epoch: int, order: Batches) -> Iterator[Batch]:
         from convfirst.data.ffcv_loader import CentreCropDecoder, RandomCropDecoder, draw_keys
@@ -147,7 +185,9 @@ class FFCVDataModule(ImageDataModule):
         name = (path, batch_size, decoder.key)
         if name not in self._readers:  # each one is compiled: seconds
             operations = [decoder, ToTensor(), ToTorchImage()]
-            self._readers[name] = BetonReader(path, operations, batch_size, self.num_workers, self.batches_ahead)
+            self._readers[name] = BetonReader(
+                path, operations, batch_size, self.num_workers, self.batches_ahead, self.timeout
+            )
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
         return self._readers[name].read(batches, device)
 

@@ -41,6 +41,14 @@ class Beton:
                 "or their names aren't the same; write both from one tree"
             )
 
+    def require_classes(self, classes: Sequence[str], where: Path) -> None:
+        """Raise ValueError unless the folders `classes`, found in `where`, are this file's, as far as it names them."""
+        if len(classes) != self.num_classes or self.classes not in ("", _digest(classes)):
+            raise ValueError(
+                f"classes differ: {self.path} has {self.num_classes}, {where} has {len(classes)}, "
+                "or their names aren't the same"
+            )
+
 
 def open_beton(path: str | Path, num_classes: int | None = None) -> Beton:
     """Check a file's header, tables and labels; images aren't decoded.
@@ -103,11 +111,15 @@ def _read_tables(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return descriptors, metadata
 
 
+def _digest(classes: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(classes).encode()).hexdigest()
+
+
 def write_note(path: Path, classes: Sequence[str]) -> None:
     """Put the number of classes and the digest of their names into a finished file."""
     note = np.zeros(1, NoteType)
     note["magic"], note["num_classes"] = MAGIC, len(classes)
-    note["classes"] = hashlib.sha256("\n".join(classes).encode()).hexdigest().encode()
+    note["classes"] = _digest(classes).encode()
     place = HeaderType.itemsize + FieldDescType.itemsize * FIELDS.index("label") + FieldDescType.fields["arguments"][1]
     with path.open("r+b") as file:
         file.seek(place)

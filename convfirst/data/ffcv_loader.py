@@ -2,6 +2,7 @@
 
 import math
 import queue
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +203,7 @@ class BetonReader:
         batch_size: the largest that will be asked for.
         num_threads: that decode; at most the cores of this process.
         batches_ahead: decoded batches that wait.
+        timeout: seconds after which a batch that doesn't come is an error, None for no limit.
     """
 
     def __init__(
@@ -211,12 +213,13 @@ class BetonReader:
         batch_size: int,
         num_threads: int,
         batches_ahead: int,
+        timeout: float | None = None,
     ) -> None:
         check_operations(operations)
         if numba.config.THREADING_LAYER == "default":
             # two loaders may decode at once, training's and evaluation's; numba's own layer would abort the process
             numba.config.THREADING_LAYER = "threadsafe"
-        self.path = path
+        self.path, self.timeout = path, timeout
         torch_threads = torch.get_num_threads()
         self._loader = Loader(
             str(path),
@@ -234,24 +237,32 @@ class BetonReader:
 
         Raises:
             FFCVError: the loading thread failed.
+            TimeoutError: it lives, but gave no batch for `timeout` seconds; the message names file and batch.
         """
         torch_threads = torch.get_num_threads()
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         epoch = _Epoch(self._loader, _Chunks(batches, self._loader.batch_size))
         try:
-            for _ in batches:
-                images, targets = self._next(epoch)
+            for index in range(len(batches)):
+                images, targets = self._next(epoch, index)
                 torch.set_num_threads(torch_threads)
                 yield _own(images, targets.squeeze(1), device, stream)
         finally:
             epoch.stop()
 
-    def _next(self, epoch: "_Epoch") -> Batch:
+    def _next(self, epoch: "_Epoch", index: int) -> Batch:
+        start = time.monotonic()
         while True:
             try:
                 result = epoch.output_queue.get(timeout=0.5)
             except queue.Empty:
                 if epoch.is_alive():
+                    if self.timeout is not None and time.monotonic() - start > self.timeout:
+                        epoch.hangs = True
+                        raise TimeoutError(
+                            f"loading from {self.path} hangs: batch {index} of this pass (from 0) didn't come within "
+                            f"data.timeout={self.timeout} s, though FFCV's thread lives"
+                        ) from None
                     continue
                 result = None if epoch.output_queue.empty() else epoch.output_queue.get()
             if result is None:
@@ -276,6 +287,7 @@ class _Epoch(EpochIterator):
     """FFCV's loading thread, with its error kept (FFCV's would leave the reader waiting for ever)."""
 
     error: BaseException | None = None
+    hangs = False
 
     def run(self) -> None:
         try:
@@ -284,8 +296,10 @@ class _Epoch(EpochIterator):
             self.error = error
 
     def stop(self) -> None:
-        """End the thread, also in the middle of an epoch."""
+        """End the thread, also in the middle of an epoch; one that hangs is left to the process's end."""
         self.terminate_event.set()
+        if self.hangs:
+            return
         while self.is_alive():
             try:
                 self.output_queue.get(timeout=0.05)  # it may wait for a place

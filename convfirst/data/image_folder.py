@@ -138,7 +138,7 @@ class ImageFolderDataModule(ImageDataModule):
         num_classes: checked against the number of class folders; None takes that number.
         on_bad_image: "raise" stops at the first unreadable file with a BadImageError that names it. "skip" trains on
             the next readable file instead, leaves the file out of an evaluation, logs each once, and lists them in
-            `bad_images`; the number of steps stays the same.
+            `bad_images`; the number of steps stays the same, if need be with a batch of no images.
         test_set: what `test_dataloader` reads. "folder": `root`/test, or `root`/val if there is none. "imagenet_v2":
             `test_root`/0 ... `test_root`/999, the 10,000 images of Recht et al. 2019. "imagenet_real": `root`/val with
             the reassessed labels of Beyer et al. 2020; targets are then int64 [B, L], see `read_real_labels`.
@@ -201,12 +201,13 @@ class ImageFolderDataModule(ImageDataModule):
             self.augment.refuse("image_folder and augment.scale=null", "auto_augment", "hflip", "ratio", "color_jitter")
         self.bad_images: dict[str, str] = {}
         self._loaders: list[DataLoader] = []
-        if (self.root / "train").is_dir():
-            require_same_classes(self.train_tree, self.val_tree)
 
     @cached_property
     def train_tree(self) -> ImageTree:
-        return self._counted("train", read_tree(self.root / "train"))
+        """Listed when it is asked for: an evaluation does without a million files."""
+        tree = self._counted("train", read_tree(self.root / "train"))
+        require_same_classes(tree, self.val_tree)
+        return tree
 
     @cached_property
     def val_tree(self) -> ImageTree:
@@ -235,6 +236,10 @@ class ImageFolderDataModule(ImageDataModule):
     @property
     def num_test_images(self) -> int:
         return len(self.test_tree)
+
+    @property
+    def test_reader(self) -> str:
+        return f"Pillow, {self.augment.test_interpolation}"
 
     def train_dataloader(self) -> TrainLoader:
         dataset = TrainImages(self.train_tree, self.augment, self.seed, self.on_bad_image == "skip")
@@ -273,7 +278,8 @@ class ImageFolderDataModule(ImageDataModule):
         shard = eval_batches(len(tree), self.eval_batch_size, *self.rank_and_world)
         batches.batches = [batch.tolist() for batch in shard]
         loader = self._data_loader(dataset, batches)
-        return EvalLoader(len(batches), lambda: self._checked(loader))
+        nothing = torch.empty(0, 3, self.eval_image_size, self.eval_image_size, dtype=torch.uint8)
+        return EvalLoader(len(batches), lambda: self._checked(loader, (nothing, torch.from_numpy(targets[:0]))))
 
     def _data_loader(self, dataset: Dataset, batches: KeyBatches) -> DataLoader:
         loader = DataLoader(
@@ -290,8 +296,11 @@ class ImageFolderDataModule(ImageDataModule):
         self._loaders.append(loader)
         return loader
 
-    def _checked(self, loader: DataLoader) -> Iterator[Batch]:
-        """(images, targets) of each batch; bad files are raised here, in the main process, or logged and counted."""
+    def _checked(self, loader: DataLoader, nothing: Batch | None = None) -> Iterator[Batch]:
+        """(images, targets) of each batch; bad files are raised here, in the main process, or logged and counted.
+
+        `nothing` stands for a batch of bad files alone; without it such a batch is an error.
+        """
         for images, targets, bad in loader:
             for path, reason in bad:
                 if self.on_bad_image == "raise":
@@ -299,9 +308,9 @@ class ImageFolderDataModule(ImageDataModule):
                 if path not in self.bad_images:
                     self.bad_images[path] = reason
                     log.warning("skipped, %d so far: %s", len(self.bad_images), reason)
-            if images is None:
+            if images is None and nothing is None:
                 raise BadImageError(f"no readable image for a whole batch; the last of its files: {bad[-1][1]}")
-            yield images, targets
+            yield nothing if images is None else (images, targets)
 
     def _counted(self, split: str, tree: ImageTree) -> ImageTree:
         expected = self.num_images.get(split, len(tree))

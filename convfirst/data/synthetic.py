@@ -51,6 +51,8 @@ class SyntheticDataModule(ImageDataModule):
         self.num_test_images = num_val_images
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
 
+    test_reader = "random numbers"
+
     def train_dataloader(self) -> TrainLoader:
         return self.make_train_loader(self._read_train)
 

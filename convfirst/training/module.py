@@ -67,6 +67,11 @@ class ClassificationModule(LightningModule):
         self.metrics = nn.ModuleDict({name: _metrics(num_classes) for name in names})
         self.num_evaluated = SumMetric()
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the model is compiled in training."""
+        return self._compile is not None
+
     # Setting up ------------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
@@ -103,10 +108,12 @@ class ClassificationModule(LightningModule):
 
     def _evaluate(self, batch: Batch) -> None:
         images, targets = batch
-        images = images.to(memory_format=self.memory_format)
+        # a batch of unreadable files alone: the forward pass may hold collective calls that other processes wait for
+        shown = images if len(images) else images.new_zeros(1, *images.shape[1:])
+        shown = shown.to(memory_format=self.memory_format)
         for name, metrics in self.metrics.items():
             with torch.compiler.set_stance("force_eager"):
-                logits = (self.model if name == "raw" else self.ema.module)(images).float()
+                logits = (self.model if name == "raw" else self.ema.module)(shown).float()[: len(images)]
             if targets.ndim == 1:
                 metrics["loss"].update(nn.functional.cross_entropy(logits, targets, reduction="none"))
             for key in metrics.keys() - {"loss"}:
@@ -163,7 +170,7 @@ def _hits(logits: torch.Tensor, targets: torch.Tensor, k: int) -> torch.Tensor:
     Targets are int64 [B], or [B, L] padded with -1 where any of several labels is right; images without a label don't
     count (b < B).
     """
-    labels = targets.view(len(targets), -1)
+    labels = targets.unsqueeze(1) if targets.ndim == 1 else targets
     predicted = logits.topk(k, dim=1).indices
     hit = (predicted.unsqueeze(2) == labels.unsqueeze(1)).flatten(1).any(1)
     return hit[(labels >= 0).any(1)].float()

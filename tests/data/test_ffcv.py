@@ -44,6 +44,57 @@ def test_evaluation_equals_image_folder(make_data):
     assert torch.equal(images, expected)  # stored uncompressed at the evaluation's resize
 
 
+def test_the_test_reads_an_image_tree_through_pillow_where_one_is_given(make_data, tree, tmp_path):
+    for split in ("train", "val"):
+        write_beton(read_tree(tree / split), tmp_path / f"{split}.beton", Preset(36, jpeg=1.0, page_size=1 << 21))
+    data = make_data("ffcv", root=str(tmp_path), eval_root=str(tree))
+    images, targets = (torch.cat(part) for part in zip(*data.test_dataloader(), strict=True))
+    expected, labels = (torch.cat(part) for part in zip(*make_data("image_folder").test_dataloader(), strict=True))
+    assert torch.equal(images, expected) and torch.equal(targets, labels)
+    assert data.num_test_images == 15
+    assert data.test_reader == "Pillow, bicubic"
+    assert make_data("ffcv").test_reader == "FFCV, area averaging"
+    validated = torch.cat([images for images, _ in data.val_dataloader()])
+    assert not torch.equal(validated, expected)  # still from the file
+
+
+def test_an_image_tree_of_other_classes_or_none_is_refused(make_data, tree, tmp_path):
+    shutil.copytree(tree / "val", tmp_path / "val")
+    (tmp_path / "val" / "n00000002").rename(tmp_path / "val" / "n00000009")
+    with pytest.raises(ValueError, match="classes differ: .*val.beton has 3, .*/val has 3, or their names"):
+        make_data("ffcv", eval_root=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="data.eval_root=.*nowhere: no such folder"):
+        make_data("ffcv", eval_root=str(tmp_path / "nowhere"))
+
+
+def test_a_thread_that_hangs_is_an_error_that_names_file_and_batch(betons, monkeypatch):
+    operations = [CentreCropDecoder(32, 1.0), ToTensor(), ToTorchImage()]
+    reader = BetonReader(betons / "val.beton", operations, 4, 1, 1)
+    batches = [np.arange(4, dtype=np.uint64)] * 4
+    assert len(list(reader.read(batches, torch.device("cpu")))) == 4  # compiles
+    reader.timeout = 1
+    run, release = EpochIterator.run_pipeline, threading.Event()
+
+    def hang(self, batch, *args):
+        if batch == 2:
+            release.wait(60)
+        return run(self, batch, *args)
+
+    monkeypatch.setattr(EpochIterator, "run_pipeline", hang)
+    read = reader.read(batches, torch.device("cpu"))
+    try:
+        assert next(read) and next(read)
+        with pytest.raises(TimeoutError, match=r"val.beton hangs: batch 2 of this pass .* data.timeout=1 s"):
+            next(read)
+    finally:
+        release.set()
+
+
+def test_a_timeout_that_is_none_is_refused(make_data):
+    with pytest.raises(ValueError, match="data.timeout=0 must be a number of seconds above 0, or null"):
+        make_data("ffcv", timeout=0)
+
+
 def test_jpeg_evaluation_is_close_to_image_folder(make_data, tree, tmp_path):
     for split in ("train", "val"):
         write_beton(read_tree(tree / split), tmp_path / f"{split}.beton", Preset(36, jpeg=1.0, page_size=1 << 21))

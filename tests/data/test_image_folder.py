@@ -143,11 +143,24 @@ def test_skip_leaves_the_file_out_of_an_evaluation(make_data, own_tree):
     assert sum(len(targets) for _, targets in batches) == 14 and list(data.bad_images) == [str(path)]
 
 
-def test_a_batch_without_any_readable_image_is_an_error(make_data, own_tree):
-    for path in (own_tree / "val").rglob("*.JPEG"):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_evaluation_goes_on_past_a_batch_without_any_readable_image(make_data, own_tree, workers):
+    for path in sorted((own_tree / "val").rglob("*.JPEG"))[4:8]:  # the second batch
+        path.write_bytes(b"")
+    data = make_data("image_folder", root=str(own_tree), on_bad_image="skip", num_workers=workers)
+    batches = list(data.val_dataloader())
+    assert [len(images) for images, _ in batches] == [len(targets) for _, targets in batches] == [4, 0, 4, 3]
+    assert len(data.bad_images) == 4
+    data.trainer.training = False
+    images, _ = data.on_after_batch_transfer(batches[1], 0)
+    assert images.shape == (0, 3, 32, 32)
+
+
+def test_training_on_nothing_but_unreadable_images_is_an_error(make_data, own_tree):
+    for path in (own_tree / "train").rglob("*.JPEG"):
         path.write_bytes(b"")
     with pytest.raises(BadImageError, match="no readable image for a whole batch"):
-        list(make_data("image_folder", root=str(own_tree), on_bad_image="skip").val_dataloader())
+        list(make_data("image_folder", root=str(own_tree), on_bad_image="skip").train_dataloader())
 
 
 def test_missing_root_is_named(make_data, tmp_path):
@@ -163,13 +176,15 @@ def test_empty_class_folder_is_named(make_data, own_tree):
     (own_tree / "train" / "n00000003").mkdir()
     (own_tree / "train" / "n00000003" / "readme.txt").write_text("no image")
     with pytest.raises(FileNotFoundError, match="class folder without an image.*: n00000003"):
-        make_data("image_folder", root=str(own_tree))
+        make_data("image_folder", root=str(own_tree)).train_dataloader()
 
 
 def test_differing_classes_are_named(make_data, own_tree):
     (own_tree / "train" / "n00000002").rename(own_tree / "train" / "n00000009")
+    data = make_data("image_folder", root=str(own_tree))  # an evaluation doesn't list the training images
+    assert data.num_val_images == 15
     with pytest.raises(ValueError, match="classes differ: n00000009 is in .*train but not in .*val"):
-        make_data("image_folder", root=str(own_tree))
+        assert data.num_train_images
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,26 @@ def tree(tmp_path_factory):
     return root
 
 
+def test_a_run_on_ffcv_is_scored_on_an_image_tree(tmp_path, tree):
+    pytest.importorskip("ffcv")
+    from convfirst.data.ffcv_writer import Preset, write_beton
+    from convfirst.data.image_tree import read_tree
+
+    for split in ("train", "val"):
+        write_beton(read_tree(tree / split), tmp_path / f"{split}.beton", Preset(24, jpeg=1.0, page_size=1 << 21))
+    options = ("data=ffcv", f"data.root={tmp_path}", "data.num_workers=1", "data.batch_size=4", "batch.global_size=4")
+    options += ("data.eval_batch_size=5", "augment=light", "epochs=2", "trainer.limit_train_batches=2")
+    summary = train(tiny_config(tmp_path, *options, f"data.eval_root={tree}"))
+    assert (summary["test_reader"], summary["test_images"]) == ("Pillow, bilinear", 18)
+    run = tmp_path / "digits"
+    result = evaluate(config(f"run={run}"))
+    assert result["reader"] == "Pillow, bilinear"
+    assert result["loss"] == pytest.approx(summary["test"]["loss_ema"], rel=1e-5)
+    own = evaluate(config(f"run={run}", f"data.eval_root={tree}", "interpolation=bicubic"))
+    assert own["reader"] == "Pillow, bicubic"
+    assert own["loss"] != result["loss"]
+
+
 @pytest.mark.parametrize(("weights", "suffix"), [("raw", ""), ("ema", "_ema"), ("auto", "_ema")])
 def test_a_run_scores_as_it_did_at_its_end(tmp_path, run, weights, suffix):
     summary = json.loads((run / "summary.json").read_text())

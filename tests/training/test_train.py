@@ -9,6 +9,7 @@ import torch
 from lightning import Callback
 
 from convfirst.app.train import train
+from convfirst.data.sample_tree import SampleTree
 from convfirst.training import NonFiniteLossError
 from tests.training.helpers import Dies, assert_same_weights, last_checkpoint, losses, tiny_config
 
@@ -93,6 +94,20 @@ def test_options_train(tmp_path, overrides):
     summary = train(tiny_config(tmp_path, "epochs=2", "trainer.limit_train_batches=2", *overrides))
     assert math.isfinite(summary["test"]["loss"])
     assert ("top1_ema" in summary["test"]) == ("ema=null" not in overrides)
+
+
+def test_skipped_images_are_counted_in_the_summary(tmp_path):
+    tree = tmp_path / "tree"
+    SampleTree(num_classes=5, train_images=8, val_images=4, min_side=24, max_side=32).write(tree)
+    bad = sorted((tree / "val").rglob("*.JPEG"))[4:8] + sorted((tree / "train").rglob("*.JPEG"))[:1]
+    for path in bad:
+        path.write_bytes(b"")
+    options = ("data=image_folder", f"data.root={tree}", "data.num_workers=0", "augment=light", "data.batch_size=8")
+    options += ("batch.global_size=8", "data.eval_batch_size=4", "epochs=2", "data.on_bad_image=skip")
+    summary = train(tiny_config(tmp_path, *options))
+    assert (summary["skipped_images"], summary["test_images"]) == (5, 16)
+    assert summary["test_reader"] == "Pillow, bilinear"
+    assert math.isfinite(summary["test"]["loss"])
 
 
 class Poison(Callback):
