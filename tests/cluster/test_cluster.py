@@ -23,6 +23,7 @@ TWO = [
     "batch.global_size=32",
     "trainer.limit_train_batches=4",
 ]
+pytestmark = pytest.mark.timeout(900)  # on a busy machine
 SLOW = "+callbacks.slow={_target_:tests.cluster.callbacks.Slow,seconds:0.5}"
 NO_SLURM = None if shutil.which("slurmctld") and shutil.which("slurmd") and shutil.which("munged") else "no Slurm here"
 if NO_SLURM is None and os.geteuid() != 0:
@@ -71,7 +72,6 @@ def test_torchrun_replaces_a_killed_worker(tmp_path, whole):
 
 
 @pytest.mark.skipif(NO_SLURM is not None, reason=str(NO_SLURM))
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("way", ["sbatch", "submitit"])
 def test_slurm_requeues_a_run_that_goes_on(tmp_path, whole, way):
     """sbatch: warned by SIGUSR1, then preempted by another job. submitit: SIGTERM and SIGUSR2, its own rehearsal."""
