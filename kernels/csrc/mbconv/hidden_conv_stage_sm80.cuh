@@ -25,8 +25,9 @@ __device__ __forceinline__ void grouped_conv(const ConvOperands<T>& o, const blo
                                              int halo_pitch, uint32_t zero, int activation) {
   constexpr int kPitch = row_bytes(kChunk);
   constexpr int kPair = kGroup == 8 ? 2 : 1, kSteps = (kTaps + kPair - 1) / kPair, kColumns = kGroup / 8;
-  constexpr int kRows = kPixels >= 128 ? 2 : 1;
-  constexpr int kGroups = kChunk / kGroup, kItems = kPixels / 16 / kRows * kGroups;
+  constexpr int kGroups = kChunk / kGroup;
+  constexpr int kRows = kPixels / 32 * kGroups >= kThreads / 32 ? 2 : 1;  // two share a filter's loads, unless warps would idle
+  constexpr int kItems = kPixels / 16 / kRows * kGroups;
   constexpr int kTapStride = kChunk * kGroup;
   const int lane = threadIdx.x % 32, half = lane / 16;  // half: which k half of A this lane addresses
   const int g = lane / 4, t = lane % 4;
@@ -84,33 +85,33 @@ __device__ __forceinline__ void grouped_conv(const ConvOperands<T>& o, const blo
   }
 }
 
-// Depthwise, on CUDA cores in fp32: a thread owns two channels of kRows x 4 pixels, so that a row of six pixels, once in
-// registers, serves up to three output rows.
-template <typename T, int kRows, int kPixels, int kChunk, int kThreads>
+// Depthwise, on CUDA cores in fp32: a thread owns two channels of kRows x kColumns pixels, so that a row of input pixels, once
+// in registers, serves up to three output rows.
+template <typename T, int kRows, int kColumns, int kPixels, int kChunk, int kThreads>
 __device__ __forceinline__ void depthwise_conv(const ConvOperands<T>& o, const BlockParams& p,
                                                const block_fusion::sm80::TileOrigin& origin) {
-  constexpr int kPairs = kChunk / 2, kItems = kPixels / (4 * kRows) * kPairs, kPitch = row_bytes(kChunk);
+  constexpr int kPairs = kChunk / 2, kItems = kPixels / (kColumns * kRows) * kPairs, kPitch = row_bytes(kChunk);
   const Geometry& g = p.geometry;
-  const int blocks_across = g.tile_width / 4;
+  const int blocks_across = g.tile_width / kColumns;
 
   for (int item = threadIdx.x; item < kItems; item += kThreads) {
     const int channel = item % kPairs * 2, block = item / kPairs;
-    const int by = block / blocks_across * kRows, bx = block % blocks_across * 4;
+    const int by = block / blocks_across * kRows, bx = block % blocks_across * kColumns;
     float2 weight[kTaps];
 #pragma unroll
     for (int tap = 0; tap < kTaps; ++tap)
       weight[tap] = ptx::unpack2<T>(*reinterpret_cast<const uint32_t*>(o.filter + tap * kChunk + channel));
     const float2 bias = *reinterpret_cast<const float2*>(o.bias + channel);
 
-    uint32_t inside[kRows];         // bit dy: that input row lies in the output row's image
-    float acc[kRows][2][4];         // [row][pixel / 2][pixel % 2 * 2 + channel]
+    uint32_t inside[kRows];             // bit dy: that input row lies in the output row's image
+    float acc[kRows][kColumns / 2][4];  // [row][pixel / 2][pixel % 2 * 2 + channel]
     int y = (origin.row + by) % p.height;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       inside[i] = block_fusion::sm80::inside_window(y, p.height, 3);
       y = y + 1 == p.height ? 0 : y + 1;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < kColumns; ++j) {
         acc[i][j / 2][j % 2 * 2] = bias.x;
         acc[i][j / 2][j % 2 * 2 + 1] = bias.y;
       }
@@ -119,9 +120,9 @@ __device__ __forceinline__ void depthwise_conv(const ConvOperands<T>& o, const B
     const unsigned char* window = o.hidden + (by * g.pitch + bx) * kPitch + channel * 2;
 #pragma unroll
     for (int row = 0; row < kRows + 2; ++row) {
-      float2 in[6];
+      float2 in[kColumns + 2];
 #pragma unroll
-      for (int j = 0; j < 6; ++j)
+      for (int j = 0; j < kColumns + 2; ++j)
         in[j] = ptx::unpack2<T>(*reinterpret_cast<const uint32_t*>(window + (row * g.pitch + j) * kPitch));
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
@@ -131,7 +132,7 @@ __device__ __forceinline__ void depthwise_conv(const ConvOperands<T>& o, const B
 #pragma unroll
         for (int dx = 0; dx < 3; ++dx)
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
+          for (int j = 0; j < kColumns; ++j) {
             float(&sum)[4] = acc[i][j / 2];
             sum[j % 2 * 2] = fmaf(in[j + dx].x, weight[dy * 3 + dx].x, sum[j % 2 * 2]);
             sum[j % 2 * 2 + 1] = fmaf(in[j + dx].y, weight[dy * 3 + dx].y, sum[j % 2 * 2 + 1]);
@@ -142,7 +143,7 @@ __device__ __forceinline__ void depthwise_conv(const ConvOperands<T>& o, const B
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
+      for (int j = 0; j < kColumns; ++j)
         *reinterpret_cast<uint32_t*>(o.a + ((by + i) * g.tile_width + bx + j) * kPitch + channel * 2) =
             ptx::pack2<T>(acc[i][j / 2][j % 2 * 2], acc[i][j / 2][j % 2 * 2 + 1]);
   }

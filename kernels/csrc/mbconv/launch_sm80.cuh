@@ -19,7 +19,7 @@ const void* Fused<kType, kWidth, kPixels, kDepthwise>::kernel() {
 
 template <DType kType, int kWidth, int kPixels, bool kDepthwise>
 int Fused<kType, kWidth, kPixels, kDepthwise>::launch(const BlockParams& p, int grid, int shared_memory, cudaStream_t stream) {
-  return start_kernel(mbconv_block_fwd_sm80<Element<kType>, kWidth, kPixels, kDepthwise>, grid, tile(kWidth, kPixels).threads(),
+  return start_kernel(mbconv_block_fwd_sm80<Element<kType>, kWidth, kPixels, kDepthwise>, grid, tile(kWidth, kPixels, kDepthwise).threads(),
                       shared_memory, stream, p);
 }
 

@@ -114,9 +114,10 @@ __device__ __forceinline__ void expand_rows(uint32_t x, uint32_t weight, const f
 }
 
 template <typename T, int kWidth, int kPixels, bool kDepthwise>
-__global__ void __launch_bounds__(tile(kWidth, kPixels).threads(), tile(kWidth, kPixels).min_blocks)
+__global__ void __launch_bounds__(tile(kWidth, kPixels, kDepthwise).threads(),
+                                  tile(kWidth, kPixels, kDepthwise).min_blocks)
     mbconv_block_fwd_sm80(const __grid_constant__ BlockParams p) {
-  constexpr Tile kTile = tile(kWidth, kPixels);
+  constexpr Tile kTile = tile(kWidth, kPixels, kDepthwise);
   constexpr int kThreads = kTile.threads(), kChunk = kTile.hidden_chunk, kRows = kTile.row_blocks;
   constexpr int kOutColumns = kWidth / kTile.warps_n / 8;  // n8 blocks of O a warp
   constexpr int kPitchX = row_bytes(kWidth), kPitchH = row_bytes(kChunk);
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(tile(kWidth, kPixels).threads(), tile(kWidth, 
     const ConvOperands<T> operands{smem + layout.hidden, reinterpret_cast<const T*>(smem + filter_slot(j)), bias + kChunk,
                                    smem + layout.a};
     if constexpr (kDepthwise) {
-      depthwise_conv<T, depthwise_rows(kTile), kPixels, kChunk, kThreads>(operands, p, origin);
+      depthwise_conv<T, depthwise_rows(kTile), depthwise_columns(kTile), kPixels, kChunk, kThreads>(operands, p, origin);
     } else if (p.group_width == 8) {
       grouped_conv<T, 8, kPixels, kChunk, kThreads>(operands, rows, p.geometry.pitch, base + layout.zero, p.activation);
     } else {

@@ -27,24 +27,27 @@ struct Tile {
   CONVFIRST_HOST_DEVICE constexpr int threads() const { return 32 * warps_m * warps_n; }
 };
 
+// Few warps with large tiles spare shared memory, many hide latency: from 128 channels on the tile of 128 pixels is for the first,
+// that of 64 for the second, with 16 warps a multiprocessor of compute capability 9.0.
 // Depthwise, widths up to 96 fit 128 pixels into the 99 KB of sm_86 and sm_89, and 192 fits 64 pixels; 256 and 384 need more.
-CONVFIRST_HOST_DEVICE constexpr Tile tile(int width, int pixels) {
+CONVFIRST_HOST_DEVICE constexpr Tile tile(int width, int pixels, bool depthwise) {
   switch (width) {
     case 32: return {2, 4, 1, 32, 4};
-    case 64: return {2, 4, 1, 32, 3};
-    case 96: return pixels == 128 ? Tile{2, 4, 1, 32, 2} : Tile{2, 2, 2, 32, 3};
-    case 128: return pixels == 128 ? Tile{2, 4, 2, 32, 1} : Tile{2, 2, 2, 32, 2};
-    case 192: return pixels == 128 ? Tile{2, 4, 2, 32, 1} : Tile{2, 2, 2, 16, 2};
-    case 256: return pixels == 128 ? Tile{2, 4, 2, 32, 1} : Tile{2, 2, 4, 16, 1};
+    case 64: return depthwise ? Tile{2, 4, 1, 32, 3} : Tile{2, 4, 2, 32, 2};
+    case 96: return pixels == 128 ? Tile{2, 4, 2, 32, 2} : Tile{2, 2, 2, 32, 3};
+    case 128: return pixels == 128 ? Tile{2, 4, 2, 32, 1} : Tile{2, 2, 4, 32, 2};
+    case 192: return pixels == 128 ? Tile{2, 4, 2, 32, 1} : Tile{2, 2, 4, 16, 2};
+    case 256: return pixels == 128 ? Tile{2, 4, 2, 32, 1} : Tile{2, 2, 4, 16, 2};
     default: return {2, 2, 4, 16, 1};
   }
 }
 
-// A thread of the depthwise stage owns two channels of four pixels in each of so many rows: the most that leave no thread idle.
+// A thread of the depthwise stage owns two channels of so many rows and columns of pixels: the most that leave no thread idle.
+CONVFIRST_HOST_DEVICE constexpr int depthwise_pixels(const Tile& t) { return t.pixels() * t.hidden_chunk / 2 / t.threads(); }
 CONVFIRST_HOST_DEVICE constexpr int depthwise_rows(const Tile& t) {
-  const int rows = t.pixels() * t.hidden_chunk / 8 / t.threads();
-  return rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+  return depthwise_pixels(t) >= 16 ? 4 : depthwise_pixels(t) >= 8 ? 2 : 1;
 }
+CONVFIRST_HOST_DEVICE constexpr int depthwise_columns(const Tile& t) { return depthwise_pixels(t) >= 4 ? 4 : 2; }
 
 CONVFIRST_HOST_DEVICE constexpr int round_up(int value, int to) { return (value + to - 1) / to * to; }
 

@@ -24,7 +24,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <int kWidth, int kPixels, bool kDepthwise>
 struct FusedRow {
-  static constexpr Tile kTile = tile(kWidth, kPixels);
+  static constexpr Tile kTile = tile(kWidth, kPixels, kDepthwise);
   static_assert(kTile.pixels() == kPixels);
 
   static int shared_memory(const Problem& p, const Geometry& g) {
