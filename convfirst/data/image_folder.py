@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from convfirst.data.augment import Augment
 from convfirst.data.datamodule import Batch, EvalLoader, ImageDataModule, TrainLoader
-from convfirst.data.image_tree import BadImageError, ImageTree, read_image, read_tree, require_same_classes
+from convfirst.data.image_tree import BadImageError, ImageTree, read_tree, require_same_classes
 from convfirst.data.imagenet_labels import check_imagenet_v2, read_real_labels
 from convfirst.data.order import Batches, eval_batches
 from convfirst.data.seeding import seeded
@@ -84,9 +84,9 @@ class TrainImages(Dataset):
         for step in range(MOST_SUBSTITUTES if self.skip else 1):
             index = (key.index + step) % len(self.tree)
             try:
-                image = read_image(self.tree.path(index))
+                image = self.tree.read(index)
             except BadImageError as error:
-                bad.append((str(self.tree.path(index)), str(error)))
+                bad.append((self.tree.name(index), str(error)))
                 continue
             if key.size not in self._transforms:
                 self._transforms[key.size] = train_transform(self.augment, key.size)
@@ -104,9 +104,9 @@ class EvalImages(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            return Sample(self._transform(read_image(self.tree.path(index))), self.targets[index], ())
+            return Sample(self._transform(self.tree.read(index)), self.targets[index], ())
         except BadImageError as error:
-            return Sample(None, self.targets[index], ((str(self.tree.path(index)), str(error)),))
+            return Sample(None, self.targets[index], ((self.tree.name(index), str(error)),))
 
 
 def collate(samples: list[Sample]) -> tuple[torch.Tensor | None, torch.Tensor, list[tuple[str, str]]]:
@@ -205,13 +205,17 @@ class ImageFolderDataModule(ImageDataModule):
     @cached_property
     def train_tree(self) -> ImageTree:
         """Listed when it is asked for: an evaluation does without a million files."""
-        tree = self._counted("train", read_tree(self.root / "train"))
+        tree = self._counted("train", self.open_split("train"))
         require_same_classes(tree, self.val_tree)
         return tree
 
     @cached_property
     def val_tree(self) -> ImageTree:
-        return self._counted("val", read_tree(self.root / "val"))
+        return self._counted("val", self.open_split("val"))
+
+    def open_split(self, split: str) -> ImageTree:
+        """The images of a split; other sources read theirs from elsewhere."""
+        return read_tree(self.root / split)
 
     @cached_property
     def test_tree(self) -> ImageTree:

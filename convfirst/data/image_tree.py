@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -36,6 +37,14 @@ class ImageTree:
 
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self.files[index])
+
+    def name(self, index: int) -> str:
+        """What messages call an image."""
+        return str(self.path(index))
+
+    def read(self, index: int) -> Image.Image:
+        """Decode an image to RGB, as `read_image` does."""
+        return read_image(self.path(index))
 
 
 def read_tree(root: str | Path, numeric: bool = False) -> ImageTree:
@@ -80,18 +89,18 @@ def require_same_classes(left: ImageTree, right: ImageTree) -> None:
             raise ValueError(f"classes differ: {_some(missing)} is in {tree.root} but not in {other.root}")
 
 
-def read_image(path: Path) -> Image.Image:
-    """Decode a file to an RGB image.
+def read_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
+    """Decode a file to an RGB image; `name` is what a message calls it, by default its path.
 
     Raises:
         BadImageError: if the file is truncated, isn't an image or can't be read.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return image.convert("RGB")
     # Pillow's decoders raise SyntaxError, ValueError and others for broken files
     except Exception as error:
-        raise BadImageError(f"can't read image {path}: {error}") from error
+        raise BadImageError(f"can't read image {name or file}: {error}") from error
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
