@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
+export OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1 HOME=$work
 python -c 'import convfirst_kernels.library as library; print("kernels:", library.__file__)'
 python -m pytest --quiet -p no:cacheprovider --basetemp "$work/pytest" \
   kernels/tests/test_block.py tests/models tests/data/test_ffcv.py
