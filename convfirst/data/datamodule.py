@@ -1,4 +1,4 @@
-"""What the four data sources share: positions that can be resumed, and the batch-wise work on the device."""
+"""What the data sources share: positions that can be resumed, and the batch-wise work on the device."""
 
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from convfirst.data.image_folder import ImageFolderDataModule
+from convfirst.data.image_folder import ImageFolderDataModule, refuse_test_sets
 from convfirst.data.image_tree import read_image
 
 
@@ -78,6 +78,7 @@ class HuggingFaceDataModule(ImageFolderDataModule):
             raise ModuleNotFoundError("data=hugging_face needs the package datasets: pip install datasets")
         if name is None:
             raise ValueError("data.name isn't set: give one of the hub or a folder, e.g. data.name=ILSVRC/imagenet-1k")
+        refuse_test_sets("hugging_face", options)
         self.dataset, self.cache = name, root
         self.splits = {"train": train_split, "val": val_split}
         self.keys = (image_key, label_key)

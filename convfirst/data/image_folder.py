@@ -330,6 +330,16 @@ def _outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
 
 
+def refuse_test_sets(source: str, options: Mapping) -> None:
+    """Raise ValueError if `options` name one of the test sets that only image_folder reads."""
+    for name in ("test_set", "test_root", "real_labels"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"data.{name}={options[name]} isn't available with data={source}: give data.eval_root=<image tree> "
+                "to scripts/evaluate.py, or train on data=image_folder"
+            )
+
+
 def require_root(root: str | None) -> Path:
     """`root` as a path.
 

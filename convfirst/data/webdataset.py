@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from convfirst.data.image_folder import ImageFolderDataModule
+from convfirst.data.image_folder import ImageFolderDataModule, refuse_test_sets
 from convfirst.data.image_tree import read_image
 
 SPLITS = {"train": ("train",), "val": ("val", "validation")}
@@ -143,6 +143,7 @@ class WebDatasetDataModule(ImageFolderDataModule):
     """
 
     def __init__(self, root: str | None, num_classes: int | None = None, **options) -> None:
+        refuse_test_sets("webdataset", options)
         self.given_num_classes = num_classes
         super().__init__(root, num_classes=num_classes, **options)
 

@@ -129,3 +129,10 @@ def test_a_missing_package_or_name_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     with pytest.raises(ValueError, match="data.name isn't set"):
         HuggingFaceDataModule(None, **SMALL)
+
+
+@pytest.mark.parametrize("make", [WebDatasetDataModule, HuggingFaceDataModule])
+def test_the_test_sets_of_image_folder_are_refused(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ValueError, match="data.test_set=imagenet_real isn't available with .* data.eval_root="):
+        make(str(tmp_path), **SMALL, test_set="imagenet_real")
