@@ -115,12 +115,14 @@ inline LinearPlan plan_linear_tile(const LinearProblem& q, const Device& device,
   const LinearTile& t = kLinearTiles[index];
   const int64_t groups = linear_groups(q, t), clusters = std::min<int64_t>(groups, device.multiprocessors / t.cluster);
   const int64_t rounds = (groups + clusters - 1) / clusters;
-  // One warpgroup alone leaves gaps between its products.
-  const double slice = t.rows() * t.columns * kLinearDepth / 2048.0 / (t.warpgroups == 1 ? 0.4 : 0.9);
+  // One warpgroup alone leaves gaps between its products; on every multiprocessor at once its small tiles also ask much of L2.
+  const double rate = t.warpgroups > 1 ? 0.9 : rounds == 1 ? 0.6 : 0.42;
+  const double slice = t.rows() * t.columns * kLinearDepth / 2048.0 / rate;
   const double epilogue = t.rows() * t.columns / 16.0;
   // A block of the expansion's epilogue takes longer than the slice that it runs under.
   const double exposed = q.layer == Layer::kExpand ? t.blocks() * std::max(0.0, kBlockClocks - slice) : 0;
-  const double clocks = rounds * (linear_steps(q) * slice + exposed + 0.2 * epilogue) + 0.8 * epilogue + kFixedClocks;
+  const double clocks =
+      rounds * (linear_steps(q) * slice + 0.2 * epilogue) + (rounds - 1) * exposed + 0.8 * epilogue + kFixedClocks;
   LinearPlan plan{};
   plan.tile = index;
   plan.grid = static_cast<int>(clusters * t.cluster);
