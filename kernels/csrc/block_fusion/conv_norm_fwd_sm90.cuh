@@ -1,0 +1,656 @@
+// First launch of the split path on Hopper: A = LayerNorm(conv(x) + bias), in one pass over x, the convolution on tensor cores.
+//
+//   a cluster owns a tile of pixels, each of its blocks a slab of channels; blocks exchange only each pixel's moments.
+//
+//   x, 32 channels with halo                       convolution            staged [pixels x slab]      LayerNorm
+//   +----------------------+   +-------------+      mma.sync, fp32         +------------------+     +----------+
+//   | strips of 8 pixels,  |-->| a warp: two |--> sums of 8 rows x 8  --> | 16 bit, + bias   | --> | A, 16-byte
+//   | up to 8 of them, and |   | channels, or|     pixels x 8 strips in   |                  |     | stores   |
+//   | 8 rows of each       |   | 8 x 2 strips|     32 registers           +------------------+     +----------+
+//   +----------------------+   +-------------+                                     ^ next slice of 32 channels
+//
+//   depthwise: x is laid out by channel. An mma multiplies 16 strips (8, and the same four rows on) of 16 inputs with a Toeplitz matrix
+//     of one row of the filter, which gives 8 outputs of each: 7 of 16 inputs count (1 of 8 if pixels met a diagonal matrix of 8
+//     channels). Narrow maps take 8 inputs of two rows instead. Input rows stay in registers for up to four output rows.
+//   grouped: x is laid out by pixel. An mma multiplies two strips of 8 pixels with the filter of 8 output channels.
+//   Zeros of these matrices meet neighbouring values of x: an infinity in x may spread a few pixels or channels further as NaN.
+//
+//   what                          where                                            written by          released when
+//   x, depthwise                  shared, 2 buffers [channel][row][8-pixel unit]   all, via registers  slice multiplied
+//   x, grouped                    shared, 2-3 buffers [row][pixel][32 channels]    all, cp.async       slice multiplied
+//   filter                        shared, whole slab; a slice's part in registers  prologue            -
+//   sums                          32 registers                                     mma.sync            staged
+//   convolution + bias, 16 bit    shared, staged rows of an odd number of chunks   multiply            normalised
+//   norm's vectors                shared, then registers, float32                  prologue            -
+//   moments of a pixel            shared of every block of the cluster             normalise           two tiles later
+#pragma once
+
+#include <type_traits>
+
+#include "../common/grid_sm90.cuh"
+#include "../common/ptx.cuh"
+#include "conv_norm_sm90.h"
+
+namespace convfirst::block_fusion::sm90 {
+
+template <DType kDType, int kKernel_, int kGroupWidth_, bool kNarrow_>
+struct ConvNormTraits {
+  using Element = std::conditional_t<kDType == DType::kHalf, __half, __nv_bfloat16>;
+  static constexpr int kKernel = kKernel_;
+  static constexpr int kGroupWidth = kGroupWidth_;
+  static constexpr bool kDepthwise = kGroupWidth == 1;
+  static constexpr bool kNarrow = kNarrow_;
+  static constexpr int kPad = kKernel / 2;
+  static constexpr int kTaps = kKernel * kKernel;
+  static constexpr int kWarps = kConvNormThreads / 32;
+  static constexpr int kItems = conv_norm_items(kKernel);
+  static constexpr int kRows = 8;                         // output rows that a warp sums at once
+  static constexpr int kInputRows = kRows + kKernel - 1;  // even
+  static constexpr int kFilterWords = 56;                 // depthwise, a channel: for each row of taps w the pairs (0, w0), (w0, w1) ... (w6, 0)
+};
+
+// Keeps what is computed from v inside the loop over tiles: hoisted, it would cost registers that the convolution needs.
+__device__ __forceinline__ int in_place(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
+// Where a tile begins.
+struct ConvNormOrigin {
+  int image, y, x;
+};
+
+// The slices of this block's tiles in order, as the loads run ahead of the products.
+struct SliceCursor {
+  int tiles, slice;  // tiles left, this one included
+  int image, y, x;   // of the tile, in tiles
+
+  __device__ __forceinline__ explicit SliceCursor(const ConvNormPlan& plan) : slice(0) {
+    const int first = static_cast<int>(blockIdx.x) / plan.cluster, row = first / plan.tiles_x;
+    tiles = (plan.tiles - first + plan.clusters - 1) / plan.clusters;
+    x = first % plan.tiles_x, y = row % plan.tiles_y, image = row / plan.tiles_y;
+  }
+
+  // True: a new tile begins.
+  __device__ __forceinline__ bool advance(const ConvNormPlan& plan, int slices) {
+    if (++slice < slices) return false;
+    slice = 0;
+    x += plan.step_x, y += plan.step_y, image += plan.step_image;
+    if (x >= plan.tiles_x) x -= plan.tiles_x, ++y;
+    if (y >= plan.tiles_y) y -= plan.tiles_y, ++image;
+    return --tiles > 0;
+  }
+
+  // Also for the tile's LayerNorm, which comes later: the loads are up to three tiles ahead.
+  __device__ __forceinline__ ConvNormOrigin origin(const ConvNormParams& p, unsigned char* smem) const {
+    const ConvNormTile& t = p.plan.tile;
+    const ConvNormOrigin o{image * t.images, y * t.groups * t.rows, x * t.strips * 8};
+    if (threadIdx.x == 0) reinterpret_cast<ConvNormOrigin*>(smem + p.layout.origins)[tiles % 4] = o;
+    return o;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// Loads of x. An item is what a warp loads at once: 8 pixel pairs (depthwise; narrow: 4 of each of two rows) or 8 pixels, 4 lanes a
+// pixel, each 8 channels. A warp has the same items for every slice and tile; a table in shared memory says what they are.
+
+struct ConvNormItem {
+  int unit;      // of its first pixel; -1: the warp has no such item
+  int position;  // image << 16 | row << 8 | octet, of the x tile; bit 31: its second half lies beyond the row (or the rows)
+};
+
+struct ConvNormSlot {
+  int unit;   // its first; slots beyond the tile's repeat slot 0
+  int place;  // image << 16 | row << 8 | column of its first output pixel in the tile; -1: no such slot
+};
+
+template <class Traits>
+__device__ __forceinline__ void fill_tables(const ConvNormTile& t, ConvNormItem* items, ConvNormSlot* slots) {
+  if (threadIdx.x < kConvNormSlots) {
+    const int slot = threadIdx.x, group = slot / t.strips;
+    const int place = (group / t.groups) << 16 | (group % t.groups * t.rows) << 8 | (slot % t.strips * 8);
+    slots[slot] = slot < t.slots() ? ConvNormSlot{t.slot_unit(slot), place} : ConvNormSlot{0, -1};
+  }
+  for (int i = in_place(threadIdx.x); i < Traits::kItems * Traits::kWarps; i += kConvNormThreads) {
+    const int image = i / t.image_items(), rest = i % t.image_items();
+    const int row = Traits::kNarrow ? rest * 2 : rest / t.octets, octet = Traits::kNarrow ? 0 : rest % t.octets;
+    const bool half = Traits::kNarrow ? row + 1 >= t.row_count : Traits::kDepthwise && octet * 2 + 1 >= t.row_units;
+    const int unit = image * t.image_units + t.row_unit(t.row_first + row) + octet * (Traits::kDepthwise ? 2 : 1);
+    items[i] = {image < t.images ? unit : -1,
+                static_cast<int>(image << 16 | (t.row_first + row) << 8 | octet | (half ? 1u << 31 : 0u))};
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ ConvNormItem item_of_warp(const ConvNormParams& p, const unsigned char* smem, int i) {
+  return reinterpret_cast<const ConvNormItem*>(smem + p.layout.items)[i * Traits::kWarps + threadIdx.x / 32];
+}
+
+// Element index of the lane's (first) pixel and of its channels within the slab's first slice; bit i of the result: pixel + i lies in
+// the image.
+template <class Traits>
+__device__ __forceinline__ uint32_t locate_item(const ConvNormParams& p, const ConvNormOrigin& origin, const ConvNormItem& item,
+                                                int channel, int* offset) {
+  const int pixel = threadIdx.x % 32 / 4, octet = item.position & 255;
+  const int row = (item.position >> 8 & 255) + (Traits::kNarrow ? pixel / 4 : 0);
+  const int column = Traits::kNarrow ? pixel % 4 * 2 : Traits::kDepthwise ? octet * 16 + pixel * 2 : octet * 8 + pixel;
+  const int n = origin.image + (item.position >> 16 & 255), y = origin.y - Traits::kPad + row;
+  const int x = origin.x - (Traits::kNarrow ? 0 : Traits::kPad) + column;
+  *offset = ((n * p.height + y) * p.width + x) * p.channels + channel;
+  if (item.unit < 0 || n >= p.batch || y < 0 || y >= p.height) return 0;
+  return (x >= 0 && x < p.width ? 1u : 0u) | (x + 1 >= 0 && x + 1 < p.width ? 2u : 0u);
+}
+
+// Depthwise: pixel pairs pass through registers, which turns [pixel][channel] into [channel][pixel].
+template <class Traits>
+struct PlanarLoader {
+  uint4 data[Traits::kItems][2];
+  int offset[Traits::kItems];
+  uint32_t inside;
+
+  __device__ __forceinline__ void locate(const ConvNormParams& p, unsigned char* smem, int slab_start, const SliceCursor& ahead) {
+    const ConvNormOrigin origin = ahead.origin(p, smem);
+    inside = 0;
+#pragma unroll
+    for (int i = 0; i < Traits::kItems; ++i)
+      inside |= locate_item<Traits>(p, origin, item_of_warp<Traits>(p, smem, i), slab_start + threadIdx.x % 4 * 8, &offset[i]) << (2 * i);
+  }
+
+  __device__ __forceinline__ void load(const ConvNormParams& p, int slab_start, int slice) {
+    using Element = typename Traits::Element;
+    const Element* x = static_cast<const Element*>(p.x) + slice * kConvNormSlice;
+    const uint32_t mask = slab_start + slice * kConvNormSlice + static_cast<int>(threadIdx.x % 4) * 8 < p.channels ? inside : 0u;
+#pragma unroll
+    for (int i = 0; i < Traits::kItems; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        data[i][h] = make_uint4(0, 0, 0, 0);
+        if (mask >> (2 * i + h) & 1u) data[i][h] = grid::load_once(x + offset[i] + h * p.channels);
+      }
+  }
+
+  // Each chunk of 8 channels lies 32 bytes further, so that the four lanes of a pixel hit different banks.
+  __device__ __forceinline__ void store(const ConvNormParams& p, const unsigned char* smem, unsigned char* buffer) const {
+    const int chunk = threadIdx.x % 4, pair = threadIdx.x % 32 / 4, plane_bytes = p.plan.tile.plane_units * 16;
+#pragma unroll
+    for (int i = 0; i < Traits::kItems; ++i) {
+      const ConvNormItem item = item_of_warp<Traits>(p, smem, i);
+      if (item.unit < 0 || (item.position < 0 && pair >= 4)) continue;
+      unsigned char* to = buffer + chunk * (8 * plane_bytes + 32) + item.unit * 16 + pair * 4;
+      const uint32_t first[4] = {data[i][0].x, data[i][0].y, data[i][0].z, data[i][0].w};
+      const uint32_t second[4] = {data[i][1].x, data[i][1].y, data[i][1].z, data[i][1].w};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        *reinterpret_cast<uint32_t*>(to) = __byte_perm(first[c], second[c], 0x5410);
+        *reinterpret_cast<uint32_t*>(to + plane_bytes) = __byte_perm(first[c], second[c], 0x7632);
+        to += 2 * plane_bytes;
+      }
+    }
+  }
+};
+
+// Grouped: asynchronous copies, [pixel][32 channels], 16-byte chunks permuted by pixel pair.
+template <class Traits>
+struct PixelLoader {
+  int offset[Traits::kItems];
+  uint32_t inside;
+
+  __device__ __forceinline__ void locate(const ConvNormParams& p, unsigned char* smem, int slab_start, const SliceCursor& ahead) {
+    const ConvNormOrigin origin = ahead.origin(p, smem);
+    inside = 0;
+#pragma unroll
+    for (int i = 0; i < Traits::kItems; ++i) {
+      const uint32_t bit = locate_item<Traits>(p, origin, item_of_warp<Traits>(p, smem, i), slab_start + threadIdx.x % 4 * 8, &offset[i]) & 1u;
+      offset[i] = bit ? offset[i] : 0;
+      inside |= bit << i;
+    }
+  }
+
+  // Issues the copies; the caller commits.
+  __device__ __forceinline__ void load(const ConvNormParams& p, const unsigned char* smem, int slab_start, int slice, uint32_t buffer) const {
+    using Element = typename Traits::Element;
+    const int chunk = threadIdx.x % 4, pixel = threadIdx.x % 32 / 4;
+    const uint32_t mask = slab_start + slice * kConvNormSlice + chunk * 8 < p.channels ? inside : 0u;
+    const Element* x = static_cast<const Element*>(p.x) + (mask ? slice * kConvNormSlice : 0);
+    const uint32_t to = buffer + pixel * 64 + ((chunk ^ (pixel >> 1)) << 4);
+#pragma unroll
+    for (int i = 0; i < Traits::kItems; ++i) {
+      const ConvNormItem item = item_of_warp<Traits>(p, smem, i);
+      if (item.unit < 0) continue;
+      const bool valid = mask >> i & 1u;
+      ptx::cp_async16(to + item.unit * 512, x + offset[i], valid);
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// Convolution of a slice: x in shared memory -> staged rows. Staged row of (row, slot, pixel): row * stride + (slot % 2) * 32 +
+// slot / 2 * 8 + pixel. Depthwise rotates the words of a 16-byte chunk by slot / 2, so that a warp's stores hit all banks.
+
+// Toeplitz matrices of one channel's filter rows, as B operands of m16n8k16: 8 outputs from 16 inputs of one row (narrow: from 8
+// inputs of each of two rows, filter rows dy and dy + 1).
+template <class Traits>
+struct ToeplitzFilter {
+  static constexpr int kK = Traits::kKernel;
+  uint32_t low[kK], high[Traits::kNarrow ? 1 : kK];
+
+  // from: the channel's words in shared memory.
+  __device__ __forceinline__ ToeplitzFilter(const uint32_t* from, int lane) {
+    const int g = lane / 4, q = lane % 4;
+    if constexpr (Traits::kNarrow) {  // output g takes tap k - g + 3 of input k; this lane holds k = 2q, 2q + 1
+      const int tap = 2 * q - g + kK / 2;
+      const bool exists = tap >= -1 && tap < kK;
+      from += exists ? tap + 1 : 0;
+#pragma unroll
+      for (int dy = 0; dy < kK; ++dy) low[dy] = exists ? from[dy * 8] : 0u;
+    } else {  // output g takes tap k - g of input k; this lane holds k = 2q, 2q + 1 and 8 more: one of the two pairs is zero
+      const int tap = 2 * q - g;
+      const bool is_low = tap >= -1;
+      from += (is_low ? tap : tap + 8) + 1;
+#pragma unroll
+      for (int dy = 0; dy < kK; ++dy) {
+        const uint32_t taps = from[dy * 8];
+        low[dy] = is_low ? taps : 0u, high[dy] = is_low ? 0u : taps;
+      }
+    }
+  }
+
+  __device__ __forceinline__ uint32_t first(int dy) const { return dy >= 0 && dy < kK ? low[dy] : 0u; }
+  __device__ __forceinline__ uint32_t second(int dy) const {
+    if (Traits::kNarrow) return first(dy + 1);
+    return dy >= 0 && dy < kK ? high[Traits::kNarrow ? 0 : dy] : 0u;
+  }
+};
+
+// A warp owns two channels, one after the other. The 16 rows of a product are the 8 slots, and the 8 slots four rows on.
+template <class Traits>
+__device__ __forceinline__ void multiply_depthwise(const ConvNormParams& p, uint32_t buffer, unsigned char* smem, int slice) {
+  using Element = typename Traits::Element;
+  constexpr int kK = Traits::kKernel, kHalf = Traits::kRows / 2, kStep = Traits::kNarrow ? 2 : 1;  // input rows of a product
+  const ConvNormTile& t = p.plan.tile;
+  const int thread = in_place(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4, q = lane % 4;
+  const int pair = slice * (kConvNormSlice / 2) + warp;
+  if (pair * 2 >= p.plan.slab) return;
+
+  // ldmatrix: lane % 8: slot; lane / 8 % 2: four rows on; lane / 16: the second unit of 8 inputs (narrow: the next row).
+  const int first_row = lane / 8 % 2 * kHalf + (Traits::kNarrow ? lane / 16 : 0);
+  const int unit = reinterpret_cast<const ConvNormSlot*>(smem + p.layout.slots)[lane % 8].unit + (Traits::kNarrow ? 0 : lane / 16);
+  const float* bias = reinterpret_cast<const float*>(smem + p.layout.vectors) + pair * 2;
+  const int plane_bytes = t.plane_units * 16, last_row = t.rows + kK - 2;
+  const uint32_t plane = buffer + warp * 2 * plane_bytes + warp / 4 * 32;
+  uint32_t rounded[2][kHalf][2];  // of each channel and row (and four rows on): pixels 2q, 2q + 1
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const ToeplitzFilter<Traits> filter(reinterpret_cast<const uint32_t*>(smem + p.layout.weights) + (pair * 2 + c) * Traits::kFilterWords,
+                                        lane);
+    float sums[kHalf][4];
+#pragma unroll
+    for (int y = 0; y < kHalf; ++y)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[y][i] = bias[c];
+#pragma unroll
+    for (int step = 0; step < kHalf + kK - 1; step += kStep) {
+      const int row = min(first_row + step, last_row);
+      uint32_t x[4];
+      ptx::ldmatrix_x4(x, plane + c * plane_bytes + (unit + row * t.row_units + (row >= t.rows ? t.skew : 0)) * 16);
+#pragma unroll
+      for (int y = 0; y < kHalf; ++y) {
+        const int dy = step - y;
+        if (dy > -kStep && dy < kK) ptx::mma_16816<Element>(sums[y], x, filter.first(dy), filter.second(dy));
+      }
+    }
+#pragma unroll
+    for (int y = 0; y < kHalf; ++y) {
+      rounded[c][y][0] = ptx::pack2<Element>(sums[y][0], sums[y][1]);
+      rounded[c][y][1] = ptx::pack2<Element>(sums[y][2], sums[y][3]);
+    }
+  }
+
+  if (g >= t.slots()) return;
+  const int pitch = p.layout.pitch, row_bytes = conv_norm_row_stride(t) * pitch;
+  unsigned char* to = smem + p.layout.staging + (g % 2 * conv_norm_odd_slots(t) + g / 2 * 8 + 2 * q) * pitch + pair / 4 * 16 +
+                      (pair + g / 2) % 4 * 4;
+#pragma unroll
+  for (int y = 0; y < 2 * kHalf; ++y) {
+    const uint32_t a = rounded[0][y % kHalf][y / kHalf], b = rounded[1][y % kHalf][y / kHalf];
+    if (y < 7 || t.rows == 8) {
+      *reinterpret_cast<uint32_t*>(to) = __byte_perm(a, b, 0x5410);
+      *reinterpret_cast<uint32_t*>(to + pitch) = __byte_perm(a, b, 0x7632);
+    }
+    to += row_bytes;
+  }
+}
+
+// A warp owns 8 output channels of two slots. A product takes 16 input channels of one tap, or (group width 8) two neighbouring taps
+// of 8; the last column's taps are taken in pairs of rows. One column (pair) at a time, its filter in registers.
+template <class Traits>
+__device__ __forceinline__ void multiply_grouped(const ConvNormParams& p, uint32_t buffer, unsigned char* smem, int slice) {
+  using Element = typename Traits::Element;
+  constexpr int kK = Traits::kKernel, kRows = Traits::kRows;
+  constexpr bool kWide = Traits::kGroupWidth == 16;
+  const ConvNormTile& t = p.plan.tile;
+  const int thread = in_place(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4, q = lane % 4;
+  const int slots = warp % 4 * 2, block = warp / 4;
+  if (slots >= t.slots()) return;
+  const int channel = slice * kConvNormSlice + block * 8;  // in the slab
+  float sums[kRows][4];
+  {
+    const float2 bias = *reinterpret_cast<const float2*>(smem + p.layout.vectors + (channel + 2 * q) * 4);
+#pragma unroll
+    for (int y = 0; y < kRows; ++y) sums[y][0] = sums[y][2] = bias.x, sums[y][1] = sums[y][3] = bias.y;
+  }
+
+  const int tap_words = p.plan.slab * Traits::kGroupWidth / 2;
+  const uint32_t* taps = reinterpret_cast<const uint32_t*>(smem + p.layout.weights) + (channel + g) * (Traits::kGroupWidth / 2) + q;
+  // ldmatrix: lanes 0-7 and 8-15 address pixels of the two slots; 16-31 the same, one tap, channel half or input row on.
+  const int upper = lane >> 4;
+  const uint32_t base = buffer + reinterpret_cast<const ConvNormSlot*>(smem + p.layout.slots)[slots + (lane / 8 & 1)].unit * 512;
+  const int row_bytes = t.row_units * 512, last_row = t.rows + kK - 2;
+  const auto at = [&](int column, int chunk) {
+    const int pixel = column + lane % 8;
+    return base + pixel * 64 + ((chunk ^ (pixel >> 1 & 3)) << 4);
+  };
+#pragma unroll
+  for (int s = 0; s < (kWide ? kK : kK / 2); ++s) {
+    uint32_t filter[kK][2];
+#pragma unroll
+    for (int dy = 0; dy < kK; ++dy) {
+      const uint32_t* tap = taps + (dy * kK + (kWide ? s : 2 * s)) * tap_words;
+      filter[dy][0] = tap[0], filter[dy][1] = tap[kWide ? 4 : tap_words];
+    }
+    const uint32_t from = kWide ? at(s, block / 2 * 2 + upper) : at(2 * s + upper, block);
+#pragma unroll
+    for (int row = 0; row < Traits::kInputRows; ++row) {
+      uint32_t x[4];
+      ptx::ldmatrix_x4(x, from + min(row, last_row) * row_bytes);
+#pragma unroll
+      for (int y = 0; y < kRows; ++y) {
+        const int dy = row - y;
+        if (dy >= 0 && dy < kK) ptx::mma_16816<Element>(sums[y], x, filter[dy][0], filter[dy][1]);
+      }
+    }
+  }
+  if constexpr (!kWide) {
+    uint32_t filter[kK], before[2] = {};
+#pragma unroll
+    for (int dy = 0; dy < kK; ++dy) filter[dy] = taps[(dy * kK + kK - 1) * tap_words];
+    const uint32_t from = at(kK - 1, block);
+#pragma unroll
+    for (int step = 0; step < Traits::kInputRows; step += 2) {
+      uint32_t x[4];  // two rows
+      ptx::ldmatrix_x4(x, from + min(step + upper, last_row) * row_bytes);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t both[4] = {h ? x[0] : before[0], h ? x[1] : before[1], x[2 * h], x[2 * h + 1]};  // the row before and this one
+#pragma unroll
+        for (int y = 0; y < kRows; ++y) {
+          const int dy = step + h - y;
+          if (dy == kK - 1) ptx::mma_16816<Element>(sums[y], both, 0u, filter[dy]);
+          if (dy > 0 && dy < kK - 1 && dy % 2 == 1) ptx::mma_16816<Element>(sums[y], both, filter[dy - 1], filter[dy]);
+        }
+      }
+      before[0] = x[2], before[1] = x[3];
+    }
+  }
+
+  const int staged_bytes = conv_norm_row_stride(t) * p.layout.pitch;
+  unsigned char* even = smem + p.layout.staging + (slots * 4 + g) * p.layout.pitch + channel / 8 * 16 + q * 4;
+  unsigned char* odd = even + conv_norm_odd_slots(t) * p.layout.pitch;
+  const bool both = slots + 1 < t.slots(), all = t.rows == kRows;
+#pragma unroll
+  for (int y = 0; y < kRows; ++y) {
+    if (y < 7 || all) *reinterpret_cast<uint32_t*>(even) = ptx::pack2<Element>(sums[y][0], sums[y][1]);
+    if (both && (y < 7 || all)) *reinterpret_cast<uint32_t*>(odd) = ptx::pack2<Element>(sums[y][2], sums[y][3]);
+    even += staged_bytes, odd += staged_bytes;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// LayerNorm and store
+
+__device__ __forceinline__ float2 scale_and_shift(const ConvNormParams& p, float sum, float square) {
+  const float mean = sum / p.channels, scale = rsqrtf(fmaxf(square / p.channels - mean * mean, 0.f) + p.eps);
+  return make_float2(scale, -mean * scale);
+}
+
+// Each staged pixel's sum and sum of squares over the slab, on tensor cores: 16 pixels times a column of ones, and times themselves,
+// of which the diagonal counts. Alone in its cluster a block writes the norm's scale and shift at once. Plain moments in float32:
+// they lose what 16-bit numbers do not have (a mean 2^11 times the spread).
+template <class Traits>
+__device__ __forceinline__ void measure(const ConvNormParams& p, unsigned char* smem, float2* moments) {
+  using Element = typename Traits::Element;
+  const int thread = in_place(threadIdx.x), lane = thread % 32, g = lane / 4;
+  const uint32_t one = ptx::pack2<Element>(1.f, 1.f);
+  const int chunks = (p.plan.slab + 7) / 8, half = lane >> 4;
+  for (int first = thread / 32 * 16; first < p.layout.staged_rows; first += kConvNormThreads / 2) {
+    const int pixel = min(first + lane % 16, p.layout.staged_rows - 1);
+    const uint32_t from = ptx::smem_address(smem + p.layout.staging) + pixel * p.layout.pitch + half * 16;
+    float sum[4] = {}, low[4] = {}, high[4] = {};
+#pragma unroll 2
+    for (int chunk = 0; chunk < chunks; chunk += 2) {
+      uint32_t x[4];
+      ptx::ldmatrix_x4(x, chunk + half < chunks ? from + chunk * 16 : ptx::smem_address(smem + p.layout.zero));
+      ptx::mma_16816<Element>(sum, x, one, one);
+      ptx::mma_16816<Element>(low, x, x[0], x[2]);
+      ptx::mma_16816<Element>(high, x, x[1], x[3]);
+    }
+    const bool complete = p.plan.cluster == 1;
+    if (lane % 4 == g / 2) {  // on the diagonal
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float total = sum[2 * h], square = h ? (g % 2 ? high[3] : high[2]) : (g % 2 ? low[1] : low[0]);
+        if (first + 8 * h + g < p.layout.staged_rows)
+          moments[first + 8 * h + g] = complete ? scale_and_shift(p, total, square) : make_float2(total, square);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+// Sums of the cluster's blocks: the four lanes of a pixel share the work.
+__device__ __forceinline__ float2 gather(const ConvNormParams& p, uint32_t moments, int lane) {
+  float sum = 0.f, square = 0.f;
+  for (int rank = lane % 4; rank < p.plan.cluster; rank += 4) {
+    const float2 v = grid::load_peer(moments, rank);
+    sum += v.x, square += v.y;
+  }
+#pragma unroll
+  for (int d = 1; d < 4; d *= 2) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    square += __shfl_xor_sync(0xffffffffu, square, d);
+  }
+  return scale_and_shift(p, sum, square);
+}
+
+// Normalises and stores. Four lanes share a pixel; a warp has eight pixels (lane / 8: slot / 2; lane / 4 % 2: four pixels on) of every
+// second row.
+template <class Traits>
+__device__ __forceinline__ void write(const ConvNormParams& p, unsigned char* smem, int slab_start, int tiles, const float2* moments) {
+  using Element = typename Traits::Element;
+  constexpr int kRows = Traits::kRows / 2;
+  const ConvNormTile& t = p.plan.tile;
+  const int thread = in_place(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int first_row = warp / 8, parity = warp / 4 % 2, pixel = lane / 4 % 2 * 4 + warp % 4;
+  const int place = reinterpret_cast<const ConvNormSlot*>(smem + p.layout.slots)[lane / 8 * 2 + parity].place;
+  const ConvNormOrigin origin = reinterpret_cast<const ConvNormOrigin*>(smem + p.layout.origins)[tiles % 4];
+  const int image = origin.image + (place >> 16), y = origin.y + (place >> 8 & 255) + first_row, x = origin.x + (place & 255) + pixel;
+  const bool exists = place >= 0 && image < p.batch && x < p.width;
+  const int rows = exists ? min(t.rows - first_row, p.height - y) : 0;  // that this lane stores, every second
+  const int staged = place >= 0 ? first_row * conv_norm_row_stride(t) + parity * conv_norm_odd_slots(t) + lane / 8 * 8 + pixel : 0;
+  const int two_rows = place >= 0 ? 2 * conv_norm_row_stride(t) : 0, last = (t.rows - 1 - first_row) / 2;
+  float2 norm[kRows];
+  if (p.has_norm) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float2* own = moments + staged + min(r, max(last, 0)) * two_rows;
+      norm[r] = p.plan.cluster > 1 ? gather(p, ptx::smem_address(own), lane) : *own;
+    }
+  }
+  const int slab = min(p.plan.slab, p.channels - slab_start), channels = (p.plan.slab + 7) / 8 * 8;
+  const unsigned char* from = smem + p.layout.staging + staged * p.layout.pitch;
+  Element* out = static_cast<Element*>(p.a) + static_cast<int64_t>((image * p.height + y) * p.width + x) * p.channels + slab_start;
+  const int64_t two_rows_out = 2 * static_cast<int64_t>(p.width) * p.channels;
+  const int row_bytes = two_rows * p.layout.pitch;
+#pragma unroll 1
+  for (int channel = lane % 4 * 8; channel < slab; channel += 32) {
+    const float* vectors = reinterpret_cast<const float*>(smem + p.layout.vectors) + channels + channel;
+    float weight[8], bias[8];
+#pragma unroll
+    for (int j = 0; j < 8; j += 4) {
+      *reinterpret_cast<float4*>(weight + j) = *reinterpret_cast<const float4*>(vectors + j);
+      *reinterpret_cast<float4*>(bias + j) = *reinterpret_cast<const float4*>(vectors + channels + j);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (2 * r >= rows) continue;
+      const uint32_t* words = reinterpret_cast<const uint32_t*>(from + r * row_bytes + channel * 2);
+      uint32_t w[4];
+      if constexpr (Traits::kDepthwise) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) w[j] = words[(j + lane / 8) % 4];
+      } else {
+        *reinterpret_cast<uint4*>(w) = *reinterpret_cast<const uint4*>(words);
+      }
+      if (p.has_norm) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float2 v = ptx::unpack2<Element>(w[j]);
+          w[j] = ptx::pack2<Element>(fmaf(fmaf(v.x, norm[r].x, norm[r].y), weight[2 * j], bias[2 * j]),
+                                     fmaf(fmaf(v.y, norm[r].x, norm[r].y), weight[2 * j + 1], bias[2 * j + 1]));
+        }
+      }
+      *reinterpret_cast<uint4*>(out + r * two_rows_out + channel) = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+  }
+}
+
+// tiles: this block's tiles that are left. Two tiles' moments are kept: the last one's may still be read by peers.
+template <class Traits>
+__device__ __forceinline__ void normalise(const ConvNormParams& p, unsigned char* smem, int slab_start, int tiles) {
+  float2* moments = reinterpret_cast<float2*>(smem + p.layout.moments) + (p.plan.cluster > 1 ? tiles % 2 * p.layout.staged_rows : 0);
+  if (p.has_norm) {
+    measure<Traits>(p, smem, moments);
+    if (p.plan.cluster > 1) {
+      grid::cluster_barrier();
+    } else {
+      __syncthreads();
+    }
+  }
+  write<Traits>(p, smem, slab_start, tiles, moments);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// The kernel
+
+// The slab's filter and vectors into shared memory; channels beyond the tensor get zeros.
+template <class Traits>
+__device__ __forceinline__ void load_parameters(const ConvNormParams& p, unsigned char* smem, int slab_start) {
+  const int slab = p.plan.slab, channels = (slab + 7) / 8 * 8, thread = threadIdx.x;
+  float* vectors = reinterpret_cast<float*>(smem + p.layout.vectors);
+  if (thread < 4) reinterpret_cast<uint32_t*>(smem + p.layout.zero)[thread] = 0;
+  for (int i = thread; i < channels; i += kConvNormThreads) {
+    const int c = slab_start + i;
+    const bool exists = c < p.channels;
+    vectors[i] = exists && p.bias != nullptr ? __ldg(p.bias + c) : 0.f;
+    vectors[channels + i] = exists && p.norm_weight != nullptr ? __ldg(p.norm_weight + c) : 1.f;
+    vectors[2 * channels + i] = exists && p.norm_bias != nullptr ? __ldg(p.norm_bias + c) : 0.f;
+  }
+  uint32_t* to = reinterpret_cast<uint32_t*>(smem + p.layout.weights);
+  if constexpr (Traits::kDepthwise) {
+    const uint16_t* taps = static_cast<const uint16_t*>(p.weight) + slab_start;
+    for (int i = thread; i < Traits::kFilterWords * slab; i += kConvNormThreads) {
+      const int word = i / slab, c = i % slab, row = word / 8, column = word % 8;
+      const uint16_t* at = taps + (row * Traits::kKernel + column) * p.channels + c;
+      const bool exists = slab_start + c < p.channels;
+      const uint32_t first = exists && column > 0 ? __ldg(at - p.channels) : 0u, second = exists && column < Traits::kKernel ? __ldg(at) : 0u;
+      to[c * Traits::kFilterWords + word] = first | second << 16;
+    }
+  } else {
+    const uint32_t* from = static_cast<const uint32_t*>(p.weight);
+    const int tap_words = slab * Traits::kGroupWidth / 2;
+    for (int i = thread; i < Traits::kTaps * tap_words; i += kConvNormThreads) {
+      const int tap = i / tap_words, word = i % tap_words;
+      const bool exists = slab_start + word / (Traits::kGroupWidth / 2) < p.channels;
+      to[i] = exists ? __ldg(from + (tap * p.channels + slab_start) * (Traits::kGroupWidth / 2) + word) : 0u;
+    }
+  }
+}
+
+// One buffer: while a slice is multiplied, the next one is on its way to registers.
+template <class Traits>
+__device__ __forceinline__ void run_depthwise(const ConvNormParams& p, unsigned char* smem, int slab_start, int slices) {
+  SliceCursor ahead(p.plan);
+  PlanarLoader<Traits> loader;
+  int tiles = ahead.tiles;
+  loader.locate(p, smem, slab_start, ahead);
+  loader.load(p, slab_start, 0);
+#pragma unroll 1
+  for (int slice = -1; tiles > 0;) {
+    if (slice >= 0) {
+      multiply_depthwise<Traits>(p, ptx::smem_address(smem), smem, slice);
+      __syncthreads();
+    }
+    if (ahead.tiles > 0) loader.store(p, smem, smem);
+    if (ahead.tiles > 0 && ahead.advance(p.plan, slices)) loader.locate(p, smem, slab_start, ahead);
+    if (ahead.tiles > 0) loader.load(p, slab_start, ahead.slice);
+    if (++slice == slices) {
+      normalise<Traits>(p, smem, slab_start, tiles--);
+      slice = 0;
+    }
+    __syncthreads();
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void run_grouped(const ConvNormParams& p, unsigned char* smem, int slab_start, int slices) {
+  SliceCursor ahead(p.plan);
+  PixelLoader<Traits> loader;
+  int tiles = ahead.tiles, fill = 0, buffer = 0;
+  loader.locate(p, smem, slab_start, ahead);
+  const auto load_next = [&] {
+    if (ahead.tiles > 0) {
+      loader.load(p, smem, slab_start, ahead.slice, ptx::smem_address(smem + fill * p.layout.buffer_bytes));
+      if (ahead.advance(p.plan, slices)) loader.locate(p, smem, slab_start, ahead);
+      fill = fill + 1 == p.plan.buffers ? 0 : fill + 1;
+    }
+    ptx::cp_async_commit();
+  };
+#pragma unroll 1
+  for (int i = 0; i < p.plan.buffers - 1; ++i) load_next();
+#pragma unroll 1
+  for (int slice = 0; tiles > 0;) {
+    ptx::cp_async_wait(p.plan.buffers - 2);
+    __syncthreads();
+    load_next();
+    multiply_grouped<Traits>(p, ptx::smem_address(smem + buffer * p.layout.buffer_bytes), smem, slice);
+    buffer = buffer + 1 == p.plan.buffers ? 0 : buffer + 1;
+    if (++slice == slices) {
+      __syncthreads();
+      normalise<Traits>(p, smem, slab_start, tiles--);
+      slice = 0;
+    }
+  }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(kConvNormThreads, 1) conv_norm_fwd_sm90(const __grid_constant__ ConvNormParams p) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  grid::launch_dependents();
+  // What is never loaded must read as zero.
+  for (int i = threadIdx.x; i < p.layout.weights / 16; i += kConvNormThreads) reinterpret_cast<uint4*>(smem)[i] = make_uint4(0, 0, 0, 0);
+  const int slab_start = (p.plan.cluster > 1 ? grid::cluster_rank() : 0) * p.plan.slab;
+  const int slices = (p.plan.slab + kConvNormSlice - 1) / kConvNormSlice;
+  fill_tables<Traits>(p.plan.tile, reinterpret_cast<ConvNormItem*>(smem + p.layout.items), 
+                      reinterpret_cast<ConvNormSlot*>(smem + p.layout.slots));
+  grid::wait_for_inputs();
+  load_parameters<Traits>(p, smem, slab_start);
+  __syncthreads();
+  if constexpr (Traits::kDepthwise) {
+    run_depthwise<Traits>(p, smem, slab_start, slices);
+  } else {
+    run_grouped<Traits>(p, smem, slab_start, slices);
+  }
+  if (p.plan.cluster > 1) grid::cluster_barrier();  // peers may still read this block's moments
+}
+
+}  // namespace convfirst::block_fusion::sm90

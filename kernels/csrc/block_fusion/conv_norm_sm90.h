@@ -1,0 +1,274 @@
+// Host face of conv_norm_fwd_sm90, the first launch of the split path on Hopper: A = LayerNorm(conv(x) + bias), a dense
+// [batch * height * width, channels] matrix. Tile, cluster and shared memory are chosen here, by pure functions.
+//
+//   conv_norm_plan(problem, device, &plan)    false: not covered
+//   conv_norm_cost(problem, device, plan)     estimated microseconds
+//   conv_norm_describe(plan)                  for tests and logs
+//   conv_norm_launch(problem, tensors, plan, a, dependent, stream)
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "params.h"
+
+#ifdef __CUDACC__
+#define CONVFIRST_CONV_NORM_HD __host__ __device__
+#else
+#define CONVFIRST_CONV_NORM_HD
+#endif
+
+namespace convfirst::block_fusion::sm90 {
+
+constexpr int kConvNormThreads = 512;
+constexpr int kConvNormSlots = 8;       // strips of 8 pixels x up to 8 rows that a tile holds
+constexpr int kConvNormSlice = 32;      // channels of x in shared memory at a time
+constexpr int kConvNormMostSlab = 512;  // channels of a block
+constexpr int kConvNormMostCluster = 16;
+
+// Items of loads that a warp issues for one slice: 8 pixel pairs (depthwise) or 8 pixels, of 32 channels.
+constexpr int conv_norm_items(int kernel_size) { return kernel_size == 7 ? 4 : 7; }
+
+// A tile: `images` images x `groups` groups of `rows` rows x `strips` strips of 8 pixels. A slot is one strip of one group. The
+// x tile lies in units of 8 pixels (of one channel: 16 bytes; of a slice: 512 bytes), rows with their halo one after another;
+// whole images share the zero rows between them. narrow (depthwise, width <= 8): a row is one unit, without halo columns.
+struct ConvNormTile {
+  int images, groups, rows, strips;
+  bool narrow;
+  int row_units;    // strips and halo
+  int skew;         // extra units after each group's rows: the slots then fall into different banks
+  int image_units;  // from one image to the next
+  int plane_units;  // all
+  int row_first, row_count, octets;  // what is loaded: rows [first, first + count), items a row (narrow: rows in pairs); the rest is zero
+
+  CONVFIRST_CONV_NORM_HD int slots() const { return images * groups * strips; }
+  CONVFIRST_CONV_NORM_HD int image_items() const { return narrow ? (row_count + 1) / 2 : row_count * octets; }
+  CONVFIRST_CONV_NORM_HD int row_unit(int row) const { return row * row_units + (skew != 0 ? row / rows * skew : 0); }
+  // The slot's first unit.
+  CONVFIRST_CONV_NORM_HD int slot_unit(int slot) const {
+    const int group = slot / strips;
+    return group / groups * image_units + row_unit(group % groups * rows) + slot % strips;
+  }
+};
+
+struct ConvNormPlan {
+  ConvNormTile tile;
+  int tiles_y, tiles_x, tiles;
+  int step_image, step_y, step_x;  // from a cluster's tile to its next, in tiles
+  int slab;      // channels of one block
+  int cluster;   // blocks that share a tile
+  int clusters;  // launched
+  int buffers;   // slices of x in shared memory
+  int shared_memory;
+  int grid() const { return clusters * cluster; }
+};
+
+// Byte offsets into dynamic shared memory.
+struct ConvNormLayout {
+  int buffer_bytes, pitch, staged_rows, staging, weights, vectors, items, slots, zero, origins, moments, total;
+};
+
+// Staged pixels a row of the tile: those of even slots, then, an odd number on (so that a warp's stores hit all banks), of odd slots.
+CONVFIRST_CONV_NORM_HD inline int conv_norm_odd_slots(const ConvNormTile& t) { return t.slots() > 4 ? 33 : t.slots() > 2 ? 17 : 9; }
+CONVFIRST_CONV_NORM_HD inline int conv_norm_row_stride(const ConvNormTile& t) {
+  return 2 * conv_norm_odd_slots(t) - (t.slots() == 7 ? 9 : 1);
+}
+
+CONVFIRST_CONV_NORM_HD inline ConvNormLayout conv_norm_layout(const ConvNormTile& t, int slab, int cluster, int buffers, int kernel_size,
+                                                              int group_width) {
+  ConvNormLayout s;
+  const int chunks = (slab + 7) / 8;
+  s.buffer_bytes = t.plane_units * 512 + (group_width == 1 ? 3 * 32 : 0);
+  s.pitch = (chunks % 2 == 0 ? chunks + 1 : chunks) * 16;  // an odd number of 16-byte chunks: no bank conflicts
+  s.staged_rows = (t.rows == 8 ? 8 : 7) * conv_norm_row_stride(t);
+  s.staging = buffers * s.buffer_bytes;
+  s.weights = s.staging + s.staged_rows * s.pitch;
+  const int weight_bytes =
+      group_width == 1 ? slab * 56 * 4 : kernel_size * kernel_size * slab * group_width * 2;
+  s.vectors = s.weights + (weight_bytes + 15) / 16 * 16;
+  s.items = s.vectors + 3 * chunks * 8 * 4;
+  s.slots = s.items + conv_norm_items(kernel_size) * (kConvNormThreads / 32) * 8;
+  s.zero = s.slots + kConvNormSlots * 8;
+  s.origins = s.zero + 16;
+  s.moments = s.origins + 48;
+  s.total = s.moments + (cluster > 1 ? 2 : 1) * s.staged_rows * 8;
+  return s;
+}
+
+// What the kernel receives.
+struct ConvNormParams {
+  const void* x;
+  const void* weight;
+  const float* bias;
+  const float* norm_weight;
+  const float* norm_bias;
+  void* a;
+  float eps;
+  int has_norm, batch, height, width, channels;
+  ConvNormPlan plan;
+  ConvNormLayout layout;
+};
+
+namespace conv_norm {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Every slot's first unit in a different bank (of 8 units)?
+inline bool banks_differ(const ConvNormTile& t) {
+  unsigned used = 0;
+  for (int slot = 0; slot < t.slots(); ++slot) {
+    const unsigned bit = 1u << t.slot_unit(slot) % 8;
+    if (used & bit) return false;
+    used |= bit;
+  }
+  return true;
+}
+
+// Sizes in shared memory and what to load, from the tile's shape.
+inline ConvNormTile laid_out(const Problem& q, int images, int groups, int rows, int strips) {
+  const bool depthwise = q.group_width == 1;
+  const int pad = q.kernel_size / 2, height = static_cast<int>(q.height), width = static_cast<int>(q.width);
+  const bool whole_height = groups * rows >= height, whole_width = strips * 8 >= width;
+  ConvNormTile t{};
+  t.images = images, t.groups = groups, t.rows = rows, t.strips = strips;
+  t.narrow = depthwise && width <= 8;
+  t.row_units = t.narrow ? 1 : strips + 1;
+  const int all_rows = groups * rows + q.kernel_size - 1;
+  const auto measure = [&](int skew, int gap) {
+    t.skew = skew;
+    t.image_units = t.row_unit(whole_height ? height + pad : all_rows) + gap;
+    t.plane_units = static_cast<int>(ceil_div((images - 1) * t.image_units + t.row_unit(all_rows - 1) + t.row_units, 8) * 8);
+  };
+  measure(0, 0);
+  if (depthwise) {  // the least of the layouts without bank conflicts
+    ConvNormTile best{};
+    for (int skew = 0; skew < (groups > 1 ? 8 : 1); ++skew)
+      for (int gap = 0; gap < (images > 1 ? 8 : 1); ++gap) {
+        measure(skew, gap);
+        if (banks_differ(t) && (best.plane_units == 0 || t.plane_units < best.plane_units)) best = t;
+      }
+    t = best.plane_units != 0 ? best : t;
+  }
+  t.row_first = whole_height ? pad : 0;
+  t.row_count = whole_height ? height : all_rows;
+  const int columns = whole_width ? pad + width : depthwise ? 8 * strips + 8 : 8 * strips + q.kernel_size - 1;
+  t.octets = t.narrow ? 1 : static_cast<int>(ceil_div(columns, depthwise ? 16 : 8));
+  return t;
+}
+
+// Clocks of a block for one tile: instructions that its 16 warps issue in four schedulers, and waits.
+inline double tile_clocks(const Problem& q, const ConvNormPlan& plan) {
+  const ConvNormTile& t = plan.tile;
+  const int slices = static_cast<int>(ceil_div(plan.slab, kConvNormSlice)), slots = t.slots();
+  const bool depthwise = q.group_width == 1;
+  const double items = static_cast<double>(ceil_div(t.images * t.image_items(), 16));
+  const int taps = q.kernel_size * q.kernel_size;
+  const double products = depthwise ? (t.narrow ? 32.0 : 64.0) : 8 * taps * (q.group_width / 8) / 2.0 * (slots + 1) / 8;
+  const double slice = 4 * (items * (depthwise ? 45 : 20) + (depthwise ? 150 : 70) + 1.5 * products + 8.0 * slots) + 500;
+  const double norm = 4 * (150 + t.rows * slots * plan.slab / 8 / 64 * 42.0 * 2) + 1000 + (plan.cluster > 1 ? 1500 : 0);
+  return slices * slice + norm;
+}
+
+// Blocks of a cluster lie in one group of up to 18 multiprocessors; measured on an H200 (132), one block a multiprocessor.
+inline int clusters_at_once(const Device& device, int cluster) {
+  constexpr int kOf132[] = {0, 132, 66, 39, 30, 22, 17, 15, 15, 7, 7, 7, 7, 7, 7, 7, 7};
+  return std::max(1, kOf132[cluster] * device.multiprocessors / 132);
+}
+
+inline bool place(const Problem& q, const Device& device, ConvNormPlan* plan) {
+  const ConvNormTile& t = plan->tile;
+  if (t.images * t.image_items() > conv_norm_items(q.kernel_size) * (kConvNormThreads / 32)) return false;
+  const int most = q.group_width == 1 ? 1 : 3;
+  const int least = q.group_width == 1 ? 1 : 2;
+  for (plan->buffers = most; plan->buffers >= least; --plan->buffers) {
+    plan->shared_memory = conv_norm_layout(t, plan->slab, plan->cluster, plan->buffers, q.kernel_size, q.group_width).total;
+    if (plan->shared_memory <= device.max_shared_memory) break;
+  }
+  if (plan->buffers < least) return false;
+  plan->tiles_y = static_cast<int>(ceil_div(q.height, t.groups * t.rows));
+  plan->tiles_x = static_cast<int>(ceil_div(q.width, t.strips * 8));
+  const int64_t tiles = ceil_div(q.batch, t.images) * plan->tiles_y * plan->tiles_x;
+  if (tiles > (int64_t{1} << 30)) return false;
+  plan->tiles = static_cast<int>(tiles);
+  const int at_once = clusters_at_once(device, plan->cluster);
+  plan->clusters = static_cast<int>(std::min<int64_t>(tiles, at_once));
+  plan->step_x = plan->clusters % plan->tiles_x;
+  plan->step_y = plan->clusters / plan->tiles_x % plan->tiles_y;
+  plan->step_image = plan->clusters / plan->tiles_x / plan->tiles_y;
+  return true;
+}
+
+}  // namespace conv_norm
+
+inline bool conv_norm_covers(const Problem& q) {
+  if (q.batch <= 0 || q.height <= 0 || q.width <= 0) return false;
+  if (q.batch * q.height * q.width >= (int64_t{1} << 31) / std::max(q.channels, 1) - q.width * 8) return false;
+  if (q.group_width == 1) return q.kernel_size == 7 && q.channels % 8 == 0 && q.channels >= 8 && q.channels <= 1536;
+  return (q.kernel_size == 3 || q.kernel_size == 5) && (q.group_width == 8 || q.group_width == 16) && q.channels % 32 == 0 &&
+         q.channels >= 32 && q.channels <= 1024;
+}
+
+// The tile and cluster of least estimated time; false where the kernel does not cover the problem.
+inline bool conv_norm_plan(const Problem& q, const Device& device, ConvNormPlan* best) {
+  if (device.capability != 90 || !conv_norm_covers(q)) return false;
+  double best_cost = 1e30;
+  for (int slab = 32; slab <= kConvNormMostSlab; slab += 32) {
+    ConvNormPlan plan{};
+    plan.cluster = static_cast<int>(conv_norm::ceil_div(q.channels, slab));
+    plan.slab = plan.cluster == 1 ? q.channels : slab;
+    if (plan.cluster > kConvNormMostCluster) continue;
+    const int most_strips = static_cast<int>(std::min<int64_t>(kConvNormSlots, conv_norm::ceil_div(q.width, 8)));
+    for (int strips = 1; strips <= most_strips; ++strips) {
+      for (int rows = std::min<int>(7, static_cast<int>(q.height)); rows <= std::min<int64_t>(8, q.height); ++rows) {
+        const int most_groups = static_cast<int>(std::min<int64_t>(kConvNormSlots / strips, conv_norm::ceil_div(q.height, rows)));
+        for (int groups = 1; groups <= most_groups; ++groups) {
+          const bool whole = strips * 8 >= q.width && groups * rows >= q.height;
+          const int most_images = whole ? static_cast<int>(std::min<int64_t>(q.batch, kConvNormSlots / (strips * groups))) : 1;
+          for (int images = 1; images <= most_images; ++images) {
+            plan.tile = conv_norm::laid_out(q, images, groups, rows, strips);
+            if (!conv_norm::place(q, device, &plan)) continue;
+            const double rounds = static_cast<double>(conv_norm::ceil_div(plan.tiles, plan.clusters));
+            const double cost = rounds * conv_norm::tile_clocks(q, plan) + 400 * plan.cluster + (plan.cluster > 8 ? 2000 : 0);
+            if (cost < best_cost) best_cost = cost, *best = plan;
+          }
+        }
+      }
+    }
+  }
+  return best_cost < 1e30;
+}
+
+inline double conv_norm_cost(const Problem& q, const Device&, const ConvNormPlan& plan) {
+  const double rounds = static_cast<double>(conv_norm::ceil_div(plan.tiles, plan.clusters));
+  const double memory = q.batch * q.height * q.width * q.channels * 4.0 / 3.5e6;
+  return 3 + std::max(memory, rounds * conv_norm::tile_clocks(q, plan) / 1700);
+}
+
+// For tests and logs.
+inline std::string conv_norm_describe(const ConvNormPlan& plan) {
+  const ConvNormTile& t = plan.tile;
+  const auto field = [](const char* name, int value) { return std::string(name) + " " + std::to_string(value); };
+  return field("images", t.images) + field(", groups", t.groups) + field(", rows", t.rows) + field(", strips", t.strips) +
+         field(", slab", plan.slab) + field(", cluster", plan.cluster) + field(", tiles", plan.tiles) +
+         field(", clusters", plan.clusters) + field(", buffers", plan.buffers) + field(", shared_memory", plan.shared_memory);
+}
+
+// The compiled kernel of one dtype, filter size and group width; defined in conv_norm_fwd_sm90.cuh, instantiated in
+// instantiations_sm90/. launch returns cudaError_t as int. dependent: start while the kernel before in the stream still runs
+// (programmatic dependent launch); the kernel waits for its inputs itself.
+template <DType kDType, int kKernel, int kGroupWidth, bool kNarrow>
+struct ConvNormKernel {
+  static int launch(const ConvNormParams& params, bool dependent, cudaStream_t stream);
+  static const void* pointer();
+};
+
+// a: [batch * height * width, channels] of the problem's dtype, 16-byte aligned. Of the tensors only x, conv_weight, conv_bias,
+// norm_weight, norm_bias and eps are read; with has_norm false the norm's vectors are ignored. Returns cudaError_t as int; never
+// synchronises. dependent: see ConvNormKernel.
+int conv_norm_launch(const Problem& q, const Tensors& t, const ConvNormPlan& plan, void* a, bool dependent, cudaStream_t stream);
+
+// The kernel's entry point, for cudaFuncGetAttributes.
+const void* conv_norm_pointer(const Problem& q);
+
+}  // namespace convfirst::block_fusion::sm90

@@ -1,0 +1,43 @@
+// Launch of conv_norm_fwd_sm90: cluster, dependent launch, shared memory.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "conv_norm_fwd_sm90.cuh"
+
+namespace convfirst::block_fusion::sm90 {
+
+template <DType kDType, int kKernel, int kGroupWidth, bool kNarrow>
+int ConvNormKernel<kDType, kKernel, kGroupWidth, kNarrow>::launch(const ConvNormParams& params, bool dependent, cudaStream_t stream) {
+  const auto kernel = &conv_norm_fwd_sm90<ConvNormTraits<kDType, kKernel, kGroupWidth, kNarrow>>;
+  const int shared_memory = params.layout.total;
+  if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory)) return e;
+  if (params.plan.cluster > 8) {
+    if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) return e;
+  }
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(params.plan.grid());
+  config.blockDim = dim3(kConvNormThreads);
+  config.dynamicSmemBytes = shared_memory;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (params.plan.cluster > 1) {
+    cudaLaunchAttribute& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeClusterDimension;
+    a.val.clusterDim.x = params.plan.cluster, a.val.clusterDim.y = a.val.clusterDim.z = 1;
+  }
+  if (dependent) {
+    cudaLaunchAttribute& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    a.val.programmaticStreamSerializationAllowed = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+template <DType kDType, int kKernel, int kGroupWidth, bool kNarrow>
+const void* ConvNormKernel<kDType, kKernel, kGroupWidth, kNarrow>::pointer() {
+  return reinterpret_cast<const void*>(&conv_norm_fwd_sm90<ConvNormTraits<kDType, kKernel, kGroupWidth, kNarrow>>);
+}
+
+}  // namespace convfirst::block_fusion::sm90
