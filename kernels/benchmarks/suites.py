@@ -164,7 +164,7 @@ def mbconv(
     batches: Sequence[int] = (128,),
     peer: str | None = "inductor",
     reuse: str | None = None,
-    path: str = "",
+    path: str = "sm80",
     iterations: int = 15,
 ) -> list[dict]:
     """One fused MBConv block against the same plain modules compiled by Inductor; arguments as of `blocks`."""

@@ -87,4 +87,8 @@ def _uncovered_cached(
 ) -> str | None:
     """What the planner says of a shape on a CUDA device; height, width and batch do not matter to coverage."""
     answer = plan(MBConvProblem(1, 14, 14, channels, hidden, group_width, dtype, activation), Device.of(index))
-    return None if answer["chosen"] else f"no kernel variant covers {answer['problem']} on this device"
+    if answer["chosen"]:
+        return None
+    if any("not been tested" in row["refusal"] for row in answer["candidates"]):
+        return "its kernels have not been tested on a GPU yet; force_path('sm80') asks for them"
+    return f"no kernel variant covers {answer['problem']} on this device"

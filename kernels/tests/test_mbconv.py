@@ -95,7 +95,7 @@ def test_refuses(what):
         torch.ops.convfirst.mbconv_block_check(**given)
 
 
-def plan(channels: int, group_width: int, device: str = "h100", size: tuple = (1, 14, 14), path: str = "") -> dict:
+def plan(channels: int, group_width: int, device: str = "h100", size: tuple = (1, 14, 14), path: str = "sm80") -> dict:
     problem = ck.MBConvProblem(*size, channels, 4 * channels, group_width)
     return planner.plan(problem, ck.Device.named(device), path)
 
@@ -110,7 +110,8 @@ def test_plan():
 
 
 def test_explain():
-    text = ck.explain(ck.MBConvProblem(128, 14, 14, 80, 480), "h100")
+    with ck.force_path("sm80"):
+        text = ck.explain(ck.MBConvProblem(128, 14, 14, 80, 480), "h100")
     assert re.search(r"runs  sm80_mbconv_depthwise_c96_p128: tile 16x8 \(128 pixels\), .*, [1-9]\d+ registers", text)
     assert "not   sm80_mbconv_grouped_c96_p128: does not cover this width, filter, group width" in text
 
@@ -125,10 +126,16 @@ def test_widths_that_a_device_covers(device, widest, group_width):
         assert covered[-1] >= widest
 
 
+def test_untested_kernels_run_only_where_asked_for():
+    answer = plan(64, 1, path="")
+    assert answer["chosen"] is None
+    assert "has not been tested on a GPU yet" in answer["candidates"][0]["refusal"]
+
+
 def test_paths():
     name = "sm80_mbconv_depthwise_c128_p64"
     assert plan(64, 1, path=name)["chosen"] == name
     with ck.force_path(name):
-        assert plan(40, 1)["chosen"] == name
+        assert plan(40, 1, path="")["chosen"] == name
     with pytest.raises(RuntimeError, match="'sm80_mbconv_c7' names no path"), ck.force_path("sm80_mbconv_c7"):
         pass

@@ -61,6 +61,7 @@ struct Config {
   int shared_memory;  // bytes
   int launches;       // 1: the whole block in one kernel
   int64_t workspace;  // bytes of device memory the launch needs beside its tensors
+  int multiprocessors;  // of the device that the grid was made for; 0 where the path does not say
 };
 
 // One compiled kernel variant. The planner asks each row in turn and takes the supported one of least cost.
@@ -74,6 +75,7 @@ struct Variant {
   // Returns cudaError_t as int. workspace may be nullptr when Config::workspace is 0. Never synchronises.
   int (*launch)(const Problem&, const Tensors&, const Config&, void* workspace, cudaStream_t);
   const void* (*kernel)(const Problem&);  // for cudaFuncGetAttributes
+  bool tested = true;                     // on a GPU, whole; false: runs only where its path or its name is asked for
 };
 
 // Each path contributes its rows; `count` receives how many.

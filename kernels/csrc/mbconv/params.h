@@ -47,6 +47,7 @@ struct Variant {
   double (*cost)(const Problem&, const Device&, const Config&);
   int (*launch)(const Problem&, const Tensors&, const Config&, void* workspace, cudaStream_t);
   const void* (*kernel)(const Problem&);
+  bool tested = true;
 };
 
 // Each path contributes its rows; `count` receives how many.
