@@ -110,7 +110,7 @@ struct LinearProducer {
     }
   }
 
-  // The first weights depend on no other kernel and no other block. No more of them: A's slice would wait behind.
+  // The first weights: the previous kernel does not write them, nor does the other block. No more of them: A's slice would wait behind.
   static constexpr int kFirst = 2;
   __device__ void prologue() const {
     const LinearTileOrigin<Traits> tile(p, cluster, rank);
@@ -408,8 +408,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     __syncwarp();
     cute::cluster_wait();
   }
-  allow_next_kernel();
   wait_for_previous_kernel();
+  allow_next_kernel();  // not before: the next kernel's prologue may count on all that came before this one
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (threadIdx.x == 0) producer.run();

@@ -149,7 +149,8 @@ inline bool linear_supports(const LinearProblem& q) {
          q.rows * std::max(q.columns, q.depth) <= (int64_t{1} << 40) && q.rows < (int64_t{1} << 31) - 4096;
 }
 
-// Launches the planned kernel. `overlap_previous`: by programmatic dependent launch, its prologue runs under the stream's previous kernel.
+// Launches the planned kernel. `overlap_previous`: by programmatic dependent launch its prologue, which loads weights and vectors,
+// runs under the stream's previous kernel; that one must not write them. Returns cudaError_t as int; never synchronises.
 int launch_linear(const LinearProblem&, const LinearTensors&, const LinearPlan&, bool overlap_previous, cudaStream_t);
 
 }  // namespace convfirst::block_fusion::sm90
