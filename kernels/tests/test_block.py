@@ -268,6 +268,36 @@ class TestPlanner:
             if not row["name"].startswith("sm80"):
                 assert row["refusal"] == "not on the requested path sm80"
 
+    @pytest.mark.parametrize(
+        ("channels", "side", "kernel_size", "group_width", "variant", "launches", "hidden_in_memory"),
+        [
+            (96, 56, 7, 1, "sm90_split_c96", 2, False),
+            (192, 28, 7, 1, "sm90_split_c192", 2, False),
+            (40, 56, 7, 1, "sm90_split_c64", 2, False),
+            (384, 14, 7, 1, "sm90_split_linear", 3, True),
+            (768, 7, 7, 1, "sm90_split_linear", 3, True),
+            (512, 7, 3, 8, "sm90_split_linear", 3, True),
+        ],
+    )
+    def test_hopper_split_path(self, channels, side, kernel_size, group_width, variant, launches, hidden_in_memory):
+        problem = ck.Problem(128, side, side, channels, 4 * channels, kernel_size, group_width, activation="gelu")
+        answer = plan(problem, ck.Device.named("h100"), "sm90")
+        rows = {row["name"]: row for row in answer["candidates"]}
+        if variant not in rows:
+            pytest.skip("built without the Hopper path")
+        assert answer["chosen"] == variant
+        config = rows[variant]["config"]
+        assert config["launches"] == launches and config["shared_memory"] <= 232448
+        bytes_of_x = 128 * side * side * channels * 2
+        assert config["workspace"] >= bytes_of_x * (5 if hidden_in_memory else 1)
+        assert config["workspace"] < bytes_of_x * (5 if hidden_in_memory else 1) + 1024
+
+    def test_untested_rows_run_only_where_asked_for(self):
+        problem = ck.Problem(128, 7, 7, 512, 2048)
+        for row in plan(problem, ck.Device.named("h100"))["candidates"]:
+            if row["name"].startswith("sm90_split"):
+                assert row["refusal"] == "has not been tested on a GPU yet; it runs where its path is asked for"
+
     def test_unknown_path(self):
         with pytest.raises(RuntimeError, match="CONVFIRST_KERNELS_PATH='sm70' names no path; known: sm80, sm90"):
             with ck.force_path("sm70"):

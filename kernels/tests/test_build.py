@@ -124,7 +124,7 @@ def test_kernels_do_not_spill():
     table = library.resource_table()
     if not table:
         pytest.skip("built without kernels")
-    exempt = re.compile(r"conv_first_block_fwd_sm90.*Li(192|256)E")
+    exempt = re.compile(r"conv_first_block_fwd_sm90.*Li(192|256)E|feed_forward_fwd_sm90.*Li256E")
     spills = {name: row["spill_stores"] for name, rows in table.items() for row in rows.values() if row["spill_stores"]}
     assert not [name for name in spills if not exempt.search(name)]
     assert max(spills.values(), default=0) <= 256

@@ -86,8 +86,6 @@ std::string refusal_of(const Variant& variant, const Problem& problem, const Dev
   std::ostringstream why;
   if (!on_path(variant.name, path)) {
     why << "not on the requested path " << path;
-  } else if (!variant.tested && path.empty()) {
-    why << "has not been tested on a GPU yet; it runs where its path is asked for";
   } else if (device.capability < variant.min_capability || device.capability > variant.max_capability) {
     why << "needs compute capability " << variant.min_capability;
     if (variant.max_capability >= 999) {
@@ -96,6 +94,8 @@ std::string refusal_of(const Variant& variant, const Problem& problem, const Dev
       why << " to " << variant.max_capability;
     }
     why << ", the device has " << device.capability;
+  } else if (!variant.tested && path.empty()) {
+    why << "has not been tested on a GPU yet; it runs where its path is asked for";
   } else if (!variant.supports(problem, device)) {
     why << "does not cover this width, filter, group width, expansion or norm";
   }

@@ -1,0 +1,168 @@
+// The Hopper split path's rows of the planner's table: convolution and norm in one launch, then the feed-forward half in one or two.
+#pragma once
+
+#include <map>
+#include <mutex>
+
+#include "block_fusion/plan.h"
+#include "conv_norm_sm90.h"
+#include "feed_forward_tile_sm90.h"
+#include "linear_sm90.h"
+
+namespace convfirst::block_fusion::sm90 {
+
+inline Device device_of(const Config& c) { return {90, c.multiprocessors, 232448}; }
+
+// The plan of the first launch; searched for once a problem and device.
+inline const ConvNormPlan* remembered_conv_norm_plan(const Problem& q, const Device& device) {
+  static std::mutex mutex;
+  static std::map<Fields, std::pair<bool, ConvNormPlan>> known;
+  Fields key = fields(q);
+  key.push_back(device.capability);
+  key.push_back(device.multiprocessors);
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto [entry, missing] = known.try_emplace(key);
+  if (missing) entry->second.first = conv_norm_plan(q, device, &entry->second.second);
+  return entry->second.first ? &entry->second.second : nullptr;
+}
+
+inline int64_t pixels_of(const Problem& q) { return q.batch * q.height * q.width; }
+
+inline int64_t normalised_bytes(const Problem& q) { return ceil_div(pixels_of(q) * q.channels * 2, 256) * 256; }
+
+inline bool split_covers(const Problem& q, const Device& device) {
+  return device.max_shared_memory >= 232448 && pixels_of(q) <= (int64_t{1} << 31) / q.channels &&
+         remembered_conv_norm_plan(q, device) != nullptr;
+}
+
+// ---- feed-forward in one launch: the hidden tensor stays on the chip ----
+
+template <int kWidth>
+struct SplitRow {
+  template <class Body>
+  static auto with_kernel(const Problem& q, Body&& body) {
+    const auto with_activation = [&](auto dtype) {
+      constexpr DType kDType = decltype(dtype)::value;
+      if (q.activation == Activation::kRelu) return body(FeedForwardTraits<kDType, kWidth, Activation::kRelu>{});
+      if (q.activation == Activation::kSilu) return body(FeedForwardTraits<kDType, kWidth, Activation::kSilu>{});
+      return body(FeedForwardTraits<kDType, kWidth, Activation::kGelu>{});
+    };
+    if (q.dtype == DType::kHalf) return with_activation(std::integral_constant<DType, DType::kHalf>{});
+    return with_activation(std::integral_constant<DType, DType::kBFloat16>{});
+  }
+
+  static bool supports(const Problem& q, const Device& device) {
+    // Half of the width at least: the rest of a tile is zeros that are multiplied all the same.
+    if (q.channels > kWidth || 2 * q.channels < kWidth || q.channels % 8 != 0 || q.hidden % 8 != 0) return false;
+    if (!split_covers(q, device)) return false;
+    return with_kernel(q, [&](auto traits) {
+      FeedForwardRings rings;
+      return choose_rings<decltype(traits)>(q.hidden, device.max_shared_memory, &rings);
+    });
+  }
+
+  static Config configure(const Problem& q, const Device& device) {
+    return with_kernel(q, [&](auto traits) {
+      using Traits = decltype(traits);
+      FeedForwardRings rings;
+      choose_rings<Traits>(q.hidden, device.max_shared_memory, &rings);
+      const int chunks = static_cast<int>(ceil_div(q.hidden, kHiddenChunk));
+      Config c{};
+      c.tile_pixels = kTilePixels;
+      c.hidden_chunk = kHiddenChunk;
+      c.stages = rings.w1;
+      c.threads = Traits::kThreads;
+      c.grid = static_cast<int>(std::min<int64_t>(ceil_div(pixels_of(q), kTilePixels), device.multiprocessors));
+      c.shared_memory = feed_forward_layout<Traits>(rings, chunks).total;
+      c.launches = 2;
+      c.workspace = normalised_bytes(q);
+      c.multiprocessors = device.multiprocessors;
+      return c;
+    });
+  }
+
+  // Rounds of the warpgroups at 75 % of the tensor cores' rate, each with a fixed part (NOTES.md).
+  static double cost(const Problem& q, const Device& device, const Config&) {
+    return with_kernel(q, [&](auto traits) {
+      using Traits = decltype(traits);
+      const int chunks = static_cast<int>(ceil_div(q.hidden, kHiddenChunk));
+      const int64_t tiles = ceil_div(pixels_of(q), kTilePixels), workers = int64_t{device.multiprocessors} * Traits::kWarpgroups;
+      // One warpgroup alone leaves the tensor cores idle half of the time.
+      const int busy = static_cast<int>(std::clamp<int64_t>(tiles / device.multiprocessors, 2, Traits::kWarpgroups));
+      const double products = busy * kTilePixels * 2.0 * chunks * kHiddenChunk * kWidth / (2048 * 0.75);
+      return conv_norm_cost(q, device, *remembered_conv_norm_plan(q, device)) + 2 + ceil_div(tiles, workers) * (products + 2000) / 1600;
+    });
+  }
+
+  static int launch(const Problem& q, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
+    const Device device = device_of(c);
+    const int error = conv_norm_launch(q, t, *remembered_conv_norm_plan(q, device), workspace, true, stream);
+    if (error != 0) return error;
+    return with_kernel(q, [&](auto traits) {
+      const FeedForwardProblem problem{pixels_of(q), q.channels, q.hidden, q.dtype, q.activation};
+      return FeedForwardKernel<decltype(traits)>::launch(problem, t, workspace, q.height * q.width, device.multiprocessors,
+                                                         device.max_shared_memory, stream);
+    });
+  }
+
+  static const void* kernel(const Problem& q) {
+    return with_kernel(q, [&](auto traits) { return FeedForwardKernel<decltype(traits)>::pointer(); });
+  }
+
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, false}; }
+};
+
+// ---- feed-forward as two matrix products: the hidden tensor goes through memory ----
+
+struct SplitLinearRow {
+  static LinearProblem expansion(const Problem& q) {
+    return {Layer::kExpand, pixels_of(q), q.hidden, q.channels, q.dtype, q.activation, q.height * q.width};
+  }
+  static LinearProblem projection(const Problem& q) {
+    return {Layer::kProject, pixels_of(q), q.channels, q.hidden, q.dtype, q.activation, q.height * q.width};
+  }
+
+  static bool supports(const Problem& q, const Device& device) {
+    return q.channels >= 192 && linear_supports(expansion(q)) && linear_supports(projection(q)) && split_covers(q, device);
+  }
+
+  static Config configure(const Problem& q, const Device& device) {
+    const LinearPlan plan = plan_linear(expansion(q), device);
+    const LinearTile& tile = kLinearTiles[plan.tile];
+    Config c{};
+    c.tile_pixels = tile.rows();
+    c.hidden_chunk = tile.columns;
+    c.stages = tile.slots(Layer::kExpand);
+    c.threads = plan.threads;
+    c.grid = plan.grid;
+    c.shared_memory = plan.shared_memory;
+    c.launches = 3;
+    c.workspace = normalised_bytes(q) + pixels_of(q) * q.hidden * 2;
+    c.multiprocessors = device.multiprocessors;
+    return c;
+  }
+
+  static double cost(const Problem& q, const Device& device, const Config&) {
+    return conv_norm_cost(q, device, *remembered_conv_norm_plan(q, device)) + plan_linear(expansion(q), device).cost +
+           plan_linear(projection(q), device).cost;
+  }
+
+  static int launch(const Problem& q, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
+    const Device device = device_of(c);
+    void* hidden = static_cast<char*>(workspace) + normalised_bytes(q);
+    int error = conv_norm_launch(q, t, *remembered_conv_norm_plan(q, device), workspace, true, stream);
+    if (error != 0) return error;
+    const LinearProblem expand = expansion(q), project = projection(q);
+    error = launch_linear(expand, {workspace, t.expand_weight, t.expand_bias, hidden, nullptr, nullptr, nullptr},
+                          plan_linear(expand, device), true, stream);
+    if (error != 0) return error;
+    return launch_linear(project, {hidden, t.project_weight, t.project_bias, t.y, t.x, t.layer_scale, t.sample_scale},
+                         plan_linear(project, device), true, stream);
+  }
+
+  static const void* kernel(const Problem& q) { return conv_norm_pointer(q); }
+
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, false}; }
+};
+
+}  // namespace convfirst::block_fusion::sm90
