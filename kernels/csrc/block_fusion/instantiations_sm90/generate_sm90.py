@@ -35,7 +35,9 @@ def sources():
             yield f"conv_first_sm90_c{width}_{dtype[1:].lower()}.cu", "launch_sm90.cuh", "\n".join(rows)
     for width in FEED_FORWARD_WIDTHS:
         for dtype in DTYPES:
-            traits = (f"FeedForwardTraits<DType::{dtype}, {width}, Activation::{activation}>" for activation in ACTIVATIONS)
+            traits = (
+                f"FeedForwardTraits<DType::{dtype}, {width}, Activation::{activation}>" for activation in ACTIVATIONS
+            )
             rows = [f"template struct FeedForwardKernel<{name}>;" for name in traits]
             yield f"feed_forward_sm90_c{width}_{dtype[1:].lower()}.cu", "launch_feed_forward_sm90.cuh", "\n".join(rows)
     for dtype in DTYPES:
