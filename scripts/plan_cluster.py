@@ -22,8 +22,9 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 RESULTS = REPOSITORY / "results"
+TRAINING = "training-throughput.json"
 START, END = "<!-- plan by scripts/plan_cluster.py -->\n", "<!-- end of plan -->"
-MODELS = ("convnext_tiny", "convfirst_tiny")
+MODELS = ("convnext_tiny", "convfirst_nano")
 GPUS = (8, 64, 512)
 GPUS_PER_NODE = 8
 GLOBAL_BATCH = 4096  # configs/recipe/base/convnext.yaml
@@ -94,15 +95,37 @@ def models() -> list[Model]:
 
 
 def _speed(name: str) -> tuple[float, str]:
-    training, inference = read("training-throughput.json"), read("models-h200.json")
-    for row in training["rows"] if training else ():
-        if row["model"] == name and row["devices"] == 1 and row["data"] == "synthetic" and row.get("images_per_s"):
-            how = f"measured: {row['precision']}, batch {row['batch']}, {training['device']}, {training['date']}"
-            return row["images_per_s"], how
-    row = next(row for row in inference["rows"] if row["peer"] == f"{name} inductor")
-    rate = 1e3 * row["batch"] / row["peer_ms"] / TRAIN_FACTOR
+    for row in _trained(name, data="synthetic", devices=1):
+        return row["images_per_s"], f"measured: {row['precision']}, batch {row['batch']}, {_where(TRAINING)}"
+    inference = read("models-h200.json")
+    row = next((row for row in inference["rows"] if row["peer"] == f"{name} inductor"), None)
+    if row is None:
+        sys.exit(f"neither training nor inference of {name} has been measured; it can't be planned")
     how = f"{row['dtype']} under Inductor, batch {row['batch']}, {inference['device']}, {inference['date']}"
-    return rate, f"assumed: 1/{TRAIN_FACTOR} of what inference measured, {how}"
+    return 1e3 * row["batch"] / row["peer_ms"] / TRAIN_FACTOR, f"assumed: 1/{TRAIN_FACTOR} of inference's, {how}"
+
+
+def _trained(name: str, **wanted: str | int) -> list[dict]:
+    """Rows of the training benchmark."""
+    rows = (read(TRAINING) or {"rows": []})["rows"]
+    return [row for row in rows if row["model"] == name and all(row[key] == value for key, value in wanted.items())]
+
+
+def _where(name: str) -> str:
+    results = read(name)
+    return f"{results['device']}, {results['date']}"
+
+
+def _observed(model: Model) -> str:
+    """What the training benchmark says of loaders and of several GPUs, beside what is planned."""
+    text = ""
+    for row in _trained(model.name):
+        share = row["images_per_s"] / row["devices"] / model.images_per_s
+        if row["data"] != "synthetic" or row["devices"] > 1:
+            what = f"{row['devices']} GPU{'s' if row['devices'] > 1 else ''}, data={row['data']}"
+            text += f"- {model.name}, measured on {what}: {row['images_per_s']:,.0f} images/s, "
+            text += f"{share:.0%} of the above on each GPU.\n"
+    return text
 
 
 def section() -> str:
@@ -127,6 +150,7 @@ def section() -> str:
             lines.append([*line, f"{plans[0]['minutes']:.0f}", f"{plans[0]['images_per_s'] * JPEG_BYTES / 1e9:.1f}"])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
     text += "".join(f"- {m.name}: {m.images_per_s:,.0f} images/s on one GPU ({m.source}).\n" for m in chosen)
+    text += "".join(_observed(model) for model in chosen)
     for model in chosen:
         ends = [f"{limit(model, bandwidth):,} GPUs over {network}" for network, bandwidth in NETWORKS.items()]
         half = limit(model, NETWORKS["100 Gb/s"], bytes_each=2)
