@@ -51,6 +51,7 @@ bench: $(FULL)
 	$(PYTHON) scripts/benchmark.py suite=models $(ARGS)
 	$(PYTHON) scripts/benchmark.py suite=training_throughput $(ARGS)
 	$(PYTHON) scripts/render_results.py
+	$(PYTHON) scripts/plan_cluster.py
 	$(PYTHON) scripts/reproduce.py paper=convfirst measure=off
 
 $(VENV)/bin/python:
