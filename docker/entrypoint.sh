@@ -7,7 +7,6 @@ command=${1:-help}
 [ $# -eq 0 ] || shift
 case $command in
   train) exec python "$home/train.py" "$@" ;;
-  reproduce | benchmark | evaluate | export | write_ffcv) exec python "$home/scripts/$command.py" "$@" ;;
   smoke_test) exec "$home/docker/smoke_test.sh" "$@" ;;
   help | --help)
     cat <<'TEXT'
@@ -21,8 +20,11 @@ export      checkpoint=runs/convnext_tiny output=exported/convnext_tiny
 write_ffcv  /data/imagenet /data/imagenet-ffcv --preset mixed
 smoke_test  what the build ran: kernels' reference, FFCV, one update
 
-Anything else is run as it stands. The working directory is /workspace; mount what must stay.
+So for each of scripts/*.py; anything else is run as it stands. The working directory is /workspace; mount what must stay.
 TEXT
     ;;
-  *) exec "$command" "$@" ;;
+  *)
+    if [ -f "$home/scripts/$command.py" ]; then exec python "$home/scripts/$command.py" "$@"; fi
+    exec "$command" "$@"
+    ;;
 esac
