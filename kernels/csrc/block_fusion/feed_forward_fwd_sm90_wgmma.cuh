@@ -310,8 +310,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
   load_feed_forward_vectors<Traits>(p, smem, layout);
   __syncthreads();
-  allow_next_launch();
   wait_for_previous_launch();
+  allow_next_launch();  // after the wait: the next launch may count on what came before this one
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (threadIdx.x % 32 == 0) {
