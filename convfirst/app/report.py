@@ -43,15 +43,9 @@ def figure(picture: Path, folder: Path, caption: str) -> str:
 
 
 def write_report(parts: Iterable[str], folder: Path, name: str) -> Path:
-    """Write the parts as ``folder/name.md`` and as ``name.html``; return the first.
+    """Write the parts as ``folder/name.md`` and as ``name.html``; return the first."""
+    from markdown_it import MarkdownIt  # of the extra `analysis`
 
-    Raises:
-        ModuleNotFoundError: markdown-it-py isn't installed (extra `analysis`).
-    """
-    try:
-        from markdown_it import MarkdownIt
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("reports need markdown-it-py: pip install -e '.[analysis]'") from error
     text = "\n\n".join(parts) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     body = MarkdownIt("commonmark").enable("table").render(text)

@@ -32,6 +32,7 @@ def reproduce(config: DictConfig) -> Path:
 
     Raises:
         ValueError: an option is unknown or can't be honoured, or a training failed.
+        ModuleNotFoundError: what the report is rendered with isn't installed (extra `analysis`).
         FileNotFoundError: ``train=true``, but ``data.root`` is no folder.
     """
     paper = _check(config)
@@ -64,6 +65,9 @@ def _check(config: DictConfig) -> str:
         raise ValueError(f"paper={paper!r} is unknown; accepted: {', '.join(PAPERS)}")
     if config.measure not in ("auto", "off"):
         raise ValueError(f"measure={config.measure!r} is unknown; accepted: auto, off")
+    for package in ("markdown_it", "plotly"):  # before hours of measuring
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"the report needs {package}: pip install -e '.[analysis]'")
     if config.train and paper != "convfirst":
         raise ValueError(f"train=true, but paper={paper} trains nothing; accepted with paper=convfirst")
     if config.train:
@@ -74,25 +78,28 @@ def _check(config: DictConfig) -> str:
     return paper
 
 
-def _measure(config: DictConfig, paper: ModuleType, slug: str | None, folder: Path) -> list[str]:
-    """Run the paper's suites; return what was not measured and why."""
+def _measure(config: DictConfig, paper: ModuleType, slug: str | None, folder: Path) -> dict[str, str]:
+    """Run the paper's suites; return those that were not measured, each with the reason."""
     wanted = paper.suites(folder, slug or "gpu", config.quick)
-    names = list(dict.fromkeys(overrides[0].removeprefix("suite=") for overrides in wanted))
+    names = list(dict.fromkeys(_suite(overrides) for overrides in wanted))
     if slug is None or config.measure == "off":
         why = "measure=off" if config.measure == "off" else "there is no CUDA device here"
-        return [f"device, {', '.join(names)}: {why}"]
+        return dict.fromkeys(["device", *names], why)
     measure_device(hydra.compose("measure_device", overrides=[f"output={folder / f'device-{slug}.json'}"]))
-    skipped = []
+    skipped = {}
     for name in names:
         if name not in benchmarks.SUITES:
-            skipped.append(f"{name}: scripts/benchmark.py has no such suite yet")
+            skipped[name] = "scripts/benchmark.py has no such suite yet"
         elif name in _NEED_KERNELS and importlib.util.find_spec("convfirst_kernels") is None:
-            skipped.append(f"{name}: the package convfirst_kernels isn't installed (pip install ./kernels)")
-    left_out = {reason.partition(":")[0] for reason in skipped}
+            skipped[name] = "the package convfirst_kernels isn't installed (pip install ./kernels)"
     for overrides in wanted:
-        if overrides[0].removeprefix("suite=") not in left_out:
+        if _suite(overrides) not in skipped:
             benchmarks.benchmark(hydra.compose("benchmark", overrides=overrides))
     return skipped
+
+
+def _suite(overrides: list[str]) -> str:
+    return overrides[0].removeprefix("suite=")
 
 
 def _train(config: DictConfig) -> None:
@@ -108,18 +115,21 @@ def _train(config: DictConfig) -> None:
             )
 
 
-def _header(paper: dict, config: DictConfig, skipped: list[str]) -> list[str]:
+def _header(paper: dict, config: DictConfig, skipped: dict[str, str]) -> list[str]:
     here = environment()
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     command = f"python scripts/reproduce.py paper={config.paper}"
     command += "".join(f" {option}=true" for option in ("quick", "train") if config[option])
+    reasons: dict[str, list[str]] = {}
+    for name, why in skipped.items():
+        reasons.setdefault(why, []).append(name)
     rows = [
         ("made by", f"`{command}`"),
         ("on", here["device"]),
         ("date", here["date"]),
         ("commit", here["commit"]),
         ("versions", versions),
-        ("not measured in this run", "; ".join(skipped) or "nothing was left out"),
+        ("not measured in this run", "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items()) or "–"),
     ]
     return [
         f"# {paper['title']}",

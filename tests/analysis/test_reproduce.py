@@ -164,7 +164,7 @@ def test_suites_run_on_a_gpu_and_what_is_missing_is_said(folders, tmp_path, monk
     text = run("paper=convfirst", "quick=true", *folders)
     quick = tmp_path / "results/quick"
     assert ran[1:] == [("device", f"{quick}/device-rtx-3090.json"), ("throughput", f"{quick}/throughput-rtx-3090.json")]
-    assert "blocks: the package convfirst_kernels isn't installed" in text
+    assert "blocks, models: the package convfirst_kernels isn't installed" in text
     assert "Waterline on NVIDIA GeForce RTX 3090: 70 TFLOP/s, 0.85 TB/s (measured)" in text
     assert (tmp_path / "reports/convfirst-quick.md").exists()
 

@@ -91,16 +91,16 @@ _WATERLINE_TEXT = (
     "device's bytes/s. The waterline is the operational intensity where both are equal; below it a kernel waits for "
     "memory. *Layer by layer* is one kernel an operation, *compiled* fuses everything between two convolutions or "
     "matrix products, *block fused* makes each residual block one kernel. Traffic is the least possible, launches "
-    "cost nothing, and activation functions and norms count as traffic only, so these are bounds."
+    "cost nothing, all multiply-adds run at the one peak, and activation functions and norms count as traffic only, so "
+    "these are bounds."
 )
 
 
 def _devices(findings: Findings) -> list[str]:
-    """The GPU at hand, else the devices of shipped results, and the device of published latencies."""
-    own = (
-        [findings.slug] if findings.slug else [gpu_slug(results["device"]) for _, results in findings.results("models")]
-    )
-    return list(dict.fromkeys([*own, _PUBLISHED]))
+    """The GPU at hand, the devices of result files and that of published latencies, where their ceilings are known."""
+    own = [findings.slug] if findings.slug else []
+    others = [gpu_slug(results["device"]) for _, results in findings.results("models")]
+    return [slug for slug in dict.fromkeys([*own, *others, _PUBLISHED]) if findings.knows(slug)]
 
 
 def _peak(device: Device) -> Ceilings:
@@ -116,8 +116,7 @@ def _headline(findings: Findings, trained: dict[str, Score | str]) -> dict[str, 
                 about = f"{results['device']}, {row['dtype']}, batch {row['batch']}, {path.name}"
                 speedups.append(f"{row['speedup']:.2f}x: convfirst_tiny against {row['peer']} ({about})")
     scores = [f"{name}: {_top1(score)}{' %' if isinstance(score, Score) else ''}" for name, score in trained.items()]
-    facts = [claim["fact"] for claim in read_paper("convfirst")["claims"]]
-    return {facts[0]: "; ".join(speedups) or "not measured", facts[1]: "; ".join(scores)}
+    return {"speedup": "; ".join(speedups) or "not measured", "accuracy": "; ".join(scores)}
 
 
 def _score(run: Path) -> Score | str:

@@ -10,7 +10,7 @@ import timm
 import torch
 
 import convfirst.models  # noqa: F401  registers ConvFirst with timm
-from convfirst.analysis.devices import Device, load_device
+from convfirst.analysis.devices import Device, device_names, load_device
 from convfirst.analysis.trace import Trace, trace
 from convfirst.app.report import table
 
@@ -48,6 +48,10 @@ class Findings:
         """Contents of `files`."""
         return [(path, json.loads(path.read_text())) for path in self.files(suite)]
 
+    def knows(self, slug: str) -> bool:
+        """Whether a device's ceilings are shipped or measured."""
+        return slug in device_names() or any((folder / f"device-{slug}.json").exists() for folder in self.folders)
+
     def device(self, slug: str) -> Device:
         """Ceilings of a device, those of its ``device-<slug>.json`` first."""
         folders = [folder for folder in self.folders if (folder / f"device-{slug}.json").exists()]
@@ -66,14 +70,14 @@ def read_paper(name: str) -> dict:
 
 
 def claims(paper: dict, ours: Mapping[str, str]) -> str:
-    """The paper's claims with source and certainty, beside ours where there is something to compare."""
+    """The paper's claims with source and certainty, beside ours by the claims' ids."""
     rows = [
         (
             claim["fact"],
             claim["value"],
             CERTAINTY.get(claim["certainty"], claim["certainty"]),
             claim["source"] or "–",
-            ours.get(claim["fact"], "–"),
+            ours.get(claim.get("id"), "–"),
         )
         for claim in paper["claims"]
     ]

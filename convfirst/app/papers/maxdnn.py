@@ -18,7 +18,14 @@ def suites(folder: Path, slug: str, quick: bool) -> list[list[str]]:
 
 def sections(findings: Findings) -> list[str]:
     """The report's parts in Markdown."""
-    parts = ["## The paper's claims", claims(_PAPER, {}), "## Layers", _LAYERS_TEXT, _layers(), _waterlines(findings)]
+    parts = [
+        "## The paper's claims",
+        claims(_PAPER, _best(findings)),
+        "## Layers",
+        _LAYERS_TEXT,
+        _layers(),
+        _waterlines(findings),
+    ]
     return [*parts, "## Computational efficiency", _EFFICIENCY_TEXT, *_efficiencies(findings)]
 
 
@@ -54,6 +61,17 @@ def _waterlines(findings: Findings) -> str:
         rows.append((device.name, ceilings.waterline, ceilings.kind, ", ".join(below) or "none"))
     headings = ("device", "waterline FLOP/byte, float16", "ceilings", "layers under water")
     return "Which layers memory would bind:\n\n" + table(headings, rows)
+
+
+def _best(findings: Findings) -> dict[str, str]:
+    best = []
+    for path, results in findings.results("direct"):
+        rows = [row for row in results["rows"] if row.get("efficiency") is not None]
+        if rows:
+            row = max(rows, key=lambda row: row["efficiency"])
+            layer = row.get("layer", row.get("name"))
+            best.append(f"{row['efficiency']:.1%}: {layer}, {row['dtype']} ({results['device']}, {path.name})")
+    return {"efficiency": "; ".join(best) or "not measured"}
 
 
 def _efficiencies(findings: Findings) -> list[str]:
