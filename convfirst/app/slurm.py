@@ -133,7 +133,7 @@ def _under_submitit() -> bool:
 def _preempted(job: str) -> bool:
     shown, error = _scontrol("show", "job", "--oneliner", job)
     if error:
-        print(f"can't ask Slurm whether it preempts job {job} ({error}); it isn't requeued", file=sys.stderr, flush=True)
+        print(f"Slurm doesn't say whether it preempts job {job} ({error}); not requeued", file=sys.stderr, flush=True)
     time = re.search(r"\bPreemptTime=(\S+)", shown)
     return time is not None and time[1] not in ("None", "N/A", "Unknown")
 
