@@ -20,6 +20,7 @@ from convfirst_kernels.block import (
 from convfirst_kernels.inference import CompiledInference, compile_for_inference
 from convfirst_kernels.mbconv import mbconv_block
 from convfirst_kernels.planner import Device, MBConvProblem, Problem, explain, force_path
+from convfirst_kernels.winograd import winograd_conv2d
 
 __version__ = "0.1.0"
 
@@ -40,4 +41,5 @@ __all__ = [
     "pack_block",
     "pack_conv_weight",
     "pack_vector",
+    "winograd_conv2d",
 ]

@@ -1,0 +1,76 @@
+"""Winograd's convolution as a function of weights in PyTorch's own layout."""
+
+import torch
+from torch import Tensor
+
+from convfirst_kernels.block import KERNELS, compute_dtype, log_once
+from convfirst_kernels.winograd import operators
+
+ALGORITHMS = ("auto", *operators.ALGORITHMS)
+# How many times direct convolution's largest error in the same dtype that of F(4x4, 3x3) may be for "auto" to take it,
+# and the dtypes in which it is not more on VGG's layers (results/winograd-error.json; float64 by a test).
+F4_BOUND = {torch.float32: 30, torch.float64: 30, torch.float16: 2, torch.bfloat16: 2}
+F4_DTYPES = (torch.float32, torch.float64)
+
+
+def winograd_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    padding: int = 1,
+    *,
+    algorithm: str = "auto",
+    activation: str = "none",
+    kernels: str = "auto",
+) -> Tensor:
+    """``act(conv2d(x, weight, bias, padding=padding))`` by Winograd's minimal filtering (Lavin & Gray, 1509.09308).
+
+    There is no CUDA kernel yet: on every device the operator runs its definition in PyTorch, `winograd.reference`,
+    which is there for its numbers and not for speed. Differentiable once: the gradient of x by the same algorithm, that
+    of weight by F(3x3, 2x2).
+
+    Args:
+        x: [N, C, H, W], float32, float16, bfloat16 or float64. Under autocast it is computed in autocast's dtype.
+        weight: [K, C, 3, 3], stride 1; bias: [K] or None. Any floating dtype.
+        padding: 0, 1 or 2 zeros at each edge of the image.
+        algorithm: "f2", F(2x2, 3x3); "f4", F(4x4, 3x3); "auto", the one with fewer multiplications, but "f4" only in
+            dtypes where its error is within `F4_BOUND`: float32 and float64.
+        activation: "none", "relu", "silu" or "gelu" (exact).
+        kernels: "auto" logs once that the reference runs; "required" raises, as there is no kernel; "off" is silent.
+
+    Returns:
+        [N, K, H + 2 padding - 2, W + 2 padding - 2], channels_last, in the dtype computed in.
+
+    Raises:
+        ValueError: ``kernels`` or ``algorithm`` is none of those.
+        RuntimeError: the operator refuses an argument; the message names it, its value and what is supported. Or
+            a second derivative is asked for.
+    """
+    for name, value, accepted in (("kernels", kernels, KERNELS), ("algorithm", algorithm, ALGORITHMS)):
+        if value not in accepted:
+            raise ValueError(f"{name}={value!r}; accepted: {', '.join(map(repr, accepted))}")
+    if kernels == "required":
+        raise RuntimeError("winograd_conv2d: kernels='required', but there is no kernel yet")
+    if kernels == "auto":
+        log_once("winograd_conv2d runs the PyTorch reference: there is no kernel yet")
+    dtype = compute_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    if bias is not None:
+        bias = bias.to(torch.promote_types(dtype, torch.float32))
+    if algorithm == "auto":
+        operators.check(x, weight, bias, padding, "f2", activation)
+        algorithm = choose(dtype, *(size + 2 * padding - 2 for size in x.shape[2:]))
+    return torch.ops.convfirst.winograd_conv2d(x, weight, bias, padding, algorithm, activation)
+
+
+def choose(dtype: torch.dtype, height: int, width: int) -> str:
+    """What "auto" means for an output of height x width pixels: fewest multiplications, error within `F4_BOUND`."""
+    if dtype not in F4_DTYPES:
+        return "f2"
+    return "f4" if multiplications("f4", height, width) < multiplications("f2", height, width) else "f2"
+
+
+def multiplications(algorithm: str, height: int, width: int) -> int:
+    """For each input and output channel, of an output of height x width pixels: whole tiles at the edges too."""
+    m = {"f2": 2, "f4": 4}[algorithm]
+    return (m + 2) ** 2 * -(-height // m) * -(-width // m)
