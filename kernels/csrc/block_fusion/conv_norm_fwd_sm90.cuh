@@ -2,7 +2,7 @@
 //
 //   a cluster owns a tile of pixels, each of its blocks a slab of channels; blocks exchange only each pixel's moments.
 //
-//   x, 32 channels with halo                       convolution            staged [pixels x slab]      LayerNorm
+//   x, 32 channels with halo                       convolution            staged [pixels x slab]     LayerNorm
 //   +----------------------+   +-------------+      mma.sync, fp32         +------------------+     +----------+
 //   | strips of 8 pixels,  |-->| a warp: two |--> sums of 8 rows x 8  --> | 16 bit, + bias   | --> | A, 16-byte
 //   | up to 8 of them, and |   | channels, or|     pixels x 8 strips in   |                  |     | stores   |
@@ -16,22 +16,25 @@
 //   Zeros of these matrices meet neighbouring values of x: an infinity in x may spread a few pixels or channels further as NaN.
 //
 //   what                          where                                            written by          released when
-//   x, depthwise                  shared, 2 buffers [channel][row][8-pixel unit]   all, via registers  slice multiplied
-//   x, grouped                    shared, 2-3 buffers [row][pixel][32 channels]    all, cp.async       slice multiplied
-//   filter                        shared, whole slab; a slice's part in registers  prologue            -
-//   sums                          32 registers                                     mma.sync            staged
-//   convolution + bias, 16 bit    shared, staged rows of an odd number of chunks   multiply            normalised
-//   norm's vectors                shared, then registers, float32                  prologue            -
-//   moments of a pixel            shared of every block of the cluster             normalise           two tiles later
+//   x                             shared, 1 (depthwise) to 3 buffers [pixel][32]   TMA, one thread     rearranged; multiplied
+//   x, depthwise                  shared, [channel][row][8-pixel unit]             all, transposed     slice multiplied
+//   filter                        shared, whole slab; a channel's in registers     prologue            -
+//   sums                          16 or 32 registers                               mma.sync            staged
+//   convolution + bias, 16 bit    shared, staged pixels, odd number of chunks      multiply            stored
+//   moments of a pixel            shared of every block of the cluster             measure, mma.sync   two tiles later
+//   norm's vectors                shared, float32                                  prologue            -
 #pragma once
 
 #include <type_traits>
 
 #include "../common/grid_sm90.cuh"
 #include "../common/ptx.cuh"
+#include "../common/sm90.cuh"
 #include "conv_norm_sm90.h"
 
 namespace convfirst::block_fusion::sm90 {
+
+using convfirst::sm90::TransactionBarrier;
 
 template <DType kDType, int kKernel_, int kGroupWidth_, bool kNarrow_>
 struct ConvNormTraits {
@@ -43,10 +46,9 @@ struct ConvNormTraits {
   static constexpr int kPad = kKernel / 2;
   static constexpr int kTaps = kKernel * kKernel;
   static constexpr int kWarps = kConvNormThreads / 32;
-  static constexpr int kItems = conv_norm_items(kKernel);
   static constexpr int kRows = 8;                         // output rows that a warp sums at once
   static constexpr int kInputRows = kRows + kKernel - 1;  // even
-  static constexpr int kFilterWords = 56;                 // depthwise, a channel: for each row of taps w the pairs (0, w0), (w0, w1) ... (w6, 0)
+  static constexpr int kFilterWords = 56;                 // depthwise, a channel: of each row pairs (0, w0), (w0, w1) ... (w6, 0)
 };
 
 // Keeps what is computed from v inside the loop over tiles: hoisted, it would cost registers that the convolution needs.
@@ -60,7 +62,7 @@ struct ConvNormOrigin {
   int image, y, x;
 };
 
-// The slices of this block's tiles in order, as the loads run ahead of the products.
+// The slices of this block's tiles in order; one goes ahead for the loads, one with the products.
 struct SliceCursor {
   int tiles, slice;  // tiles left, this one included
   int image, y, x;   // of the tile, in tiles
@@ -81,144 +83,72 @@ struct SliceCursor {
     return --tiles > 0;
   }
 
-  // Also for the tile's LayerNorm, which comes later: the loads are up to three tiles ahead.
-  __device__ __forceinline__ ConvNormOrigin origin(const ConvNormParams& p, unsigned char* smem) const {
-    const ConvNormTile& t = p.plan.tile;
-    const ConvNormOrigin o{image * t.images, y * t.groups * t.rows, x * t.strips * 8};
-    if (threadIdx.x == 0) reinterpret_cast<ConvNormOrigin*>(smem + p.layout.origins)[tiles % 4] = o;
-    return o;
+  __device__ __forceinline__ ConvNormOrigin origin(const ConvNormTile& t) const {
+    return {image * t.images, y * t.groups * t.rows, x * t.strips * 8};
   }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------------
-// Loads of x. An item is what a warp loads at once: 8 pixel pairs (depthwise; narrow: 4 of each of two rows) or 8 pixels, 4 lanes a
-// pixel, each 8 channels. A warp has the same items for every slice and tile; a table in shared memory says what they are.
-
-struct ConvNormItem {
-  int unit;      // of its first pixel; -1: the warp has no such item
-  int position;  // image << 16 | row << 8 | octet, of the x tile; bit 31: its second half lies beyond the row (or the rows)
-};
+// x: TMA loads into [row][pixel][32 channels], chunks of 8 channels permuted by pixel pair (64-byte swizzle)
 
 struct ConvNormSlot {
   int unit;   // its first; slots beyond the tile's repeat slot 0
   int place;  // image << 16 | row << 8 | column of its first output pixel in the tile; -1: no such slot
 };
 
-template <class Traits>
-__device__ __forceinline__ void fill_tables(const ConvNormTile& t, ConvNormItem* items, ConvNormSlot* slots) {
-  if (threadIdx.x < kConvNormSlots) {
-    const int slot = threadIdx.x, group = slot / t.strips;
-    const int place = (group / t.groups) << 16 | (group % t.groups * t.rows) << 8 | (slot % t.strips * 8);
-    slots[slot] = slot < t.slots() ? ConvNormSlot{t.slot_unit(slot), place} : ConvNormSlot{0, -1};
-  }
-  for (int i = in_place(threadIdx.x); i < Traits::kItems * Traits::kWarps; i += kConvNormThreads) {
-    const int image = i / t.image_items(), rest = i % t.image_items();
-    const int row = Traits::kNarrow ? rest * 2 : rest / t.octets, octet = Traits::kNarrow ? 0 : rest % t.octets;
-    const bool half = Traits::kNarrow ? row + 1 >= t.row_count : Traits::kDepthwise && octet * 2 + 1 >= t.row_units;
-    const int unit = image * t.image_units + t.row_unit(t.row_first + row) + octet * (Traits::kDepthwise ? 2 : 1);
-    items[i] = {image < t.images ? unit : -1,
-                static_cast<int>(image << 16 | (t.row_first + row) << 8 | octet | (half ? 1u << 31 : 0u))};
-  }
+__device__ __forceinline__ void fill_slots(const ConvNormTile& t, ConvNormSlot* slots) {
+  if (threadIdx.x >= kConvNormSlots) return;
+  const int slot = threadIdx.x, group = slot / t.strips;
+  const int place = (group / t.groups) << 16 | (group % t.groups * t.rows) << 8 | (slot % t.strips * 8);
+  slots[slot] = slot < t.slots() ? ConvNormSlot{t.slot_unit(slot), place} : ConvNormSlot{0, -1};
 }
 
+// One thread; `full` completes when the slice has arrived.
 template <class Traits>
-__device__ __forceinline__ ConvNormItem item_of_warp(const ConvNormParams& p, const unsigned char* smem, int i) {
-  return reinterpret_cast<const ConvNormItem*>(smem + p.layout.items)[i * Traits::kWarps + threadIdx.x / 32];
+__device__ __forceinline__ void load_slice(const ConvNormParams& p, const CUtensorMap& x_map, unsigned char* buffer,
+                                           TransactionBarrier* full, int slab_start, const SliceCursor& ahead) {
+  const ConvNormTile& t = p.plan.tile;
+  const ConvNormOrigin origin = ahead.origin(t);
+  full->arrive_and_expect_tx(t.box_bytes());
+  const int halo_x = Traits::kNarrow ? 0 : Traits::kPad - t.pad_cols;
+  convfirst::sm90::tma_load_4d(&x_map, full, buffer, slab_start + ahead.slice * kConvNormSlice, origin.x - halo_x,
+                               origin.y - (Traits::kPad - t.pad_rows), origin.image);
 }
 
-// Element index of the lane's (first) pixel and of its channels within the slab's first slice; bit i of the result: pixel + i lies in
-// the image.
+// Depthwise: turns [pixel][channel] into a plane a channel. A warp takes every 16th unit of the planes: ldmatrix transposes 8 pixels
+// x 8 channels, four times. What lies beyond the box is read from a zero; the addresses are the same for every slice and tile.
 template <class Traits>
-__device__ __forceinline__ uint32_t locate_item(const ConvNormParams& p, const ConvNormOrigin& origin, const ConvNormItem& item,
-                                                int channel, int* offset) {
-  const int pixel = threadIdx.x % 32 / 4, octet = item.position & 255;
-  const int row = (item.position >> 8 & 255) + (Traits::kNarrow ? pixel / 4 : 0);
-  const int column = Traits::kNarrow ? pixel % 4 * 2 : Traits::kDepthwise ? octet * 16 + pixel * 2 : octet * 8 + pixel;
-  const int n = origin.image + (item.position >> 16 & 255), y = origin.y - Traits::kPad + row;
-  const int x = origin.x - (Traits::kNarrow ? 0 : Traits::kPad) + column;
-  *offset = ((n * p.height + y) * p.width + x) * p.channels + channel;
-  if (item.unit < 0 || n >= p.batch || y < 0 || y >= p.height) return 0;
-  return (x >= 0 && x < p.width ? 1u : 0u) | (x + 1 >= 0 && x + 1 < p.width ? 2u : 0u);
-}
+struct PlaneWriter {
+  static constexpr int kUnits = conv_norm_most_units(Traits::kNarrow) / Traits::kWarps;
+  uint32_t from[kUnits];
+  int to[kUnits];  // -1: none
 
-// Depthwise: pixel pairs pass through registers, which turns [pixel][channel] into [channel][pixel].
-template <class Traits>
-struct PlanarLoader {
-  uint4 data[Traits::kItems][2];
-  int offset[Traits::kItems];
-  uint32_t inside;
-
-  __device__ __forceinline__ void locate(const ConvNormParams& p, unsigned char* smem, int slab_start, const SliceCursor& ahead) {
-    const ConvNormOrigin origin = ahead.origin(p, smem);
-    inside = 0;
+  __device__ __forceinline__ PlaneWriter(const ConvNormParams& p, unsigned char* smem) {
+    const ConvNormTile& t = p.plan.tile;
+    const int lane = threadIdx.x % 32, chunk = lane / 8;
 #pragma unroll
-    for (int i = 0; i < Traits::kItems; ++i)
-      inside |= locate_item<Traits>(p, origin, item_of_warp<Traits>(p, smem, i), slab_start + threadIdx.x % 4 * 8, &offset[i]) << (2 * i);
-  }
-
-  __device__ __forceinline__ void load(const ConvNormParams& p, int slab_start, int slice) {
-    using Element = typename Traits::Element;
-    const Element* x = static_cast<const Element*>(p.x) + slice * kConvNormSlice;
-    const uint32_t mask = slab_start + slice * kConvNormSlice + static_cast<int>(threadIdx.x % 4) * 8 < p.channels ? inside : 0u;
-#pragma unroll
-    for (int i = 0; i < Traits::kItems; ++i)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        data[i][h] = make_uint4(0, 0, 0, 0);
-        if (mask >> (2 * i + h) & 1u) data[i][h] = grid::load_once(x + offset[i] + h * p.channels);
-      }
-  }
-
-  // Each chunk of 8 channels lies 32 bytes further, so that the four lanes of a pixel hit different banks.
-  __device__ __forceinline__ void store(const ConvNormParams& p, const unsigned char* smem, unsigned char* buffer) const {
-    const int chunk = threadIdx.x % 4, pair = threadIdx.x % 32 / 4, plane_bytes = p.plan.tile.plane_units * 16;
-#pragma unroll
-    for (int i = 0; i < Traits::kItems; ++i) {
-      const ConvNormItem item = item_of_warp<Traits>(p, smem, i);
-      if (item.unit < 0 || (item.position < 0 && pair >= 4)) continue;
-      unsigned char* to = buffer + chunk * (8 * plane_bytes + 32) + item.unit * 16 + pair * 4;
-      const uint32_t first[4] = {data[i][0].x, data[i][0].y, data[i][0].z, data[i][0].w};
-      const uint32_t second[4] = {data[i][1].x, data[i][1].y, data[i][1].z, data[i][1].w};
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        *reinterpret_cast<uint32_t*>(to) = __byte_perm(first[c], second[c], 0x5410);
-        *reinterpret_cast<uint32_t*>(to + plane_bytes) = __byte_perm(first[c], second[c], 0x7632);
-        to += 2 * plane_bytes;
-      }
-    }
-  }
-};
-
-// Grouped: asynchronous copies, [pixel][32 channels], 16-byte chunks permuted by pixel pair.
-template <class Traits>
-struct PixelLoader {
-  int offset[Traits::kItems];
-  uint32_t inside;
-
-  __device__ __forceinline__ void locate(const ConvNormParams& p, unsigned char* smem, int slab_start, const SliceCursor& ahead) {
-    const ConvNormOrigin origin = ahead.origin(p, smem);
-    inside = 0;
-#pragma unroll
-    for (int i = 0; i < Traits::kItems; ++i) {
-      const uint32_t bit = locate_item<Traits>(p, origin, item_of_warp<Traits>(p, smem, i), slab_start + threadIdx.x % 4 * 8, &offset[i]) & 1u;
-      offset[i] = bit ? offset[i] : 0;
-      inside |= bit << i;
+    for (int i = 0; i < kUnits; ++i) {
+      const int index = threadIdx.x / 32 + i * Traits::kWarps, row_index = index / t.row_units, unit = index % t.row_units;
+      const int image = row_index / t.box_rows, row = row_index % t.box_rows, column = unit * 8 + lane % 8 - t.pad_cols;
+      const int pixel = row_index * t.box_cols + column;
+      const bool inside = column >= 0 && column < t.box_cols;
+      from[i] = ptx::smem_address(smem) + (inside ? pixel * 64 + ((chunk ^ (pixel >> 1 & 3)) << 4) : p.layout.zero);
+      const int place = (image * t.image_units + t.row_unit(row + t.pad_rows) + unit) * 16;
+      to[i] = image < t.images ? place + lane / 4 * p.layout.plane_bytes + lane % 4 * 4 : -1;
     }
   }
 
-  // Issues the copies; the caller commits.
-  __device__ __forceinline__ void load(const ConvNormParams& p, const unsigned char* smem, int slab_start, int slice, uint32_t buffer) const {
-    using Element = typename Traits::Element;
-    const int chunk = threadIdx.x % 4, pixel = threadIdx.x % 32 / 4;
-    const uint32_t mask = slab_start + slice * kConvNormSlice + chunk * 8 < p.channels ? inside : 0u;
-    const Element* x = static_cast<const Element*>(p.x) + (mask ? slice * kConvNormSlice : 0);
-    const uint32_t to = buffer + pixel * 64 + ((chunk ^ (pixel >> 1)) << 4);
+  __device__ __forceinline__ void write(const ConvNormParams& p, unsigned char* smem) const {
+    unsigned char* planes = smem + p.layout.planes;
+    const int chunk_bytes = 8 * p.layout.plane_bytes;
 #pragma unroll
-    for (int i = 0; i < Traits::kItems; ++i) {
-      const ConvNormItem item = item_of_warp<Traits>(p, smem, i);
-      if (item.unit < 0) continue;
-      const bool valid = mask >> i & 1u;
-      ptx::cp_async16(to + item.unit * 512, x + offset[i], valid);
+    for (int i = 0; i < kUnits; ++i) {
+      if (to[i] < 0) continue;
+      uint32_t pairs[4];
+      grid::ldmatrix_x4_transposed(pairs, from[i]);
+      unsigned char* at = planes + to[i];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) *reinterpret_cast<uint32_t*>(at + c * chunk_bytes) = pairs[c];
     }
   }
 };
@@ -264,7 +194,7 @@ struct ToeplitzFilter {
 
 // A warp owns two channels, one after the other. The 16 rows of a product are the 8 slots, and the 8 slots four rows on.
 template <class Traits>
-__device__ __forceinline__ void multiply_depthwise(const ConvNormParams& p, uint32_t buffer, unsigned char* smem, int slice) {
+__device__ __forceinline__ void multiply_depthwise(const ConvNormParams& p, unsigned char* smem, int slice) {
   using Element = typename Traits::Element;
   constexpr int kK = Traits::kKernel, kHalf = Traits::kRows / 2, kStep = Traits::kNarrow ? 2 : 1;  // input rows of a product
   const ConvNormTile& t = p.plan.tile;
@@ -276,8 +206,14 @@ __device__ __forceinline__ void multiply_depthwise(const ConvNormParams& p, uint
   const int first_row = lane / 8 % 2 * kHalf + (Traits::kNarrow ? lane / 16 : 0);
   const int unit = reinterpret_cast<const ConvNormSlot*>(smem + p.layout.slots)[lane % 8].unit + (Traits::kNarrow ? 0 : lane / 16);
   const float* bias = reinterpret_cast<const float*>(smem + p.layout.vectors) + pair * 2;
-  const int plane_bytes = t.plane_units * 16, last_row = t.rows + kK - 2;
-  const uint32_t plane = buffer + warp * 2 * plane_bytes + warp / 4 * 32;
+  const int last_row = t.rows + kK - 2;
+  const uint32_t plane = ptx::smem_address(smem + p.layout.planes) + warp * 2 * p.layout.plane_bytes + unit * 16;
+  uint32_t at[(kHalf + kK - 1 + kStep - 1) / kStep];  // of each input row
+#pragma unroll
+  for (int step = 0; step < kHalf + kK - 1; step += kStep) {
+    const int row = min(first_row + step, last_row);
+    at[step / kStep] = plane + (row * t.row_units + (row >= t.rows ? t.skew : 0)) * 16;
+  }
   uint32_t rounded[2][kHalf][2];  // of each channel and row (and four rows on): pixels 2q, 2q + 1
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
@@ -290,9 +226,9 @@ __device__ __forceinline__ void multiply_depthwise(const ConvNormParams& p, uint
       for (int i = 0; i < 4; ++i) sums[y][i] = bias[c];
 #pragma unroll
     for (int step = 0; step < kHalf + kK - 1; step += kStep) {
-      const int row = min(first_row + step, last_row);
       uint32_t x[4];
-      ptx::ldmatrix_x4(x, plane + c * plane_bytes + (unit + row * t.row_units + (row >= t.rows ? t.skew : 0)) * 16);
+      ptx::ldmatrix_x4(x, at[step / kStep]);
+      at[step / kStep] += p.layout.plane_bytes;
 #pragma unroll
       for (int y = 0; y < kHalf; ++y) {
         const int dy = step - y;
@@ -381,7 +317,7 @@ __device__ __forceinline__ void multiply_grouped(const ConvNormParams& p, uint32
       ptx::ldmatrix_x4(x, from + min(step + upper, last_row) * row_bytes);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint32_t both[4] = {h ? x[0] : before[0], h ? x[1] : before[1], x[2 * h], x[2 * h + 1]};  // the row before and this one
+        const uint32_t both[4] = {h ? x[0] : before[0], h ? x[1] : before[1], x[2 * h], x[2 * h + 1]};  // rows row - 1, row
 #pragma unroll
         for (int y = 0; y < kRows; ++y) {
           const int dy = step + h - y;
@@ -465,14 +401,15 @@ __device__ __forceinline__ float2 gather(const ConvNormParams& p, uint32_t momen
 // Normalises and stores. Four lanes share a pixel; a warp has eight pixels (lane / 8: slot / 2; lane / 4 % 2: four pixels on) of every
 // second row.
 template <class Traits>
-__device__ __forceinline__ void write(const ConvNormParams& p, unsigned char* smem, int slab_start, int tiles, const float2* moments) {
+__device__ __forceinline__ void write(const ConvNormParams& p, unsigned char* smem, int slab_start, const SliceCursor& tile,
+                                      const float2* moments) {
   using Element = typename Traits::Element;
   constexpr int kRows = Traits::kRows / 2;
   const ConvNormTile& t = p.plan.tile;
   const int thread = in_place(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int first_row = warp / 8, parity = warp / 4 % 2, pixel = lane / 4 % 2 * 4 + warp % 4;
   const int place = reinterpret_cast<const ConvNormSlot*>(smem + p.layout.slots)[lane / 8 * 2 + parity].place;
-  const ConvNormOrigin origin = reinterpret_cast<const ConvNormOrigin*>(smem + p.layout.origins)[tiles % 4];
+  const ConvNormOrigin origin = tile.origin(t);
   const int image = origin.image + (place >> 16), y = origin.y + (place >> 8 & 255) + first_row, x = origin.x + (place & 255) + pixel;
   const bool exists = place >= 0 && image < p.batch && x < p.width;
   const int rows = exists ? min(t.rows - first_row, p.height - y) : 0;  // that this lane stores, every second
@@ -524,10 +461,10 @@ __device__ __forceinline__ void write(const ConvNormParams& p, unsigned char* sm
   }
 }
 
-// tiles: this block's tiles that are left. Two tiles' moments are kept: the last one's may still be read by peers.
+// Two tiles' moments are kept: the last one's may still be read by peers.
 template <class Traits>
-__device__ __forceinline__ void normalise(const ConvNormParams& p, unsigned char* smem, int slab_start, int tiles) {
-  float2* moments = reinterpret_cast<float2*>(smem + p.layout.moments) + (p.plan.cluster > 1 ? tiles % 2 * p.layout.staged_rows : 0);
+__device__ __forceinline__ void normalise(const ConvNormParams& p, unsigned char* smem, int slab_start, const SliceCursor& tile) {
+  float2* moments = reinterpret_cast<float2*>(smem + p.layout.moments) + (p.plan.cluster > 1 ? tile.tiles % 2 * p.layout.staged_rows : 0);
   if (p.has_norm) {
     measure<Traits>(p, smem, moments);
     if (p.plan.cluster > 1) {
@@ -536,7 +473,7 @@ __device__ __forceinline__ void normalise(const ConvNormParams& p, unsigned char
       __syncthreads();
     }
   }
-  write<Traits>(p, smem, slab_start, tiles, moments);
+  write<Traits>(p, smem, slab_start, tile, moments);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------
@@ -576,79 +513,78 @@ __device__ __forceinline__ void load_parameters(const ConvNormParams& p, unsigne
   }
 }
 
-// One buffer: while a slice is multiplied, the next one is on its way to registers.
 template <class Traits>
-__device__ __forceinline__ void run_depthwise(const ConvNormParams& p, unsigned char* smem, int slab_start, int slices) {
-  SliceCursor ahead(p.plan);
-  PlanarLoader<Traits> loader;
-  int tiles = ahead.tiles;
-  loader.locate(p, smem, slab_start, ahead);
-  loader.load(p, slab_start, 0);
+__device__ __forceinline__ void run_depthwise(const ConvNormParams& p, const CUtensorMap& x_map, unsigned char* smem,
+                                              TransactionBarrier* full, int slab_start, int slices) {
+  SliceCursor tile(p.plan), ahead = tile;
+  const PlaneWriter<Traits> planes(p, smem);
+  if (threadIdx.x == 0) load_slice<Traits>(p, x_map, smem, full, slab_start, ahead);
 #pragma unroll 1
-  for (int slice = -1; tiles > 0;) {
-    if (slice >= 0) {
-      multiply_depthwise<Traits>(p, ptx::smem_address(smem), smem, slice);
-      __syncthreads();
-    }
-    if (ahead.tiles > 0) loader.store(p, smem, smem);
-    if (ahead.tiles > 0 && ahead.advance(p.plan, slices)) loader.locate(p, smem, slab_start, ahead);
-    if (ahead.tiles > 0) loader.load(p, slab_start, ahead.slice);
-    if (++slice == slices) {
-      normalise<Traits>(p, smem, slab_start, tiles--);
-      slice = 0;
-    }
+  for (uint32_t phase = 0; tile.tiles > 0; phase ^= 1) {
+    full->wait(phase);
+    planes.write(p, smem);
     __syncthreads();
+    ahead.advance(p.plan, slices);
+    if (threadIdx.x == 0 && ahead.tiles > 0) load_slice<Traits>(p, x_map, smem, full, slab_start, ahead);  // under the products
+    multiply_depthwise<Traits>(p, smem, tile.slice);
+    __syncthreads();
+    if (tile.slice + 1 == slices) normalise<Traits>(p, smem, slab_start, tile);
+    tile.advance(p.plan, slices);
   }
 }
 
 template <class Traits>
-__device__ __forceinline__ void run_grouped(const ConvNormParams& p, unsigned char* smem, int slab_start, int slices) {
-  SliceCursor ahead(p.plan);
-  PixelLoader<Traits> loader;
-  int tiles = ahead.tiles, fill = 0, buffer = 0;
-  loader.locate(p, smem, slab_start, ahead);
+__device__ __forceinline__ void run_grouped(const ConvNormParams& p, const CUtensorMap& x_map, unsigned char* smem,
+                                            TransactionBarrier* full, int slab_start, int slices) {
+  SliceCursor tile(p.plan), ahead = tile;
+  const int buffers = p.plan.buffers;
+  int fill = 0, buffer = 0;
   const auto load_next = [&] {
-    if (ahead.tiles > 0) {
-      loader.load(p, smem, slab_start, ahead.slice, ptx::smem_address(smem + fill * p.layout.buffer_bytes));
-      if (ahead.advance(p.plan, slices)) loader.locate(p, smem, slab_start, ahead);
-      fill = fill + 1 == p.plan.buffers ? 0 : fill + 1;
-    }
-    ptx::cp_async_commit();
+    if (threadIdx.x == 0 && ahead.tiles > 0)
+      load_slice<Traits>(p, x_map, smem + fill * p.layout.buffer_bytes, full + fill, slab_start, ahead);
+    ahead.advance(p.plan, slices);
+    fill = fill + 1 == buffers ? 0 : fill + 1;
   };
 #pragma unroll 1
-  for (int i = 0; i < p.plan.buffers - 1; ++i) load_next();
+  for (int i = 0; i < buffers - 1; ++i) load_next();
 #pragma unroll 1
-  for (int slice = 0; tiles > 0;) {
-    ptx::cp_async_wait(p.plan.buffers - 2);
+  for (uint32_t phase = 0; tile.tiles > 0;) {
+    load_next();  // into the buffer that the last products released
+    full[buffer].wait(phase);
+    multiply_grouped<Traits>(p, ptx::smem_address(smem + buffer * p.layout.buffer_bytes), smem, tile.slice);
     __syncthreads();
-    load_next();
-    multiply_grouped<Traits>(p, ptx::smem_address(smem + buffer * p.layout.buffer_bytes), smem, slice);
-    buffer = buffer + 1 == p.plan.buffers ? 0 : buffer + 1;
-    if (++slice == slices) {
+    if (++buffer == buffers) buffer = 0, phase ^= 1;
+    if (tile.slice + 1 == slices) {
+      normalise<Traits>(p, smem, slab_start, tile);
       __syncthreads();
-      normalise<Traits>(p, smem, slab_start, tiles--);
-      slice = 0;
     }
+    tile.advance(p.plan, slices);
   }
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(kConvNormThreads, 1) conv_norm_fwd_sm90(const __grid_constant__ ConvNormParams p) {
-  extern __shared__ __align__(128) unsigned char smem[];
+__global__ void __launch_bounds__(kConvNormThreads, 1)
+    conv_norm_fwd_sm90(const __grid_constant__ ConvNormParams p, const __grid_constant__ CUtensorMap x_map) {
+  extern __shared__ __align__(1024) unsigned char smem[];
   grid::launch_dependents();
-  // What is never loaded must read as zero.
-  for (int i = threadIdx.x; i < p.layout.weights / 16; i += kConvNormThreads) reinterpret_cast<uint4*>(smem)[i] = make_uint4(0, 0, 0, 0);
+  TransactionBarrier* full = reinterpret_cast<TransactionBarrier*>(smem + p.layout.barriers);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 4; ++i) full[i].init(1);
+    grid::fence_barrier_init();
+  }
+  // Halo that is never loaded must read as zero, staged pixels of channels that don't exist as finite.
+  for (int i = p.layout.planes / 16 + threadIdx.x; i < p.layout.weights / 16; i += kConvNormThreads)
+    reinterpret_cast<uint4*>(smem)[i] = make_uint4(0, 0, 0, 0);
   const int slab_start = (p.plan.cluster > 1 ? grid::cluster_rank() : 0) * p.plan.slab;
   const int slices = (p.plan.slab + kConvNormSlice - 1) / kConvNormSlice;
-  fill_tables<Traits>(p.plan.tile, reinterpret_cast<ConvNormItem*>(smem + p.layout.items), 
-                      reinterpret_cast<ConvNormSlot*>(smem + p.layout.slots));
+  fill_slots(p.plan.tile, reinterpret_cast<ConvNormSlot*>(smem + p.layout.slots));
   grid::wait_for_inputs();
   load_parameters<Traits>(p, smem, slab_start);
   __syncthreads();
   if constexpr (Traits::kDepthwise) {
-    run_depthwise<Traits>(p, smem, slab_start, slices);
+    run_depthwise<Traits>(p, x_map, smem, full, slab_start, slices);
   } else {
-    run_grouped<Traits>(p, smem, slab_start, slices);
+    run_grouped<Traits>(p, x_map, smem, full, slab_start, slices);
   }
   if (p.plan.cluster > 1) grid::cluster_barrier();  // peers may still read this block's moments
 }

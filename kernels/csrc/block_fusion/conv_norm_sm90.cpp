@@ -6,9 +6,10 @@ namespace {
 
 template <DType kDType, class Body>
 auto with_filter(const Problem& q, Body&& body) {
-  if (q.group_width == 1) return q.width <= 8 ? body(ConvNormKernel<kDType, 7, 1, true>{}) : body(ConvNormKernel<kDType, 7, 1, false>{});
-  if (q.group_width == 8) return q.kernel_size == 3 ? body(ConvNormKernel<kDType, 3, 8, false>{}) : body(ConvNormKernel<kDType, 5, 8, false>{});
-  return q.kernel_size == 3 ? body(ConvNormKernel<kDType, 3, 16, false>{}) : body(ConvNormKernel<kDType, 5, 16, false>{});
+  const bool three = q.kernel_size == 3;
+  if (q.group_width == 8) return three ? body(ConvNormKernel<kDType, 3, 8, false>{}) : body(ConvNormKernel<kDType, 5, 8, false>{});
+  if (q.group_width == 16) return three ? body(ConvNormKernel<kDType, 3, 16, false>{}) : body(ConvNormKernel<kDType, 5, 16, false>{});
+  return q.width <= 8 ? body(ConvNormKernel<kDType, 7, 1, true>{}) : body(ConvNormKernel<kDType, 7, 1, false>{});
 }
 
 // Calls `body` with the problem's kernel.

@@ -24,32 +24,34 @@ namespace convfirst::block_fusion::sm90 {
 constexpr int kConvNormThreads = 512;
 constexpr int kConvNormSlots = 8;       // strips of 8 pixels x up to 8 rows that a tile holds
 constexpr int kConvNormSlice = 32;      // channels of x in shared memory at a time
-constexpr int kConvNormMostSlab = 512;  // channels of a block
-constexpr int kConvNormMostCluster = 16;
+constexpr int kConvNormMostSlab = 512;      // channels of a block
+constexpr int kConvNormMostCluster = 8;     // what every Hopper device can place
 
-// Items of loads that a warp issues for one slice: 8 pixel pairs (depthwise) or 8 pixels, of 32 channels.
-constexpr int conv_norm_items(int kernel_size) { return kernel_size == 7 ? 4 : 7; }
 
-// A tile: `images` images x `groups` groups of `rows` rows x `strips` strips of 8 pixels. A slot is one strip of one group. The
-// x tile lies in units of 8 pixels (of one channel: 16 bytes; of a slice: 512 bytes), rows with their halo one after another;
-// whole images share the zero rows between them. narrow (depthwise, width <= 8): a row is one unit, without halo columns.
+// Depthwise: units of a slice's plane that the 16 warps rearrange, 4 (narrow) or 7 each.
+constexpr int conv_norm_most_units(bool narrow) { return narrow ? 64 : 112; }
+
+// A tile: `images` images x `groups` groups of `rows` rows x `strips` strips of 8 pixels. A slot is one strip of one group. x lies in
+// units of 8 pixels (of one channel: 16 bytes; of a slice: 512 bytes), rows with their halo one after another; depthwise, whole
+// images share the zero rows between them. narrow (depthwise, width <= 8): a row is one unit, without halo columns.
 struct ConvNormTile {
   int images, groups, rows, strips;
   bool narrow;
-  int row_units;    // strips and halo
-  int skew;         // extra units after each group's rows: the slots then fall into different banks
-  int image_units;  // from one image to the next
-  int plane_units;  // all
-  int row_first, row_count, octets;  // what is loaded: rows [first, first + count), items a row (narrow: rows in pairs); the rest is zero
+  int row_units;           // strips and halo
+  int skew;                // extra units after each group's rows: the slots then fall into different banks
+  int image_units;         // from one image to the next
+  int plane_units;         // all
+  int box_rows, box_cols;  // pixels that a TMA load brings, of each image; whole dimensions come without halo (depthwise)
+  int pad_rows, pad_cols;  // halo that it leaves out: zeros
 
   CONVFIRST_CONV_NORM_HD int slots() const { return images * groups * strips; }
-  CONVFIRST_CONV_NORM_HD int image_items() const { return narrow ? (row_count + 1) / 2 : row_count * octets; }
   CONVFIRST_CONV_NORM_HD int row_unit(int row) const { return row * row_units + (skew != 0 ? row / rows * skew : 0); }
   // The slot's first unit.
   CONVFIRST_CONV_NORM_HD int slot_unit(int slot) const {
     const int group = slot / strips;
     return group / groups * image_units + row_unit(group % groups * rows) + slot % strips;
   }
+  CONVFIRST_CONV_NORM_HD int box_bytes() const { return images * box_rows * box_cols * 64; }
 };
 
 struct ConvNormPlan {
@@ -66,7 +68,7 @@ struct ConvNormPlan {
 
 // Byte offsets into dynamic shared memory.
 struct ConvNormLayout {
-  int buffer_bytes, pitch, staged_rows, staging, weights, vectors, items, slots, zero, origins, moments, total;
+  int buffer_bytes, plane_bytes, planes, pitch, staged_rows, staging, weights, vectors, slots, zero, barriers, moments, total;
 };
 
 // Staged pixels a row of the tile: those of even slots, then, an odd number on (so that a warp's stores hit all banks), of odd slots.
@@ -78,20 +80,21 @@ CONVFIRST_CONV_NORM_HD inline int conv_norm_row_stride(const ConvNormTile& t) {
 CONVFIRST_CONV_NORM_HD inline ConvNormLayout conv_norm_layout(const ConvNormTile& t, int slab, int cluster, int buffers, int kernel_size,
                                                               int group_width) {
   ConvNormLayout s;
+  const bool depthwise = group_width == 1;
   const int chunks = (slab + 7) / 8;
-  s.buffer_bytes = t.plane_units * 512 + (group_width == 1 ? 3 * 32 : 0);
+  s.buffer_bytes = (t.box_bytes() + 1023) / 1024 * 1024;
+  s.plane_bytes = t.plane_units * 16 + 16;  // 16 more than a multiple of 128: 8 channels of a pixel lie in different banks
+  s.planes = buffers * s.buffer_bytes;
   s.pitch = (chunks % 2 == 0 ? chunks + 1 : chunks) * 16;  // an odd number of 16-byte chunks: no bank conflicts
   s.staged_rows = (t.rows == 8 ? 8 : 7) * conv_norm_row_stride(t);
-  s.staging = buffers * s.buffer_bytes;
+  s.staging = s.planes + (depthwise ? kConvNormSlice * s.plane_bytes : 0);
   s.weights = s.staging + s.staged_rows * s.pitch;
-  const int weight_bytes =
-      group_width == 1 ? slab * 56 * 4 : kernel_size * kernel_size * slab * group_width * 2;
+  const int weight_bytes = depthwise ? slab * 56 * 4 : kernel_size * kernel_size * slab * group_width * 2;
   s.vectors = s.weights + (weight_bytes + 15) / 16 * 16;
-  s.items = s.vectors + 3 * chunks * 8 * 4;
-  s.slots = s.items + conv_norm_items(kernel_size) * (kConvNormThreads / 32) * 8;
+  s.slots = s.vectors + 3 * chunks * 8 * 4;
   s.zero = s.slots + kConvNormSlots * 8;
-  s.origins = s.zero + 16;
-  s.moments = s.origins + 48;
+  s.barriers = s.zero + 16;
+  s.moments = s.barriers + 4 * 8;
   s.total = s.moments + (cluster > 1 ? 2 : 1) * s.staged_rows * 8;
   return s;
 }
@@ -129,12 +132,16 @@ inline bool banks_differ(const ConvNormTile& t) {
 inline ConvNormTile laid_out(const Problem& q, int images, int groups, int rows, int strips) {
   const bool depthwise = q.group_width == 1;
   const int pad = q.kernel_size / 2, height = static_cast<int>(q.height), width = static_cast<int>(q.width);
-  const bool whole_height = groups * rows >= height, whole_width = strips * 8 >= width;
+  const int all_rows = groups * rows + q.kernel_size - 1;
+  const bool whole_height = depthwise && groups * rows >= height, whole_width = depthwise && strips * 8 >= width;
   ConvNormTile t{};
   t.images = images, t.groups = groups, t.rows = rows, t.strips = strips;
   t.narrow = depthwise && width <= 8;
   t.row_units = t.narrow ? 1 : strips + 1;
-  const int all_rows = groups * rows + q.kernel_size - 1;
+  t.box_rows = whole_height ? height : all_rows;
+  t.box_cols = whole_width ? width : 8 * t.row_units;
+  t.pad_rows = whole_height ? pad : 0;
+  t.pad_cols = whole_width && !t.narrow ? pad : 0;
   const auto measure = [&](int skew, int gap) {
     t.skew = skew;
     t.image_units = t.row_unit(whole_height ? height + pad : all_rows) + gap;
@@ -150,35 +157,34 @@ inline ConvNormTile laid_out(const Problem& q, int images, int groups, int rows,
       }
     t = best.plane_units != 0 ? best : t;
   }
-  t.row_first = whole_height ? pad : 0;
-  t.row_count = whole_height ? height : all_rows;
-  const int columns = whole_width ? pad + width : depthwise ? 8 * strips + 8 : 8 * strips + q.kernel_size - 1;
-  t.octets = t.narrow ? 1 : static_cast<int>(ceil_div(columns, depthwise ? 16 : 8));
   return t;
 }
 
-// Clocks of a block for one tile: instructions that its 16 warps issue in four schedulers, and waits.
+// Clocks of a block for one tile: what a warp issues, 16 warps at the 8.4 clocks an instruction of each that were measured (NOTES.md).
 inline double tile_clocks(const Problem& q, const ConvNormPlan& plan) {
   const ConvNormTile& t = plan.tile;
-  const int slices = static_cast<int>(ceil_div(plan.slab, kConvNormSlice)), slots = t.slots();
-  const bool depthwise = q.group_width == 1;
-  const double items = static_cast<double>(ceil_div(t.images * t.image_items(), 16));
+  const int slices = static_cast<int>(ceil_div(plan.slab, kConvNormSlice));
   const int taps = q.kernel_size * q.kernel_size;
-  const double products = depthwise ? (t.narrow ? 32.0 : 64.0) : 8 * taps * (q.group_width / 8) / 2.0 * (slots + 1) / 8;
-  const double slice = 4 * (items * (depthwise ? 45 : 20) + (depthwise ? 150 : 70) + 1.5 * products + 8.0 * slots) + 500;
-  const double norm = 4 * (150 + t.rows * slots * plan.slab / 8 / 64 * 42.0 * 2) + 1000 + (plan.cluster > 1 ? 1500 : 0);
-  return slices * slice + norm;
+  double slice;
+  if (q.group_width == 1) {
+    slice = 12.0 * ceil_div(t.images * t.box_rows * t.row_units, 16) + 300 + (t.narrow ? 38 : 67);
+  } else {
+    slice = 150 + 2.2 * 8 * taps * q.group_width / 16;
+  }
+  const double norm = 150.0 + 55 * ceil_div(t.rows, 2) * slices + (10.0 * slices + 30) * ceil_div(t.rows * conv_norm_row_stride(t), 256);
+  return 8.4 * (slices * slice + norm) + (plan.cluster > 1 ? 1500 : 0);
 }
 
 // Blocks of a cluster lie in one group of up to 18 multiprocessors; measured on an H200 (132), one block a multiprocessor.
 inline int clusters_at_once(const Device& device, int cluster) {
-  constexpr int kOf132[] = {0, 132, 66, 39, 30, 22, 17, 15, 15, 7, 7, 7, 7, 7, 7, 7, 7};
+  constexpr int kOf132[kConvNormMostCluster + 1] = {0, 132, 66, 39, 30, 22, 17, 15, 15};
   return std::max(1, kOf132[cluster] * device.multiprocessors / 132);
 }
 
 inline bool place(const Problem& q, const Device& device, ConvNormPlan* plan) {
   const ConvNormTile& t = plan->tile;
-  if (t.images * t.image_items() > conv_norm_items(q.kernel_size) * (kConvNormThreads / 32)) return false;
+  if (q.group_width == 1 && t.images * t.box_rows * t.row_units > conv_norm_most_units(t.narrow)) return false;
+  if (t.box_rows > 256 || t.box_cols > 256 || t.images > 256) return false;
   const int most = q.group_width == 1 ? 1 : 3;
   const int least = q.group_width == 1 ? 1 : 2;
   for (plan->buffers = most; plan->buffers >= least; --plan->buffers) {
@@ -229,7 +235,7 @@ inline bool conv_norm_plan(const Problem& q, const Device& device, ConvNormPlan*
             plan.tile = conv_norm::laid_out(q, images, groups, rows, strips);
             if (!conv_norm::place(q, device, &plan)) continue;
             const double rounds = static_cast<double>(conv_norm::ceil_div(plan.tiles, plan.clusters));
-            const double cost = rounds * conv_norm::tile_clocks(q, plan) + 400 * plan.cluster + (plan.cluster > 8 ? 2000 : 0);
+            const double cost = rounds * conv_norm::tile_clocks(q, plan) + 400 * plan.cluster;
             if (cost < best_cost) best_cost = cost, *best = plan;
           }
         }
@@ -242,7 +248,7 @@ inline bool conv_norm_plan(const Problem& q, const Device& device, ConvNormPlan*
 inline double conv_norm_cost(const Problem& q, const Device&, const ConvNormPlan& plan) {
   const double rounds = static_cast<double>(conv_norm::ceil_div(plan.tiles, plan.clusters));
   const double memory = q.batch * q.height * q.width * q.channels * 4.0 / 3.5e6;
-  return 3 + std::max(memory, rounds * conv_norm::tile_clocks(q, plan) / 1700);
+  return 3 + std::max(memory, rounds * conv_norm::tile_clocks(q, plan) / 1770);
 }
 
 // For tests and logs.

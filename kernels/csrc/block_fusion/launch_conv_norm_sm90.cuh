@@ -1,15 +1,21 @@
-// Launch of conv_norm_fwd_sm90: cluster, dependent launch, shared memory.
+// Launch of conv_norm_fwd_sm90: tensor map, cluster, dependent launch, shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "conv_norm_fwd_sm90.cuh"
+#include "tensor_map_sm90.h"
 
 namespace convfirst::block_fusion::sm90 {
 
 template <DType kDType, int kKernel, int kGroupWidth, bool kNarrow>
 int ConvNormKernel<kDType, kKernel, kGroupWidth, kNarrow>::launch(const ConvNormParams& params, bool dependent, cudaStream_t stream) {
   const auto kernel = &conv_norm_fwd_sm90<ConvNormTraits<kDType, kKernel, kGroupWidth, kNarrow>>;
+  const ConvNormTile& t = params.plan.tile;
+  CUtensorMap x_map;
+  const int64_t sizes[] = {params.channels, params.width, params.height, params.batch};
+  const int box[] = {kConvNormSlice, t.box_cols, t.box_rows, t.images};
+  if (!encode_map<4>(&x_map, kDType, params.x, sizes, box, kConvNormSlice * 2)) return cudaErrorInvalidValue;
   const int shared_memory = params.layout.total;
   if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory)) return e;
   if (params.plan.cluster > 8) {
@@ -32,7 +38,7 @@ int ConvNormKernel<kDType, kKernel, kGroupWidth, kNarrow>::launch(const ConvNorm
     a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     a.val.programmaticStreamSerializationAllowed = 1;
   }
-  return cudaLaunchKernelEx(&config, kernel, params);
+  return cudaLaunchKernelEx(&config, kernel, params, x_map);
 }
 
 template <DType kDType, int kKernel, int kGroupWidth, bool kNarrow>

@@ -32,13 +32,15 @@ __device__ __forceinline__ float2 load_peer(uint32_t address, int rank) {
   return v;
 }
 
-// 16 bytes that this block reads once.
-__device__ __forceinline__ uint4 load_once(const void* from) {
-  uint4 v;
-  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from));
-  return v;
+// Barriers that one thread initialised are visible to the asynchronous proxy.
+__device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// ldmatrix that transposes each 8x8 matrix: lane l receives column l / 4, rows l % 4 * 2 and one on.
+__device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
 }
 
 }  // namespace convfirst::grid
