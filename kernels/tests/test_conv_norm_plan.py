@@ -1,0 +1,139 @@
+"""Tiles, clusters and shared memory of the Hopper convolution with LayerNorm: pure host functions, built with g++."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[1] / "csrc"
+SHARED_MEMORY = 232448  # bytes a block on an H100 or H200 may opt in to
+CONVNEXT = ((56, 96), (28, 192), (14, 384), (7, 768))
+CONV_FIRST = ((56, 64), (28, 128), (14, 256), (7, 512))
+ODD_MAPS = ((1, 1), (1, 5), (5, 1), (13, 17), (8, 8), (200, 9), (9, 200), (64, 64))
+FILTERS = ((3, 8), (3, 16), (5, 8), (5, 16))
+PLAN_SHAPES = [  # batch, height, width, channels, filter size, group width
+    *[(batch, size, size, channels, 7, 1) for batch in (1, 32, 128) for size, channels in CONVNEXT],
+    *[(batch, size, size, channels, 3, 8) for batch in (1, 128) for size, channels in CONV_FIRST],
+    *[(2, size, size, 1536, 7, 1) for size in (1, 7, 14)],
+    *[(3, *size, 40, 7, 1) for size in ODD_MAPS],
+    *[
+        (3, *size, channels, *f)
+        for size in ((1, 1), (7, 7), (13, 17), (70, 33))
+        for channels in (32, 1024)
+        for f in FILTERS
+    ],
+]
+
+SOURCE = r"""
+#include "block_fusion/conv_norm_sm90.h"
+using namespace convfirst::block_fusion;
+using namespace convfirst::block_fusion::sm90;
+static Problem problem(const int* v) {
+  return {v[0], v[1], v[2], v[3], 4 * v[3], v[4], v[5], DType::kHalf, Activation::kGelu, true};
+}
+// out: see FIELDS
+extern "C" int plan(const int* shape, int capability, int multiprocessors, int shared_memory, int* out, char* text) {
+  const Problem q = problem(shape);
+  ConvNormPlan p;
+  if (!conv_norm_plan(q, {capability, multiprocessors, shared_memory}, &p)) return 0;
+  const ConvNormTile& t = p.tile;
+  const ConvNormLayout layout = conv_norm_layout(t, p.slab, p.cluster, p.buffers, q.kernel_size, q.group_width);
+  int farthest = 0;
+  for (int slot = 0; slot < t.slots(); ++slot) {
+    const int last_row = t.rows + q.kernel_size - 2;
+    const int row = last_row * t.row_units + (last_row >= t.rows ? t.skew : 0);
+    farthest = std::max(farthest, t.slot_unit(slot) + row + (t.narrow ? 0 : 1));
+  }
+  const int values[] = {t.slots(), t.images, t.groups, t.rows, t.strips, p.slab, p.cluster, p.tiles, p.tiles_y,
+                        p.tiles_x, p.clusters, p.shared_memory, std::max({t.box_rows, t.box_cols, t.images}),
+                        t.images * t.box_rows * t.row_units, conv_norm::banks_differ(t), layout.total, farthest,
+                        t.plane_units};
+  std::copy(std::begin(values), std::end(values), out);
+  conv_norm_describe(p).copy(text, 511);
+  return 1;
+}
+extern "C" double cost(const int* shape) {
+  const Problem q = problem(shape);
+  ConvNormPlan p;
+  return conv_norm_plan(q, {90, 132, 232448}, &p) ? conv_norm_cost(q, {90, 132, 232448}, p) : -1;
+}
+"""
+FIELDS = (
+    "slots images groups rows strips slab cluster tiles tiles_y tiles_x clusters shared_memory largest_box box_units "
+    "banks_differ total farthest_unit plane_units"
+).split()
+
+
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory):
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("conv_norm_plan")
+    (folder / "plan.cpp").write_text(SOURCE)
+    library = folder / "plan.so"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fPIC", "-shared", f"-I{CSRC}"]
+    subprocess.run(["g++", *flags, str(folder / "plan.cpp"), "-o", str(library)], check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.cost.restype = ctypes.c_double
+    return loaded
+
+
+def plan(planner, shape, capability=90, multiprocessors=132, shared_memory=SHARED_MEMORY):
+    values, text = (ctypes.c_int * len(FIELDS))(), ctypes.create_string_buffer(512)
+    if not planner.plan((ctypes.c_int * 6)(*shape), capability, multiprocessors, shared_memory, values, text):
+        return None
+    return dict(zip(FIELDS, values, strict=True)) | {"text": text.value.decode()}
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 3])
+@pytest.mark.parametrize("shape", PLAN_SHAPES, ids=str)
+def test_tiles_cover_the_batch_and_fit(planner, shape, multiprocessors):
+    batch, height, width, channels, kernel_size, group_width = shape
+    p = plan(planner, shape, multiprocessors=multiprocessors)
+    assert p is not None
+    assert p["shared_memory"] == p["total"] <= SHARED_MEMORY
+    assert 1 <= p["slots"] == p["images"] * p["groups"] * p["strips"] <= 8 and 1 <= p["rows"] <= 8
+    assert p["tiles_y"] * p["groups"] * p["rows"] >= height and p["tiles_x"] * p["strips"] * 8 >= width
+    assert p["tiles"] == -(-batch // p["images"]) * p["tiles_y"] * p["tiles_x"]
+    assert p["images"] == 1 or p["tiles_y"] == p["tiles_x"] == 1, "only whole images share a tile"
+    assert p["groups"] == 1 or p["rows"] >= 7, "one skew a group"
+    assert p["cluster"] * p["slab"] >= channels > (p["cluster"] - 1) * p["slab"] and p["cluster"] <= 8
+    assert p["cluster"] == 1 or p["slab"] % 32 == 0
+    assert 1 <= p["clusters"] <= p["tiles"] and (p["clusters"] * p["cluster"] <= multiprocessors or p["clusters"] == 1)
+    assert p["largest_box"] <= 256, "TMA"
+    assert p["farthest_unit"] < p["plane_units"], "products read within the plane"
+    if group_width == 1:
+        assert p["box_units"] <= (64 if width <= 8 else 112) and p["banks_differ"]
+    assert f"strips {p['strips']}, slab {p['slab']}, cluster {p['cluster']}" in p["text"]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 8, 8, 64, 5, 1),
+        (1, 8, 8, 64, 7, 8),
+        (1, 8, 8, 36, 7, 1),
+        (1, 8, 8, 48, 3, 8),
+        (1, 8, 8, 1544, 7, 1),
+        (1, 8, 8, 64, 3, 32),
+    ],
+    ids=str,
+)
+def test_what_is_not_covered_has_no_plan(planner, shape):
+    assert plan(planner, shape) is None
+
+
+def test_other_devices_and_too_large_tensors_have_no_plan(planner):
+    assert plan(planner, (1, 8, 8, 96, 7, 1), capability=80) is None
+    assert plan(planner, (1, 8, 8, 96, 7, 1), shared_memory=16 * 1024) is None
+    assert plan(planner, (4096, 224, 224, 96, 7, 1)) is None
+
+
+def test_cost_grows_with_the_batch_and_stays_above_the_memory_floor(planner):
+    def cost(batch):
+        return planner.cost((ctypes.c_int * 6)(batch, 56, 56, 96, 7, 1))
+
+    assert 0 < cost(1) < cost(32) < cost(128)
+    assert cost(128) > 128 * 56 * 56 * 96 * 4 / 4.8e6  # microseconds at the H200's memory bandwidth
