@@ -1,4 +1,4 @@
-"""The Hopper convolution with LayerNorm, its own code on a CPU: fibers for threads, C++ for ldmatrix, mma.sync, TMA and clusters.
+"""The Hopper convolution with LayerNorm, its own code on a CPU: fibers for threads, C++ for the instructions used.
 
 It checks indexing, bounds, barriers and the exchange between a cluster's blocks without a GPU; shared memory is
 poisoned and warps run in either order. It says nothing about speed, nor about what the hardware asks of them.
