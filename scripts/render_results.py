@@ -1,6 +1,6 @@
-"""Write README's tables and plots from the measurements under results/: python scripts/render_results.py [--check].
+"""Write the tables and plots of README and kernels/NOTES.md from results/: python scripts/render_results.py [--check].
 
-README says what to show in comments, and this script fills in what stands between them and their end:
+They say what to show in comments, and this script fills in what stands between them and their end:
 
     <!-- table results/throughput.json name:model batch images_per_s:images/s where path=inductor -->
     <!-- plot results/models-h100.json efficiency by name over path -->
@@ -8,7 +8,7 @@ README says what to show in comments, and this script fills in what stands betwe
 
 `table` lists columns of the file's rows, each with its heading after a colon; `plot` draws bars of one column, a group
 for each value of `by` and a colour for each value of `over`. `where column=value` keeps only such rows. With --check
-nothing is written, and the exit status is 1 if README's tables differ from the measurements.
+nothing is written, and the exit status is 1 if their tables differ from the measurements.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 
 REPOSITORY = Path(__file__).parents[1]
 SECTION = re.compile(r"(<!-- (table|plot) (\S+) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+DOCUMENTS = ("README.md", "kernels/NOTES.md")
 MISSING = "Not measured yet.\n"
 
 
@@ -95,16 +96,21 @@ def _provenance(results: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if README is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is out of date")
     check = parser.parse_args().check
-    readme = REPOSITORY / "README.md"
-    old = readme.read_text()
-    new = render(old, REPOSITORY, draw=not check)
-    if check and new != old:
-        print("README.md differs from results/: run python scripts/render_results.py", file=sys.stderr)
+    stale = []
+    for name in DOCUMENTS:
+        document = REPOSITORY / name
+        old = document.read_text()
+        new = render(old, REPOSITORY, draw=not check)
+        if new == old:
+            continue
+        stale.append(name)
+        if not check:
+            document.write_text(new)
+    if check and stale:
+        print(f"{', '.join(stale)} differ from results/: run python scripts/render_results.py", file=sys.stderr)
         return 1
-    if new != old:
-        readme.write_text(new)
     return 0
 
 
