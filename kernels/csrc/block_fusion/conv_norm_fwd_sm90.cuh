@@ -566,7 +566,6 @@ template <class Traits>
 __global__ void __launch_bounds__(kConvNormThreads, 1)
     conv_norm_fwd_sm90(const __grid_constant__ ConvNormParams p, const __grid_constant__ CUtensorMap x_map) {
   extern __shared__ __align__(1024) unsigned char smem[];
-  grid::launch_dependents();
   TransactionBarrier* full = reinterpret_cast<TransactionBarrier*>(smem + p.layout.barriers);
   if (threadIdx.x == 0) {
     for (int i = 0; i < 4; ++i) full[i].init(1);
@@ -579,6 +578,7 @@ __global__ void __launch_bounds__(kConvNormThreads, 1)
   const int slices = (p.plan.slab + kConvNormSlice - 1) / kConvNormSlice;
   fill_slots(p.plan.tile, reinterpret_cast<ConvNormSlot*>(smem + p.layout.slots));
   grid::wait_for_inputs();
+  grid::launch_dependents();  // after the wait: the next launch may count on what came before this one
   load_parameters<Traits>(p, smem, slab_start);
   __syncthreads();
   if constexpr (Traits::kDepthwise) {
