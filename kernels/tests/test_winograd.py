@@ -242,9 +242,10 @@ def test_options(caplog, monkeypatch):
         winograd_conv2d(x, weight, algorithm="f6")
     with pytest.raises(ValueError, match="^kernels='on'; accepted: 'auto', 'required', 'off'$"):
         winograd_conv2d(x, weight, kernels="on")
-    with pytest.raises(RuntimeError, match="^winograd_conv2d: kernels='required', but there is no kernel yet$"):
+    with pytest.raises(RuntimeError, match="^winograd_conv2d: kernels='required', but x is on cpu"):
         winograd_conv2d(x, weight, kernels="required")
     monkeypatch.setattr("convfirst_kernels.block._logged", set())
     for kernels in ("off", "auto", "auto"):
         winograd_conv2d(x, weight, kernels=kernels)
-    assert [r.message for r in caplog.records] == ["winograd_conv2d runs the PyTorch reference: there is no kernel yet"]
+    reason = "x is on cpu; the kernels run on CUDA devices"
+    assert [r.message for r in caplog.records] == [f"winograd_conv2d runs the PyTorch reference: {reason}"]

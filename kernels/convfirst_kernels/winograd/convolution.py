@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from convfirst_kernels.block import KERNELS, compute_dtype, log_once
-from convfirst_kernels.winograd import operators
+from convfirst_kernels.winograd import operators, reference
+from convfirst_kernels.winograd.kernels import refusal
 
 ALGORITHMS = ("auto", *operators.ALGORITHMS)
 # How many times direct convolution's largest error in the same dtype that of F(4x4, 3x3) may be for "auto" to take it,
@@ -25,9 +26,9 @@ def winograd_conv2d(
 ) -> Tensor:
     """``act(conv2d(x, weight, bias, padding=padding))`` by Winograd's minimal filtering (Lavin & Gray, 1509.09308).
 
-    There is no CUDA kernel yet: on every device the operator runs its definition in PyTorch, `winograd.reference`,
-    which is there for its numbers and not for speed. Differentiable once: the gradient of x by the same algorithm, that
-    of weight by F(3x3, 2x2).
+    CUDA kernels compute it in float32 (true float32, no TF32); elsewhere the operator runs its definition in PyTorch,
+    `winograd.reference`, which is there for its numbers and not for speed. Differentiable once: the gradient of x by
+    the same algorithm, that of weight by F(3x3, 2x2).
 
     Args:
         x: [N, C, H, W], float32, float16, bfloat16 or float64. Under autocast it is computed in autocast's dtype.
@@ -36,7 +37,8 @@ def winograd_conv2d(
         algorithm: "f2", F(2x2, 3x3); "f4", F(4x4, 3x3); "auto", the one with fewer multiplications, but "f4" only in
             dtypes where its error is within `F4_BOUND`: float32 and float64.
         activation: "none", "relu", "silu" or "gelu" (exact).
-        kernels: "auto" logs once that the reference runs; "required" raises, as there is no kernel; "off" is silent.
+        kernels: "auto" computes what no kernel covers by the reference and logs that once; "required" raises instead;
+            "off" always uses the reference.
 
     Returns:
         [N, K, H + 2 padding - 2, W + 2 padding - 2], channels_last, in the dtype computed in.
@@ -49,10 +51,6 @@ def winograd_conv2d(
     for name, value, accepted in (("kernels", kernels, KERNELS), ("algorithm", algorithm, ALGORITHMS)):
         if value not in accepted:
             raise ValueError(f"{name}={value!r}; accepted: {', '.join(map(repr, accepted))}")
-    if kernels == "required":
-        raise RuntimeError("winograd_conv2d: kernels='required', but there is no kernel yet")
-    if kernels == "auto":
-        log_once("winograd_conv2d runs the PyTorch reference: there is no kernel yet")
     dtype = compute_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
     if bias is not None:
@@ -60,7 +58,16 @@ def winograd_conv2d(
     if algorithm == "auto":
         operators.check(x, weight, bias, padding, "f2", activation)
         algorithm = choose(dtype, *(size + 2 * padding - 2 for size in x.shape[2:]))
-    return torch.ops.convfirst.winograd_conv2d(x, weight, bias, padding, algorithm, activation)
+    arguments = (x, weight, bias, padding, algorithm, activation)
+    operators.check(*arguments)
+    reason = "kernels='off'" if kernels == "off" else refusal(x, weight.shape[0], padding)
+    if kernels == "required" and reason is not None:
+        raise RuntimeError(f"winograd_conv2d: kernels='required', but {reason}")
+    if kernels == "auto" and reason is not None:
+        log_once(f"winograd_conv2d runs the PyTorch reference: {reason}")
+    if kernels == "off" and x.device.type == "cuda":
+        return reference.winograd_conv2d(*arguments)
+    return torch.ops.convfirst.winograd_conv2d(*arguments)
 
 
 def choose(dtype: torch.dtype, height: int, width: int) -> str:

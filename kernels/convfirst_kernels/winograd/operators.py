@@ -1,6 +1,7 @@
 """``torch.ops.convfirst.winograd_conv2d`` and its backward: schema, checks, implementation, fake, autograd.
 
-There is no CUDA kernel yet: on every device the operators run their PyTorch reference.
+On a CUDA device and in float32 they run the library's kernels, elsewhere their PyTorch reference. The library's own
+operators work on transformed filters: `winograd_filter` makes them, `winograd_conv2d_filtered` takes them.
 """
 
 import torch
@@ -10,7 +11,7 @@ from convfirst_kernels import (
     library,  # noqa: F401  owns the namespace
 )
 from convfirst_kernels.reference import empty_gradient
-from convfirst_kernels.winograd import reference
+from convfirst_kernels.winograd import kernels, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ALGORITHMS = tuple(reference.FORWARD)
@@ -22,6 +23,16 @@ _definitions = torch.library.Library("convfirst", "FRAGMENT")
 _definitions.define(f"winograd_conv2d({_ARGUMENTS}) -> Tensor")
 _definitions.define(
     f"winograd_conv2d_backward(Tensor grad, {_ARGUMENTS}, bool[3] output_mask) -> (Tensor, Tensor, Tensor)"
+)
+_definitions.define("winograd_filter(Tensor weight, str algorithm, bool rotated) -> Tensor")
+_definitions.define(
+    "winograd_conv2d_filtered(Tensor x, Tensor filter, Tensor? bias, int outputs, int padding, str algorithm, "
+    "str activation, str plan) -> Tensor"
+)
+_definitions.define("winograd_weight_gradient(Tensor x, Tensor grad, int padding) -> Tensor")
+_definitions.define(
+    "plan_winograd(int batch, int height, int width, int channels, int outputs, int padding, str algorithm, "
+    "int multiprocessors, int max_shared_memory) -> str"
 )
 
 
@@ -79,18 +90,42 @@ def _backward_fake(grad, x, weight, bias, padding, algorithm, activation, output
     return tuple(map(empty_gradient, (x, weight, bias), output_mask, (x, x, x)))
 
 
+@torch.library.register_fake("convfirst::winograd_filter")
+def _filter_fake(weight, algorithm, rotated) -> Tensor:
+    outputs, channels = weight.shape[:2]
+    if rotated:
+        outputs, channels = channels, outputs
+    points = (reference.FORWARD[algorithm].m + 2) ** 2
+    return weight.new_empty((points, -(-outputs // 64) * 64, -(-channels // 16) * 16))
+
+
+@torch.library.register_fake("convfirst::winograd_conv2d_filtered")
+def _filtered_fake(x, filter, bias, outputs, padding, algorithm, activation, plan) -> Tensor:
+    height, width = (size + 2 * padding - 2 for size in x.shape[2:])
+    return x.new_empty((x.shape[0], outputs, height, width)).contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("convfirst::winograd_weight_gradient")
+def _weight_gradient_fake(x, grad, padding) -> Tensor:
+    return x.new_empty((grad.shape[1], x.shape[1], 3, 3))
+
+
 @torch.library.impl(_definitions, "winograd_conv2d", "CompositeExplicitAutograd")
 def _forward(x, weight, bias, padding, algorithm, activation) -> Tensor:
     check(x, weight, bias, padding, algorithm, activation)
+    if kernels.refusal(x, weight.shape[0], padding) is None:
+        return kernels.forward(x, weight, bias, padding, algorithm, activation)
     with torch.autocast(x.device.type, enabled=False):  # an autocast region would round the transforms
         y = reference.winograd_conv2d(x, weight, bias, padding, algorithm, activation)
     return _empty_output(x, weight, padding).copy_(y)
 
 
 @torch.library.impl(_definitions, "winograd_conv2d_backward", "CompositeExplicitAutograd")
-def _backward_forward(grad, x, *arguments) -> tuple[Tensor, ...]:
+def _backward_forward(grad, x, weight, bias, padding, *arguments) -> tuple[Tensor, ...]:
+    covered = kernels.refusal(x, weight.shape[0], padding) is None
+    compute = kernels.backward if covered else reference.winograd_conv2d_backward
     with torch.autocast(x.device.type, enabled=False):
-        return reference.winograd_conv2d_backward(grad, x, *arguments)
+        return compute(grad, x, weight, bias, padding, *arguments)
 
 
 def _setup_context(ctx, inputs, output) -> None:

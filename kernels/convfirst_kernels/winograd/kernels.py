@@ -1,0 +1,67 @@
+"""Winograd by the CUDA kernels: what they cover, forward and backward on top of the library's operators."""
+
+import torch
+from torch import Tensor
+
+from convfirst_kernels.reference import _activation_backward, empty_gradient
+
+_LIMIT = 2**31  # elements of x and of the result: the kernels count pixels in 32 bits
+
+
+def refusal(x: Tensor, outputs: int, padding: int) -> str | None:
+    """Why no kernel computes the convolution of x, or None where one does."""
+    if x.device.type != "cuda":
+        return f"x is on {x.device.type}; the kernels run on CUDA devices"
+    if x.dtype != torch.float32:
+        return f"x is {x.dtype}; the kernels take torch.float32"
+    height, width = (size + 2 * padding - 2 for size in x.shape[2:])
+    if max(x.numel(), x.shape[0] * outputs * height * width) >= _LIMIT:
+        return f"x has shape {list(x.shape)}; the kernels take fewer than 2^31 elements of x and of the result"
+    return None
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, algorithm: str, activation: str, plan: str = ""
+) -> Tensor:
+    """`reference.winograd_conv2d` on tensors that `refusal` takes, channels_last."""
+    filter = torch.ops.convfirst.winograd_filter(weight, algorithm, False)
+    return _convolve(x, filter, bias, weight.shape[0], padding, algorithm, activation, plan)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: int,
+    algorithm: str,
+    activation: str,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.winograd_conv2d_backward` on tensors that `refusal` takes."""
+    if activation != "none":
+        before = forward(x, weight, bias, padding, algorithm, "none")
+        grad = _activation_backward(activation, grad, before)
+    gradients = tuple(map(empty_gradient, (x, weight, bias), output_mask, (x, x, x)))
+    if output_mask[0]:
+        rotated = torch.ops.convfirst.winograd_filter(weight, algorithm, True)
+        gradients[0].copy_(_convolve(grad, rotated, None, weight.shape[1], 2 - padding, algorithm, "none"))
+    if output_mask[1]:
+        gradients[1].copy_(torch.ops.convfirst.winograd_weight_gradient(_dense(x), _dense(grad), padding))
+    if output_mask[2] and bias is not None:
+        gradients[2].copy_(grad.sum((0, 2, 3)))
+    return gradients
+
+
+def _convolve(x: Tensor, filter: Tensor, bias: Tensor | None, outputs: int, padding: int, *options) -> Tensor:
+    algorithm, activation, plan = (*options, "")[:3]
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.convfirst.winograd_conv2d_filtered(
+        _dense(x), filter, bias, outputs, padding, algorithm, activation, plan
+    )
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x in channels_last, at an address that is a multiple of 16 bytes."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.channels_last)

@@ -1,0 +1,155 @@
+#include "winograd/op.h"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "common/runtime.h"
+#include "winograd/plan.h"
+
+namespace convfirst::winograd {
+namespace {
+
+constexpr Checks kChecks{"winograd_conv2d"};
+constexpr int64_t kMaxElements = int64_t{1} << 31;
+
+int outputs_of_tile(const std::string& algorithm) {
+  if (algorithm == "f2") return 2;
+  if (algorithm == "f4") return 4;
+  kChecks.refuse("algorithm is '", algorithm, "'; supported are 'f2' and 'f4'");
+}
+
+Activation parse_activation(const std::string& name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu") return Activation::kGelu;
+  kChecks.refuse("activation is '", name, "'; supported are 'none', 'relu', 'silu' and 'gelu'");
+}
+
+DType parse_dtype(const char* name, const Tensor& tensor) {
+  if (tensor.scalar_type() == ScalarType::Float) return DType::kFloat;
+  kChecks.refuse(name, " is ", show(tensor.scalar_type()), "; the kernels take torch.float32");
+}
+
+Problem check_problem(const Tensor& x, int64_t outputs, int64_t padding, const std::string& activation) {
+  if (x.dim() != 4) kChecks.refuse("x has shape ", show(x.sizes()), "; expected [batch, channels, height, width]");
+  const DType dtype = parse_dtype("x", x);
+  if (padding < 0 || padding > 2) kChecks.refuse("padding is ", padding, "; supported are 0, 1 and 2");
+  if (x.numel() >= kMaxElements) {
+    kChecks.refuse("x has shape ", show(x.sizes()), " = ", x.numel(), " elements; supported are fewer than 2^31: split the batch");
+  }
+  const Problem p{static_cast<int>(x.size(0)), static_cast<int>(x.size(2)), static_cast<int>(x.size(3)), static_cast<int>(x.size(1)),
+                  static_cast<int>(outputs), static_cast<int>(padding), dtype, parse_activation(activation)};
+  if (p.out_height() < 1 || p.out_width() < 1) kChecks.refuse("x with padding is smaller than the filter, 3 x 3");
+  if (int64_t{p.batch} * p.out_height() * p.out_width() * p.outputs >= kMaxElements) {
+    kChecks.refuse("the result has 2^31 elements or more; split the batch");
+  }
+  kChecks.channels_last("x", x);
+  kChecks.alignment("x", x);
+  return p;
+}
+
+Problem check(const Tensor& x, const Tensor& filter, const MaybeTensor& bias, int64_t outputs, int64_t padding, int m,
+              const std::string& activation) {
+  const Problem p = check_problem(x, outputs, padding, activation);
+  kChecks.weight("filter", filter, x, {int64_t{m + 2} * (m + 2), p.output_pitch(), p.channel_pitch()},
+                 "[points, padded outputs, padded channels] of winograd_filter");
+  kChecks.vector("bias", bias, x, outputs, "[output channels]");
+  return p;
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like) {
+  return torch::stable::empty({sizes.begin(), sizes.size()}, type, std::nullopt, like.device());
+}
+
+}  // namespace
+
+Tensor winograd_filter(const Tensor& weight, const std::string& algorithm, bool rotated) {
+  const int m = outputs_of_tile(algorithm);
+  kChecks.shape("weight", weight, {-1, -1, 3, 3}, "[output channels, channels, 3, 3]");
+  kChecks.cuda("weight", weight);
+  const DType dtype = parse_dtype("weight", weight);
+  FilterView view{weight.const_data_ptr(), static_cast<int>(weight.size(0)), static_cast<int>(weight.size(1)),
+                  weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+  if (rotated) {
+    const int64_t last = 2 * (view.r_stride + view.s_stride) * weight.element_size();
+    view = {static_cast<const char*>(view.weight) + last, view.channels, view.outputs, view.c_stride, view.k_stride, -view.r_stride,
+            -view.s_stride};
+  }
+  const int64_t points = int64_t{m + 2} * (m + 2);
+  const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
+  make_current(weight.get_device_index());
+  const Tensor filter = empty({points, round_up(view.outputs, kOutputGrain), round_up(view.channels, kSlice)}, weight.scalar_type(), weight);
+  check_cuda(transform_filter(m, dtype, view, filter.mutable_data_ptr(), current_stream(weight.get_device_index())), "winograd_filter",
+             "launch");
+  return filter;
+}
+
+Tensor winograd_conv2d_filtered(const Tensor& x, const Tensor& filter, const MaybeTensor& bias, int64_t outputs, int64_t padding,
+                                const std::string& algorithm, const std::string& activation, const std::string& plan) {
+  const int m = outputs_of_tile(algorithm);
+  const Problem problem = check(x, filter, bias, outputs, padding, m, activation);
+  kChecks.cuda("x", x);
+  const int index = x.get_device_index();
+  const DeviceInfo device = device_info(index);
+  const Plan chosen = plan.empty() ? make_plan(problem, m, device.multiprocessors, device.max_shared_memory) : parse_plan(plan);
+  if (chosen.fused && device.max_shared_memory < fused_shared_bytes(m)) {
+    kChecks.refuse("plan 'fused' takes ", fused_shared_bytes(m), " bytes of shared memory; the device has ", device.max_shared_memory);
+  }
+  if (!chosen.fused && problem.output_pitch() % chosen.split.block_columns != 0) kChecks.refuse("plan '", plan, "' does not divide ", problem.output_pitch(), " outputs");
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  make_current(index);
+  const int64_t sizes[4] = {problem.batch, problem.outputs, problem.out_height(), problem.out_width()};
+  const Tensor y = torch::stable::empty({sizes, 4}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                                        torch::headeronly::MemoryFormat::ChannelsLast);
+  const Tensor workspace = empty({workspace_bytes(problem, m, chosen)}, ScalarType::Byte, x);
+  const Tensors tensors{x.const_data_ptr(), filter.const_data_ptr(), bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
+                        y.mutable_data_ptr()};
+  const cudaStream_t stream = current_stream(index);
+  check_cuda(chosen.fused ? run_fused(m, problem, tensors, stream)
+                          : run_split(m, problem, chosen.split, tensors, workspace.mutable_data_ptr(), stream),
+             "winograd_conv2d", "launch");
+  return y;
+}
+
+Tensor winograd_weight_gradient(const Tensor& x, const Tensor& grad, int64_t padding) {
+  const Problem problem = check_problem(x, grad.size(1), padding, "none");
+  kChecks.shape("grad", grad, {problem.batch, problem.outputs, problem.out_height(), problem.out_width()},
+                "[batch, output channels, height + 2 padding - 2, width + 2 padding - 2]");
+  parse_dtype("grad", grad);
+  kChecks.channels_last("grad", grad);
+  kChecks.alignment("grad", grad);
+  kChecks.same_device("grad", grad, x);
+  kChecks.cuda("x", x);
+  const int index = x.get_device_index();
+  const GradientPlan plan = plan_weight_gradient(problem, device_info(index).multiprocessors);
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  make_current(index);
+  const Tensor result = empty({problem.outputs, problem.channels, 3, 3}, x.scalar_type(), x);
+  const Tensor workspace = empty({workspace_bytes(problem, plan)}, ScalarType::Byte, x);
+  check_cuda(run_weight_gradient(problem, plan, x.const_data_ptr(), grad.const_data_ptr(), result.mutable_data_ptr(),
+                                 workspace.mutable_data_ptr(), current_stream(index)),
+             "winograd_weight_gradient", "launch");
+  return result;
+}
+
+std::string plan_winograd(int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t outputs, int64_t padding,
+                          const std::string& algorithm, int64_t multiprocessors, int64_t max_shared_memory) {
+  const Problem problem{static_cast<int>(batch), static_cast<int>(height), static_cast<int>(width), static_cast<int>(channels),
+                        static_cast<int>(outputs), static_cast<int>(padding), DType::kFloat, Activation::kNone};
+  return describe(make_plan(problem, outputs_of_tile(algorithm), static_cast<int>(multiprocessors), static_cast<int>(max_shared_memory)));
+}
+
+}  // namespace convfirst::winograd
+
+// Their schemas are defined in Python (convfirst_kernels/winograd/operators.py), beside those of the operators built on them.
+STABLE_TORCH_LIBRARY_IMPL(convfirst, CUDA, m) {
+  m.impl("winograd_filter", TORCH_BOX(&convfirst::winograd::winograd_filter));
+  m.impl("winograd_weight_gradient", TORCH_BOX(&convfirst::winograd::winograd_weight_gradient));
+  m.impl("winograd_conv2d_filtered", TORCH_BOX(&convfirst::winograd::winograd_conv2d_filtered));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(convfirst, CompositeExplicitAutograd, m) {
+  m.impl("plan_winograd", TORCH_BOX(&convfirst::winograd::plan_winograd));
+}

@@ -1,0 +1,154 @@
+// The products of the split path: for each transform point, out[tile][k] = sum over c of v[tile][c] u[k][c], in float32 on CUDA cores.
+//
+//            k: kColumns of a block                a warp: 32 tiles x 64 outputs, a lane 8 x 8:
+//          +-----------+-----------+                  tiles   lane_m + 4 i            (4 lanes_m)
+//   tiles: |  warp 0   |  warp 1   |                  outputs 4 lane_n + j % 4 + 32 (j / 4)   (8 lanes_n)
+//   kRows  +-----------+-----------+
+//          |  warp 2   |  warp 3   |               lane = lane_n bit 0, lane_m bit 0, lane_n bits 1-2, lane_m bit 1: so
+//          +-----------+-----------+               neighbours share addresses and a 128-bit load takes two wavefronts.
+//
+// | what                        | where                                                                              |
+// | --- | --- |
+// | v, u                        | device memory [point][row][channel], channels contiguous, padded with zeros        |
+// | a slice of 16 channels      | shared memory [row][16], kStages of them in flight by cp.async, 16-byte chunk c of  |
+// |                             | row r at c ^ (r / 2 % 4); u's rows permuted so that lanes read neighbouring rows     |
+// | factors, 4 channels at once | registers: 8 x 4 of v and those of the next 4 channels, 4 of u                         |
+// | sums                        | registers, 64 a lane                                                               |
+// | out                         | device memory [split][point][tile][output], 16 bytes a lane                         |
+#pragma once
+
+#include "winograd/transform_stage_sm80.cuh"
+
+namespace convfirst::winograd::sm80 {
+
+struct ProductParams {
+  const float *v, *u;
+  float* out;
+  int row_blocks, column_blocks, points;
+  int steps, steps_of_split;  // slices of channels: in all, of a split
+  int64_t v_point, u_point, out_point, out_split;  // strides, elements
+  int pitch, out_pitch;                            // of a row of v and u, and of out
+};
+
+template <int kBlockRows, int kBlockColumns, int kThreadsPerMultiprocessor>
+struct ProductTile {
+  static constexpr int kRows = kBlockRows, kColumns = kBlockColumns;
+  static constexpr int kThreads = kRows * kColumns / 64;
+  static constexpr int kStages = 4;
+  static constexpr int kStageFloats = (kRows + kColumns) * kSlice;
+  static constexpr int kSharedBytes = kStages * kStageFloats * 4;
+  static constexpr int kBlocksPerMultiprocessor = kThreadsPerMultiprocessor / kThreads;
+};
+
+__device__ __forceinline__ int chunk_address(int row, int chunk) {
+  return row * kSlice + (chunk ^ (row / 2 % 4)) * 4;
+}
+
+// The row of u that lies at `place`: lanes read neighbouring places.
+__device__ __forceinline__ int row_at(int place) { return place / 32 * 32 + place % 8 * 4 + place % 32 / 8; }
+
+// A slice of kCount rows to shared memory; `to` and `from` are the thread's own first chunk.
+template <int kCount, int kThreads, bool kPermuted>
+__device__ __forceinline__ void copy_slice(uint32_t to, const float* from, int pitch) {
+  static_assert(kCount * 4 % kThreads == 0 && kThreads % 32 == 0);
+#pragma unroll
+  for (int i = 0; i < kCount * 4 / kThreads; ++i) {
+    const int places = i * (kThreads / 4), rows = kPermuted ? places / 32 * 32 + places % 32 / 8 : places;
+    ptx::cp_async16(to + places * kSlice * 4, from + rows * pitch, true);
+  }
+}
+
+__device__ __forceinline__ float4 read4(const float* from) { return *reinterpret_cast<const float4*>(from); }
+
+// Rows of v, four channels at once; row 4 i at `even` or `odd`, whose swizzles differ.
+__device__ __forceinline__ void read_rows(float4 (&a)[8], const float* even, const float* odd) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) a[i] = read4((i % 2 == 0 ? even : odd) + 4 * i * kSlice);
+}
+
+// sums += a u^T over four channels.
+__device__ __forceinline__ void multiply_chunk(float (&sums)[8][8], const float4 (&a)[8], const float* u) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float4 b = read4(u + 8 * j * kSlice);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i][j] = fmaf(a[i].x, b.x, sums[i][j]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i][j] = fmaf(a[i].y, b.y, sums[i][j]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i][j] = fmaf(a[i].z, b.z, sums[i][j]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i][j] = fmaf(a[i].w, b.w, sums[i][j]);
+  }
+}
+
+template <typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor) products_fwd_sm80(const ProductParams p) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  float* const stages = reinterpret_cast<float*>(smem);
+  int block = blockIdx.x;
+  const int column = block % p.column_blocks * Tile::kColumns;
+  block /= p.column_blocks;
+  const int64_t row = int64_t{block % p.row_blocks} * Tile::kRows;
+  block /= p.row_blocks;
+  const int point = block % p.points, split = block / p.points;
+  const int first = split * p.steps_of_split, steps = min(p.steps_of_split, p.steps - first);
+
+  const int my_place = threadIdx.x / 4, my_chunk = threadIdx.x % 4;
+  const float* v = p.v + point * p.v_point + (row + my_place) * p.pitch + first * kSlice + my_chunk * 4;
+  const float* u = p.u + point * p.u_point + int64_t{column + row_at(my_place)} * p.pitch + first * kSlice + my_chunk * 4;
+  const uint32_t my_address = ptx::smem_address(stages) + chunk_address(my_place, my_chunk) * 4;
+  auto copy_step = [&](int step) {
+    if (step < steps) {
+      const uint32_t to = my_address + step % Tile::kStages * Tile::kStageFloats * 4;
+      copy_slice<Tile::kRows, Tile::kThreads, false>(to, v, p.pitch);
+      copy_slice<Tile::kColumns, Tile::kThreads, true>(to + Tile::kRows * kSlice * 4, u, p.pitch);
+      v += kSlice, u += kSlice;
+    }
+    ptx::cp_async_commit();
+  };
+#pragma unroll
+  for (int step = 0; step < Tile::kStages - 1; ++step) copy_step(step);
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int lane_n = lane % 2 + lane / 4 % 4 * 2, lane_m = lane / 2 % 2 + lane / 16 * 2;
+  const int warp_column = warp % (Tile::kColumns / 64) * 64, warp_row = warp / (Tile::kColumns / 64) * 32;
+  int v_place[kSlice / 4], u_place[kSlice / 4];  // of this lane's first rows, by chunk
+#pragma unroll
+  for (int chunk = 0; chunk < kSlice / 4; ++chunk) {
+    v_place[chunk] = chunk_address(warp_row + lane_m, chunk);
+    u_place[chunk] = chunk_address(Tile::kRows + warp_column + lane_n, chunk);
+  }
+  float sums[8][8] = {};
+  float4 a[2][8];
+  ptx::cp_async_wait<Tile::kStages - 2>();
+  __syncthreads();
+  read_rows(a[0], stages + v_place[0], stages + v_place[2]);
+  for (int step = 0; step < steps; ++step) {
+    const float* stage = stages + step % Tile::kStages * Tile::kStageFloats;
+#pragma unroll
+    for (int chunk = 0; chunk < kSlice / 4; ++chunk) {
+      if (chunk + 1 < kSlice / 4) {
+        read_rows(a[(chunk + 1) % 2], stage + v_place[chunk + 1], stage + v_place[(chunk + 1) ^ 2]);
+      } else {
+        ptx::cp_async_wait<Tile::kStages - 3>();
+        __syncthreads();  // the next slice is there, and everyone has left the one before this, whose slot is filled now
+        copy_step(step + Tile::kStages - 1);
+        const float* next = stages + (step + 1) % Tile::kStages * Tile::kStageFloats;
+        read_rows(a[0], next + v_place[0], next + v_place[2]);
+      }
+      multiply_chunk(sums, a[chunk % 2], stage + u_place[chunk]);
+    }
+  }
+
+  float* out = p.out + split * p.out_split + point * p.out_point + (row + warp_row + lane_m) * p.out_pitch + column + warp_column;
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      *reinterpret_cast<float4*>(out + int64_t{4 * i} * p.out_pitch + 32 * h + 4 * lane_n) =
+          make_float4(sums[i][4 * h], sums[i][4 * h + 1], sums[i][4 * h + 2], sums[i][4 * h + 3]);
+    }
+}
+
+}  // namespace convfirst::winograd::sm80
