@@ -43,7 +43,7 @@ def benchmark(config: DictConfig) -> list[dict]:
     finally:  # what was measured before an error isn't lost
         if rows:
             _print_rows(config.suite, rows)
-            gpu = f"-{gpu_slug()}" if config.suite in ("blocks", "models") else ""
+            gpu = f"-{gpu_slug()}" if config.suite in ("blocks", "models", "winograd") else ""
             output = REPOSITORY / Path(config.output or f"results/{config.suite.replace('_', '-')}{gpu}.json")
             path = write_results(output, config.suite, rows, append=config.append)
             log.info("wrote %s", path)
@@ -78,6 +78,11 @@ def blocks(config: DictConfig) -> list[dict]:
 def networks(config: DictConfig) -> list[dict]:
     """Networks with fused blocks against themselves and their counterparts under Inductor, both in CUDA graphs."""
     return _kernel_suites()["models"](**config.networks)
+
+
+def winograd(config: DictConfig) -> list[dict]:
+    """Winograd's convolution on VGG-E's layers against cuDNN: a row for each layer, batch size, dtype and algorithm."""
+    return _kernel_suites()["winograd"](**config.winograd)
 
 
 def _kernel_suites() -> Mapping[str, Callable[..., list[dict]]]:
@@ -175,4 +180,5 @@ SUITES: Mapping[str, Callable[[DictConfig], Iterable[dict]]] = {
     "training_throughput": training_throughput,
     "blocks": blocks,
     "models": networks,
+    "winograd": winograd,
 }

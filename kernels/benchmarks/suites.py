@@ -1,7 +1,8 @@
 """Benchmark suites: fused blocks, and networks with fused blocks, against Inductor in the same run.
 
 Every suite returns rows {name, batch, dtype, path, ours_ms, peer, peer_ms, speedup, tflops, ceiling_tflops, efficiency}
-and a few columns more. Both sides run in channels_last inside CUDA graphs on rotating inputs; times are medians.
+and a few columns more; those of winograd are its own (winograd.py). Both sides run in channels_last inside CUDA graphs
+on rotating inputs; times are medians.
 `SUITES` names them; `python kernels/benchmarks/run.py` runs them.
 """
 
@@ -18,6 +19,7 @@ import torch
 from graph_timing import copy_tbps, graph_ms, matmul_tflops, rotating_inputs
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from winograd import winograd
 
 import convfirst_kernels
 from convfirst_kernels.block import pack_conv_weight, pack_matrix, pack_vector
@@ -364,4 +366,9 @@ def _network_flops(name: str, batch: int, image_size: int) -> int:
     return batch * counter.get_total_flops()
 
 
-SUITES: dict[str, Callable[..., list[dict]]] = {"blocks": blocks, "mbconv": mbconv, "models": models}
+SUITES: dict[str, Callable[..., list[dict]]] = {
+    "blocks": blocks,
+    "mbconv": mbconv,
+    "models": models,
+    "winograd": winograd,
+}

@@ -28,6 +28,15 @@ def forward(
     return _convolve(x, filter, bias, weight.shape[0], padding, algorithm, activation, plan)
 
 
+def plan(x: Tensor, outputs: int, padding: int, algorithm: str) -> str:
+    """How the convolution of x would run on its device: "fused", or "split", its tile, splits and tiles of a chunk."""
+    device = torch.cuda.get_device_properties(x.device)
+    batch, channels, height, width = x.shape
+    shape = (batch, height, width, channels, outputs, padding)
+    limits = (device.multi_processor_count, device.shared_memory_per_block_optin)
+    return torch.ops.convfirst.plan_winograd(*shape, algorithm, *limits)
+
+
 def backward(
     grad: Tensor,
     x: Tensor,

@@ -1,0 +1,156 @@
+"""Benchmark suite of Winograd's convolution: VGG-E's nine layers against cuDNN in the same run.
+
+The peer is the faster of cuDNN's NHWC and NCHW convolutions with its own search on (torch.backends.cudnn.benchmark),
+without TF32, in a CUDA graph as ours is, on the same inputs. Ours transforms the filters in every call, as cuDNN must;
+`ours_filtered_ms` is the time with transformed filters at hand, which is how an accelerated network runs.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from graph_timing import graph_ms, rotating_inputs
+from torch import Tensor
+
+from convfirst_kernels.winograd import kernels
+
+ERROR_BATCH = 1  # images in the float64 reference of a layer's error
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution of VGG-E: 3x3, padding 1."""
+
+    name: str
+    channels: int
+    outputs: int
+    side: int
+    depth: int  # how often the network has it
+
+    def flops(self, batch: int) -> int:
+        return 2 * 9 * batch * self.channels * self.outputs * self.side**2
+
+
+LAYERS = [
+    Layer("1.1", 3, 64, 224, 1),
+    Layer("1.2", 64, 64, 224, 1),
+    Layer("2.1", 64, 128, 112, 1),
+    Layer("2.2", 128, 128, 112, 1),
+    Layer("3.1", 128, 256, 56, 1),
+    Layer("3.2", 256, 256, 56, 3),
+    Layer("4.1", 256, 512, 28, 1),
+    Layer("4.2", 512, 512, 28, 3),
+    Layer("5", 512, 512, 14, 4),
+]
+
+
+def winograd(
+    select: str = "",
+    dtypes: Sequence[str] = ("float32",),
+    batches: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
+    algorithms: Sequence[str] = ("f2", "f4"),
+    iterations: int = 5,
+) -> list[dict]:
+    """One row for each layer, batch size, dtype and algorithm.
+
+    Args:
+        select: regular expression that picks from LAYERS by name.
+        dtypes: those that the kernels take.
+        batches: images in a batch.
+        algorithms: "f2", "f4".
+        iterations: replays of each graph, of which the median counts.
+    """
+    chosen = [layer for layer in LAYERS if re.search(select, layer.name)]
+    if not chosen:
+        raise ValueError(f"select={select!r} matches none of {', '.join(layer.name for layer in LAYERS)}")
+    rows = []
+    for dtype in dtypes:
+        for batch in batches:
+            for layer in chosen:
+                rows += _layer_rows(layer, batch, dtype, algorithms, iterations)
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+@torch.no_grad()
+def _layer_rows(layer: Layer, batch: int, dtype: str, algorithms: Sequence[str], iterations: int) -> list[dict]:
+    torch_dtype = getattr(torch, dtype)
+    torch.manual_seed(0)
+    weight = _uniform(layer.outputs, layer.channels, 3, 3).to(torch_dtype)
+    bias = _uniform(layer.outputs)
+    inputs = rotating_inputs(lambda: _images((batch, layer.channels, layer.side, layer.side), torch_dtype))
+    peer, peer_ms = _peer(inputs, weight, bias, iterations)
+    rows = []
+    for algorithm in algorithms:
+        call, filtered = _ours(weight, bias, layer.outputs, algorithm)
+        ours_ms = graph_ms(call, inputs, iterations, calls=4)
+        error, peer_error = _errors(call, inputs[0][:ERROR_BATCH], weight, bias)
+        rows.append(
+            {
+                "name": f"vgg-conv{layer.name}",
+                "layer": layer.name,
+                "N": batch,
+                "dtype": dtype,
+                "algorithm": algorithm,
+                "plan": kernels.plan(inputs[0], layer.outputs, 1, algorithm),
+                "ours_ms": round(ours_ms, 5),
+                "ours_filtered_ms": round(graph_ms(filtered, inputs, iterations, calls=4), 5),
+                "peer": f"cudnn-{peer}",
+                "peer_ms": round(peer_ms, 5),
+                "speedup": round(peer_ms / ours_ms, 3),
+                "effective_tflops": round(1e-9 * layer.flops(batch) / ours_ms, 1),
+                "max_error": float(f"{error:.3g}"),
+                "peer_max_error": float(f"{peer_error:.3g}"),
+            }
+        )
+    return rows
+
+
+def _ours(
+    weight: Tensor, bias: Tensor, outputs: int, algorithm: str
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    filter = torch.ops.convfirst.winograd_filter(weight, algorithm, False)
+    return (
+        lambda x: torch.ops.convfirst.winograd_conv2d(x, weight, bias, 1, algorithm, "none"),
+        lambda x: torch.ops.convfirst.winograd_conv2d_filtered(x, filter, bias, outputs, 1, algorithm, "none", ""),
+    )
+
+
+def _peer(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor, iterations: int) -> tuple[str, float]:
+    times = {}
+    bias = bias.to(weight.dtype)
+    for name, layout in (("nhwc", torch.channels_last), ("nchw", torch.contiguous_format)):
+        theirs = weight.contiguous(memory_format=layout)
+        converted = [x.contiguous(memory_format=layout) for x in inputs]
+        with _cudnn(search=True):
+            times[name] = graph_ms(lambda x, w=theirs: F.conv2d(x, w, bias, padding=1), converted, iterations, calls=4)
+        del converted
+    fastest = min(times, key=times.__getitem__)
+    return fastest, times[fastest]
+
+
+def _errors(call: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> tuple[float, float]:
+    """Largest error against float64, ours and that of cuDNN's own choice without a search."""
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    with _cudnn(search=False):
+        theirs = F.conv2d(x, weight, bias.to(x.dtype), padding=1)
+    return tuple(float((y.double() - exact).abs().max()) for y in (call(x), theirs))
+
+
+@contextmanager
+def _cudnn(search: bool):
+    backend = torch.backends.cudnn
+    with backend.flags(enabled=True, benchmark=search, deterministic=False, allow_tf32=False):
+        yield
+
+
+def _images(shape: tuple, dtype: torch.dtype) -> Tensor:
+    return _uniform(*shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _uniform(*shape: int) -> Tensor:
+    return torch.rand(*shape, device="cuda") * 2 - 1
