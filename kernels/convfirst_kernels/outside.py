@@ -1,0 +1,303 @@
+"""Reads what lies between the residual blocks of known model families (stems, downsampling), and packs its weights."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from convfirst_kernels import (
+    patches,  # noqa: F401  registers the operators
+)
+from convfirst_kernels.block import pack_vector
+from convfirst_kernels.blocks import Unsupported, _activation, _after_affine, _split_norm, fold
+from convfirst_kernels.planner import Device
+
+operators = torch.ops.convfirst
+
+
+def centred(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [out, ...] and bias [out] less their means over output channels, which LayerNorm removes; float32."""
+    weight = weight.float()
+    return weight - weight.mean(0, keepdim=True), bias.float() - bias.float().mean()
+
+
+@dataclass
+class NormedConv:
+    """A convolution and the norm after it: a batch norm that folds into it, a layer norm, or none."""
+
+    conv: nn.Conv2d
+    batch_norm: nn.Module | None
+    layer_norm: nn.LayerNorm | None
+
+    def tensors(self) -> list[Tensor]:
+        return _tensors(self.conv, self.batch_norm, self.layer_norm)
+
+    def pack(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight, bias, norm weight and norm bias for the operators' norm, float32; see `patches.stem`."""
+        weight, bias = fold(self.conv, self.batch_norm)
+        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+        norm_weight, norm_bias = torch.ones_like(bias), torch.zeros_like(bias)
+        if self.layer_norm is None:
+            return weight.float(), bias.float(), norm_weight, norm_bias
+        norm = self.layer_norm
+        norm_weight = norm_weight if norm.weight is None else norm.weight
+        norm_bias = norm_bias if norm.bias is None else norm.bias
+        return *centred(weight, bias), norm_weight, norm_bias
+
+
+@dataclass
+class StemParts:
+    """ConvFirst's stem."""
+
+    first: NormedConv
+    activation: str
+    second: NormedConv
+    least_size = 1
+
+    @property
+    def batch_norms(self) -> list[nn.Module]:
+        return [part.batch_norm for part in (self.first, self.second) if part.batch_norm is not None]
+
+    @property
+    def conv(self) -> nn.Conv2d:
+        return self.first.conv
+
+    def tensors(self) -> list[Tensor]:
+        return self.first.tensors() + self.second.tensors()
+
+    def uncovered(self, index: int) -> str:
+        return _uncovered("stem", 3, self.second.conv.out_channels, index)
+
+    def pack(self, dtype: torch.dtype, absorb: bool = True) -> tuple:
+        weight1, bias1, *norm1 = self.first.pack()
+        weight2, bias2, *norm2 = self.second.pack()
+        mid = weight1.shape[0]
+        rows = weight1.permute(0, 2, 3, 1).reshape(mid, 3, 9).to(dtype)  # filter row; column, channel
+        rounded = bias1.to(dtype)
+        rest = (bias1 - rounded.float()).to(dtype)
+        packed = torch.cat([nn.functional.pad(rows, (1, 0)).reshape(mid, 30), rounded[:, None], rest[:, None]], 1)
+        layer_norms = self.first.layer_norm, self.second.layer_norm
+        return (
+            packed.contiguous(), *map(pack_vector, norm1),
+            weight2.permute(0, 2, 3, 1).reshape(-1, 9, mid).to(dtype).contiguous(), pack_vector(bias2),
+            *map(pack_vector, norm2), self.activation, *(n.eps if n else 0.0 for n in layer_norms),
+            layer_norms[0] is not None,
+        )  # fmt: skip
+
+    def launch(self, x: Tensor, packed: tuple) -> Tensor:
+        return operators.stem(x, *packed)
+
+    def describe(self) -> str:
+        channels = self.second.conv.out_channels
+        return f"stem of two 3x3 convolutions, C={channels} {self.activation} {_norm_name(self.first)}"
+
+
+@dataclass
+class PatchStemParts:
+    """ConvNeXt's stem."""
+
+    part: NormedConv
+    least_size = 4
+
+    @property
+    def batch_norms(self) -> list[nn.Module]:
+        return [] if self.part.batch_norm is None else [self.part.batch_norm]
+
+    @property
+    def conv(self) -> nn.Conv2d:
+        return self.part.conv
+
+    def tensors(self) -> list[Tensor]:
+        return self.part.tensors()
+
+    def uncovered(self, index: int) -> str:
+        return _uncovered("patch_stem", 3, self.part.conv.out_channels, index)
+
+    def pack(self, dtype: torch.dtype, absorb: bool = True) -> tuple:
+        weight, *vectors = self.part.pack()
+        weight = weight.permute(0, 2, 3, 1).reshape(-1, 48).to(dtype).contiguous()
+        norm = self.part.layer_norm
+        return weight, *map(pack_vector, vectors), norm.eps if norm else 0.0, norm is not None
+
+    def launch(self, x: Tensor, packed: tuple) -> Tensor:
+        return operators.patch_stem(x, *packed)
+
+    def describe(self) -> str:
+        return f"stem of one 4x4 convolution, C={self.part.conv.out_channels} {_norm_name(self.part)}"
+
+
+@dataclass
+class DownsampleParts:
+    """Norm and 2x2 convolution between two stages: one kernel, or one kernel and a matrix product by cuBLAS."""
+
+    batch_norm: nn.Module | None
+    layer_norm: nn.LayerNorm | None
+    conv: nn.Conv2d
+    least_size = 2
+
+    @property
+    def batch_norms(self) -> list[nn.Module]:
+        return [] if self.batch_norm is None else [self.batch_norm]
+
+    def tensors(self) -> list[Tensor]:
+        return _tensors(self.conv, self.batch_norm, self.layer_norm)
+
+    def fused(self, index: int) -> bool:
+        return not _uncovered("downsample", self.conv.in_channels, self.conv.out_channels, index)
+
+    def uncovered(self, index: int) -> str:
+        return "" if self.fused(index) else _uncovered("normalised_patches", self.conv.in_channels, 0, index)
+
+    def pack(self, dtype: torch.dtype, absorb: bool = True) -> tuple:
+        conv = self.conv
+        weight = conv.weight.permute(0, 2, 3, 1).reshape(conv.out_channels, -1).float()
+        bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+        norm = self.layer_norm
+        scale, shift = _affine(self.batch_norm) if norm is None else (norm.weight, norm.bias)
+        if scale is not None:
+            weight, bias = _after_affine(weight, bias, scale.repeat(4), None if shift is None else shift.repeat(4))
+        bias = pack_vector(bias)
+        # The bias of a matrix product by cuBLAS has the product's dtype.
+        return weight.to(dtype).contiguous(), bias, bias.to(dtype), norm.eps if norm else 0.0, norm is not None
+
+    def launch(self, x: Tensor, packed: tuple) -> Tensor:
+        weight, bias, rounded, eps, has_norm = packed
+        x = x.contiguous(memory_format=torch.channels_last)
+        if x.device.type != "cuda" or self.fused(x.device.index or 0):
+            return operators.downsample(x, weight, bias, eps, has_norm)
+        rows = torch.addmm(rounded, operators.normalised_patches(x, eps, has_norm), weight.t())
+        return rows.view(x.shape[0], x.shape[2] // 2, x.shape[3] // 2, -1).permute(0, 3, 1, 2)
+
+    def describe(self) -> str:
+        name = "layernorm" if self.layer_norm is not None else "batchnorm" if self.batch_norm is not None else "no norm"
+        return f"downsampling C={self.conv.in_channels} to {self.conv.out_channels} {name}"
+
+
+OutsideParts = StemParts | PatchStemParts | DownsampleParts
+
+
+def refusal(parts: OutsideParts, x: Tensor, dtype: torch.dtype) -> str | None:
+    """Why no kernel computes this on x in this dtype, or None where one does."""
+    if any(norm.training for norm in parts.batch_norms):
+        return "batch norm in training mode needs the batch's statistics; only evaluation mode folds"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parts.tensors())):
+        return "a gradient may be asked for, and the kernels have none"
+    if x.dim() != 4 or min(x.shape[2:]) < parts.least_size:
+        return f"x has shape {list(x.shape)}; the kernels take images of at least {parts.least_size} pixels a side"
+    return unavailable(x.device, dtype) or uncovered(parts, x.device.index or 0)
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why kernels do not run on this device or dtype, or None."""
+    if device.type != "cuda":
+        return f"x is on {device.type}; the kernels run on CUDA devices"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"x is {dtype}; the kernels take torch.float16 and torch.bfloat16"
+    return None
+
+
+def uncovered(parts: OutsideParts, index: int) -> str | None:
+    """Why no kernel of a CUDA device has this shape, or None where one does."""
+    return parts.uncovered(index) or None
+
+
+@torch.compiler.assume_constant_result
+def _uncovered(*shape) -> str:
+    # Dynamo traces through a cache, so the cache must lie inside what it takes for a constant.
+    return _uncovered_cached(*shape)
+
+
+@cache
+def _uncovered_cached(operator: str, channels: int, columns: int, index: int) -> str:
+    device = Device.of(index)
+    return operators.patch_refusal(operator, channels, columns, device.capability, device.max_shared_memory)
+
+
+def find_outside(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and modules of the stems and downsampling layers of every ConvFirst and timm ConvNeXt in the model."""
+    found = []
+    for name, module in model.named_modules():
+        families = {cls.__name__ for cls in type(module).__mro__}
+        for family, attribute in _PLACES:
+            child = getattr(module, attribute, None)
+            if family in families and isinstance(child, nn.Module) and not isinstance(child, nn.Identity):
+                found.append((f"{name}.{attribute}" if name else attribute, child))
+    return found
+
+
+_PLACES = (
+    ("ConvFirst", "stem"),
+    ("ConvNeXt", "stem"),
+    ("ConvFirstStage", "downsample"),
+    ("ConvNeXtStage", "downsample"),
+)
+
+
+def read_outside(module: nn.Module) -> OutsideParts:
+    """The parts of a stem or downsampling layer.
+
+    Raises:
+        Unsupported: it has something that no kernel does.
+    """
+    children = dict(module.named_children())
+    if list(children) == ["conv1", "norm1", "act", "conv2", "norm2"]:
+        return _read_stem(**children)
+    layers = list(children.values())
+    if len(layers) == 2 and isinstance(layers[0], nn.Conv2d):
+        _check_conv(layers[0], 4, 4, 0)
+        _check_image(layers[0])
+        return PatchStemParts(NormedConv(layers[0], *_split_norm(layers[1])))
+    if len(layers) == 2 and isinstance(layers[1], nn.Conv2d):
+        _check_conv(layers[1], 2, 2, 0)
+        return DownsampleParts(*_split_norm(layers[0]), layers[1])
+    raise Unsupported(f"it consists of {', '.join(type(layer).__name__ for layer in layers)}")
+
+
+def _read_stem(conv1: nn.Conv2d, norm1: nn.Module, act: nn.Module, conv2: nn.Conv2d, norm2: nn.Module) -> StemParts:
+    _check_conv(conv1, 3, 2, 1)
+    _check_image(conv1)
+    _check_conv(conv2, 3, 2, 1)
+    if conv2.out_channels != 2 * conv2.in_channels:
+        raise Unsupported(
+            f"its convolutions have {conv2.in_channels} and {conv2.out_channels} channels; supported is twice as many"
+        )
+    parts = StemParts(NormedConv(conv1, *_split_norm(norm1)), _activation(act), NormedConv(conv2, *_split_norm(norm2)))
+    if (parts.first.layer_norm is None) != (parts.second.layer_norm is None):
+        raise Unsupported("one of its norms is a layer norm and the other is not")
+    return parts
+
+
+def _check_conv(conv: nn.Conv2d, size: int, stride: int, padding: int) -> None:
+    found = conv.kernel_size, conv.stride, conv.padding, conv.padding_mode, conv.dilation, conv.groups
+    if found != ((size, size), (stride, stride), (padding, padding), "zeros", (1, 1), 1):
+        raise Unsupported(
+            f"its convolution has kernel size {conv.kernel_size}, stride {conv.stride}, padding {conv.padding} "
+            f"({conv.padding_mode}), dilation {conv.dilation}, {conv.groups} groups; supported is {size}x{size} with "
+            f"stride {stride}, padding {padding}"
+        )
+
+
+def _check_image(conv: nn.Conv2d) -> None:
+    if conv.in_channels != 3:
+        raise Unsupported(f"its images have {conv.in_channels} channels; supported are 3")
+
+
+def _affine(norm: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
+    """A batch norm in evaluation mode as ``v * scale + shift``, in float32."""
+    if norm is None:
+        return None, None
+    scale = (norm.running_var.float() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.float()
+    shift = -norm.running_mean.float() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.float()
+
+
+def _tensors(conv: nn.Conv2d, batch_norm: nn.Module | None, layer_norm: nn.Module | None) -> list[Tensor]:
+    found = [t for m in (conv, batch_norm, layer_norm) if m is not None for t in (m.weight, m.bias) if t is not None]
+    return found if batch_norm is None else [*found, batch_norm.running_mean, batch_norm.running_var]
+
+
+def _norm_name(part: NormedConv) -> str:
+    return "layernorm" if part.layer_norm is not None else "batchnorm" if part.batch_norm is not None else "no norm"

@@ -1,0 +1,36 @@
+// The operators between residual blocks, C++ side: arguments -> check -> the path that the device runs -> launch. Layouts and
+// formulas in params.h.
+#pragma once
+
+#include <string>
+
+#include "common/checks.h"
+
+namespace convfirst::patch {
+
+Tensor stem(const Tensor& x, const Tensor& conv1_weight, const Tensor& norm1_weight, const Tensor& norm1_bias,
+            const Tensor& conv2_weight, const Tensor& conv2_bias, const Tensor& norm2_weight, const Tensor& norm2_bias,
+            const std::string& activation, double eps1, double eps2, bool has_norm);
+
+Tensor patch_stem(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& norm_weight, const Tensor& norm_bias,
+                  double eps, bool has_norm);
+
+Tensor downsample(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, bool has_norm);
+
+Tensor normalised_patches(const Tensor& x, double eps, bool has_norm);
+
+// The same operators' checks alone, on tensors of any device; they return a line that describes the problem.
+std::string stem_check(const Tensor& x, const Tensor& conv1_weight, const Tensor& norm1_weight, const Tensor& norm1_bias,
+                       const Tensor& conv2_weight, const Tensor& conv2_bias, const Tensor& norm2_weight, const Tensor& norm2_bias,
+                       const std::string& activation, double eps1, double eps2, bool has_norm);
+
+std::string patch_stem_check(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& norm_weight,
+                             const Tensor& norm_bias, double eps, bool has_norm);
+
+std::string downsample_check(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, bool has_norm);
+
+// Why no kernel of this build computes operator `op` ("stem", "patch_stem", "downsample", "normalised_patches") of such channels on
+// a device of such a capability and shared memory; "" where one does.
+std::string refusal(const std::string& op, int64_t channels, int64_t columns, int64_t capability, int64_t max_shared_memory);
+
+}  // namespace convfirst::patch

@@ -1,0 +1,357 @@
+// ConvFirst's stem in one launch, for sm_80 and newer: cp.async, ldmatrix, mma.sync m16n8k16.
+//
+//      x, 35 rows of 37 pixels          mid, 17 x 17 pixels             y, 8 x 8 pixels
+//    +---------------------+  3x3 / 2  +------------------+  3x3 / 2  +-----------+
+//    | . . . . . . . . . . |---------->| act(rms w1 + b1) |---------->| rms w2 +b2|----> NHWC
+//    | . 3 channels        |   K = 32  | zero outside the |  K = 9 M  |           |
+//    | . . . . . . . . . . |           | image: padding   |           |           |
+//    +---------------------+           +------------------+           +-----------+
+//
+//   what                        where                               size
+//   conv2's matrix, vectors     shared, for all tiles               dim x 9 M, 3 dim floats
+//   where conv1's rows lie      shared, for all tiles               304 words
+//   x                           shared of a team, two slots         35 rows x 224 bytes
+//   mid                         shared of a team                    17 rows x 17 to 20 slots x M
+//   conv1's matrix, w1, b1      registers                           M / 2 words, M / 2 floats a thread
+//   sums of both products       registers, fp32                     16 or 32 x M, 32 x M a warp
+//   sums of squares of y        shared of a team                    64 pixels x 2 warps
+//
+// A team is four warps with tiles of its own; teams of a block share the weights and nothing else. conv1's operand comes straight
+// from the image: of a filter row, 9 values in a row (3 pixels x 3 channels) begin at an odd element, so the one before them
+// is taken along with weight 0 and five aligned words make the row; words 5 dy + j, the sixteenth is (1, 1) and meets the
+// bias. What the zero weight meets must be finite: a NaN in x reaches one more pixel than it would.
+#pragma once
+
+#include "../block_fusion/matmul_stage_sm80.cuh"
+#include "../common/activation.cuh"
+#include "../common/ptx.cuh"
+#include "sync.cuh"
+#include "tile.h"
+
+namespace convfirst::patch {
+
+struct StemParams {
+  Stem s;
+  int mid_height, mid_width, out_height, out_width;
+  int tiles, tiles_x, tiles_image;
+  int teams, stride;  // teams of a block, of the grid
+  bool aligned;       // rows of x in 16-byte pieces
+};
+
+namespace sm80 {
+
+extern __shared__ __align__(128) unsigned char smem[];
+
+struct StemTile {
+  int image, row, column;  // of y
+};
+
+__device__ __forceinline__ StemTile stem_tile(const StemParams& p, int tile) {
+  const int image = tile / p.tiles_image, rest = tile % p.tiles_image;
+  return {image, rest / p.tiles_x * kStemTile, rest % p.tiles_x * kStemTile};
+}
+
+// Rows 4 row - 3 ... of x, elements 12 column - 16 ... of each (pixel times 3 plus channel), zeros outside the image.
+template <typename T>
+__device__ __forceinline__ void load_input(const StemParams& p, const StemTile& tile, unsigned char* to) {
+  const Image& x = p.s.x;
+  const T* image = static_cast<const T*>(x.data) + tile.image * x.stride_n;
+  const int thread = threadIdx.x % kTeamThreads;
+  const int first_row = 4 * tile.row - 3, first = 12 * tile.column - 16, width = 3 * x.width;
+  if (p.aligned) {
+    const uint32_t base = ptx::smem_address(to);
+#pragma unroll
+    for (int i = thread; i < kInputRows * kInputPieces; i += kTeamThreads) {
+      const int row = first_row + i / kInputPieces, element = first + i % kInputPieces * 8;
+      const bool valid = row >= 0 && row < x.height && element >= 0 && element < width;
+      ptx::cp_async16(base + i * 16, valid ? image + row * x.stride_h + element : image, valid);
+    }
+  } else {
+#pragma unroll 8
+    for (int i = thread; i < kInputRows * kInputPieces * 8; i += kTeamThreads) {
+      const int row = first_row + i / (kInputPieces * 8), element = first + i % (kInputPieces * 8);
+      const bool valid = row >= 0 && row < x.height && element >= 0 && element < width;
+      T value = T(0.f);
+      if (valid) value = image[row * x.stride_h + element / 3 * x.stride_w + element % 3 * x.stride_c];
+      reinterpret_cast<T*>(to)[i] = value;
+    }
+  }
+}
+
+__device__ __forceinline__ float quad_sum(float v) {
+  v += __shfl_xor_sync(0xffffffffu, v, 1);
+  return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}
+
+// `count` words in a row, 2 or 4, at once.
+template <int kWords>
+__device__ __forceinline__ void store_words(void* to, const uint32_t* words) {
+  if constexpr (kWords == 4) {
+    *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+  } else {
+    static_assert(kWords == 2);
+    *static_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+  }
+}
+
+// What a thread keeps of conv1: its part of the matrix, and the affine part of its channels.
+template <typename T, int kMid>
+struct Conv1 {
+  static constexpr int kBlocks = kMid / 8, kVector = vector_blocks(kBlocks);
+  uint32_t weight[kBlocks][2][2];
+  float scale[kBlocks][2], shift[kBlocks][2];
+  int words[4];  // byte offsets of the A operand's words, by step and half
+
+  __device__ __forceinline__ explicit Conv1(const Stem& s) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      const uint32_t* row = static_cast<const uint32_t*>(s.conv1_weight) + channel_of(n, g, kVector) * 16;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) weight[n][i / 2][i % 2] = __ldg(row + i * 4 + t);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int channel = channel_of(n, 2 * t + i, kVector);
+        scale[n][i] = __ldg(s.norm1_weight + channel);
+        shift[n][i] = __ldg(s.norm1_bias + channel);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int word = i * 4 + t;
+      words[i] = word < 15 ? word / 5 * kInputPitch + word % 5 * 4 : 0;
+    }
+  }
+
+  // kRows m16 blocks of mid, `step` blocks apart.
+  template <int kRows>
+  __device__ __forceinline__ void operator()(const Stem& s, const uint32_t* table, int block, int step, const unsigned char* input,
+                                             unsigned char* mid) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float acc[kRows][kBlocks][4];
+    int to[kRows][2];
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      uint32_t a[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t entry = table[(block + m * step) * 16 + half * 8 + g];
+        const unsigned char* from = input + (entry & 0xffffu);
+        to[m][half] = static_cast<int>(entry >> 16) * 16;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i / 2][i % 2 * 2 + half] = *reinterpret_cast<const uint32_t*>(from + words[i]);
+        if (t == 3) a[1][2 + half] = ptx::pack2<T>(1.f, 1.f);
+      }
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.f;
+#pragma unroll
+        for (int k = 0; k < 2; ++k) ptx::mma_16816<T>(acc[m][n], a[k], weight[n][k][0], weight[n][k][1]);
+      }
+    }
+    float sums[kRows][2];
+#pragma unroll
+    for (int m = 0; m < kRows; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float sum = 0.f;
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) sum = fmaf(acc[m][n][2 * half + i], acc[m][n][2 * half + i], sum);
+        sums[m][half] = sum;
+      }
+#pragma unroll
+    for (int m = 0; m < kRows; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float sum = quad_sum(sums[m][half]);
+        const float inverse = s.has_norm ? rsqrtf(sum * (1.f / kMid) + s.eps1) : 1.f;
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            acc[m][n][2 * half + i] = fmaf(acc[m][n][2 * half + i], inverse * scale[n][i], shift[n][i]);
+      }
+    block_fusion::sm80::activate(acc, static_cast<int>(s.activation));
+#pragma unroll
+    for (int m = 0; m < kRows; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int n = 0; n < kBlocks; n += kVector) {
+          uint32_t packed[kVector];
+#pragma unroll
+          for (int j = 0; j < kVector; ++j) packed[j] = ptx::pack2<T>(acc[m][n + j][2 * half], acc[m][n + j][2 * half + 1]);
+          store_words<kVector>(mid + to[m][half] + (n * 8 + t * 2 * kVector) * 2, packed);
+        }
+  }
+};
+
+// mid is zero where its image has no pixel.
+template <int kMid>
+__device__ __forceinline__ void clear_outside(const StemParams& p, const StemTile& tile, unsigned char* mid) {
+  constexpr int kPieces = kMid / 8;
+  for (int i = threadIdx.x % kTeamThreads; i < kMidPixels * kPieces; i += kTeamThreads) {
+    const int pixel = i / kPieces, r = pixel / kMidSide, c = pixel % kMidSide;
+    const int row = 2 * tile.row - 1 + r, column = 2 * tile.column - 1 + c;
+    if (row >= 0 && row < p.mid_height && column >= 0 && column < p.mid_width) continue;
+    const int slot = r * row_slots(kMid) + c / 2 + c % 2 * odd_slot(kMid);
+    *reinterpret_cast<uint4*>(mid + slot * row_bytes(kMid) + i % kPieces * 16) = make_uint4(0u, 0u, 0u, 0u);
+  }
+}
+
+template <typename T, int kMid, bool kDependent>
+__global__ void __launch_bounds__(max_teams(kMid) * kTeamThreads, 1) stem_fwd(const __grid_constant__ StemParams p) {
+  constexpr StemLayout kLayout = stem_layout(kMid);
+  constexpr int kDim = 2 * kMid, kBlocks = kMid / 8, kVector = vector_blocks(kBlocks), kPairs = kMid <= 32 ? 2 : 1;
+  constexpr int kPitch = row_bytes(kMid), kRow = row_slots(kMid) * kPitch, kWeightPitch = row_bytes(9 * kMid);
+  const Stem& s = p.s;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int team = threadIdx.x / kTeamThreads, warp = threadIdx.x % kTeamThreads / 32, threads = p.teams * kTeamThreads;
+  uint32_t* table = reinterpret_cast<uint32_t*>(smem + kLayout.table);
+  float* vectors = reinterpret_cast<float*>(smem + kLayout.vectors);
+  unsigned char* mine = smem + kLayout.teams + team * kLayout.team_bytes;
+  unsigned char* mid = mine + kLayout.mid;
+  float* moments = reinterpret_cast<float*>(mine + kLayout.moments);
+
+  for (int i = threadIdx.x; i < 16 * kMidBlocks; i += threads) {
+    const int r = i / kMidSide, c = i % kMidSide;
+    const int from = i < kMidPixels ? 2 * r * kInputPitch + (3 + 3 * c) * 4 : 0;
+    const int slot = i < kMidPixels ? r * row_slots(kMid) + c / 2 + c % 2 * odd_slot(kMid) : spare_slot(kMid);
+    table[i] = static_cast<uint32_t>(from) | static_cast<uint32_t>(slot * kPitch / 16) << 16;
+  }
+  wait_for_inputs<kDependent>();
+  launch_dependents<kDependent>();
+  int tile = blockIdx.x * p.teams + team, slot = 0;
+  StemTile at = stem_tile(p, tile);
+  if (tile < p.tiles) load_input<T>(p, at, mine + kLayout.input);
+  for (int i = threadIdx.x; i < kDim * (9 * kMid / 8); i += threads) {
+    const int row = i / (9 * kMid / 8), piece = i % (9 * kMid / 8);
+    const int channel = row / kMid * kMid + channel_of(row % kMid / 8, row % 8, kVector);
+    ptx::cp_async16(ptx::smem_address(smem + kLayout.weight + row * kWeightPitch + piece * 16),
+                    static_cast<const T*>(s.conv2_weight) + static_cast<size_t>(channel) * 9 * kMid + piece * 8, true);
+  }
+  for (int i = threadIdx.x; i < kDim; i += threads) {
+    vectors[i] = s.conv2_bias[i];
+    vectors[kDim + i] = s.norm2_weight[i];
+    vectors[2 * kDim + i] = s.norm2_bias[i];
+  }
+  const Conv1<T, kMid> conv1(s);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // the weights are there
+
+  // conv2: a warp has 32 pixels (four rows of the tile) and half of the channels.
+  const int warp_m = warp % 2, warp_n = warp / 2;
+  const uint32_t a_base = ptx::smem_address(mid) + warp_m * 8 * kRow + lane % 16 / 8 * 2 * kRow + lane % 8 * kPitch + lane / 16 * 16;
+  const uint32_t b_base = ptx::smem_address(smem + kLayout.weight) + warp_n * kMid * kWeightPitch +
+                          block_fusion::sm80::b_lane_offset(kWeightPitch);
+  for (; tile < p.tiles; tile += p.stride, slot ^= 1) {
+    ptx::cp_async_wait<0>();
+    team_barrier(team + 1, kTeamThreads);  // x is there, and every warp is done with mid and with the other slot
+    const StemTile next = stem_tile(p, tile + p.stride);
+    if (tile + p.stride < p.tiles) load_input<T>(p, next, mine + kLayout.input + (slot ^ 1) * kLayout.input_slot);
+    ptx::cp_async_commit();
+
+    const unsigned char* input = mine + kLayout.input + slot * kLayout.input_slot;
+    for (int b = (warp + team) % 4; b < kMidBlocks; b += 4 * kPairs) {
+      if (kPairs == 2 && b + 4 < kMidBlocks) {
+        conv1.template operator()<kPairs>(s, table, b, 4, input, mid);
+      } else {
+        conv1.template operator()<1>(s, table, b, 4, input, mid);
+      }
+    }
+    team_barrier(team + 1, kTeamThreads);  // mid is there
+    if (at.row == 0 || at.column == 0 || 2 * (at.row + kStemTile) > p.mid_height || 2 * (at.column + kStemTile) > p.mid_width) {
+      clear_outside<kMid>(p, at, mid);
+      team_barrier(team + 1, kTeamThreads);
+    }
+
+    float acc[2][kBlocks][4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.f;
+#pragma unroll 1
+    for (int dy = 0; dy < 3; ++dy)
+#pragma unroll
+      for (int dx = 0; dx < 3; ++dx)
+#pragma unroll
+        for (int k = 0; k < kMid / 16; ++k) {
+          uint32_t a[2][4];
+          const uint32_t from = a_base + dy * kRow + (dx == 1 ? odd_slot(kMid) : dx / 2) * kPitch + k * 32;
+#pragma unroll
+          for (int m = 0; m < 2; ++m) ptx::ldmatrix_x4(a[m], from + m * 4 * kRow);
+#pragma unroll
+          for (int n = 0; n < kBlocks / 2; ++n) {
+            uint32_t b[4];
+            ptx::ldmatrix_x4(b, b_base + n * 16 * kWeightPitch + ((dy * 3 + dx) * kMid + k * 16) * 2);
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+              ptx::mma_16816<T>(acc[m][2 * n], a[m], b[0], b[1]);
+              ptx::mma_16816<T>(acc[m][2 * n + 1], a[m], b[2], b[3]);
+            }
+          }
+        }
+
+    float squares[2][2] = {};
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float bias = vectors[warp_n * kMid + channel_of(n, 2 * t + i, kVector)];
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float& v = acc[m][n][2 * half + i];
+            v += bias;
+            squares[m][half] = fmaf(v, v, squares[m][half]);
+          }
+      }
+    if (s.has_norm) {
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          squares[m][half] = quad_sum(squares[m][half]);
+          if (t == 0) moments[warp_n * 64 + warp_m * 32 + m * 16 + half * 8 + g] = squares[m][half];
+        }
+      team_barrier(team + 1, kTeamThreads);
+    }
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float inverse = 1.f;
+        if (s.has_norm) {
+          const float other = moments[(warp_n ^ 1) * 64 + warp_m * 32 + m * 16 + half * 8 + g];
+          inverse = rsqrtf((squares[m][half] + other) * (1.f / kDim) + s.eps2);
+        }
+        const int row = at.row + warp_m * 4 + m * 2 + half, column = at.column + g;
+        const bool inside = row < p.out_height && column < p.out_width;
+        T* y = static_cast<T*>(s.y) + ((static_cast<size_t>(at.image) * p.out_height + row) * p.out_width + column) * kDim;
+#pragma unroll
+        for (int n = 0; n < kBlocks; n += kVector) {
+          const int channel = warp_n * kMid + n * 8 + t * 2 * kVector;
+          uint32_t packed[kVector];
+#pragma unroll
+          for (int j = 0; j < kVector; ++j) {
+            const float2 w = *reinterpret_cast<const float2*>(vectors + kDim + channel + 2 * j);
+            const float2 b = *reinterpret_cast<const float2*>(vectors + 2 * kDim + channel + 2 * j);
+            packed[j] = ptx::pack2<T>(fmaf(acc[m][n + j][2 * half], inverse * w.x, b.x),
+                                      fmaf(acc[m][n + j][2 * half + 1], inverse * w.y, b.y));
+          }
+          if (inside) store_words<kVector>(y + channel, packed);
+        }
+      }
+    at = next;
+  }
+}
+
+}  // namespace sm80
+}  // namespace convfirst::patch
