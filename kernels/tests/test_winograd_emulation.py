@@ -1,4 +1,4 @@
-"""Winograd's float32 kernels, their own code on a CPU: fibers for threads, poisoned shared memory and workspace.
+"""Winograd's kernels, their own code on a CPU: fibers for threads, poisoned shared memory and workspace.
 
 It checks indexing, padding, bounds and barriers without a GPU, and says nothing about speed.
 """
@@ -13,9 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from convfirst_kernels.winograd import reference
+
 KERNELS = Path(__file__).parents[1]
 EMULATION = Path(__file__).parent / "emulation"
 MINUTE = 60
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = ("none", "relu", "silu", "gelu")
 ACTIVATE = {"none": lambda y: y, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 
@@ -54,9 +57,13 @@ def emulator(tmp_path_factory):
 
 def transformed(emulator, weight: torch.Tensor, m: int) -> torch.Tensor:
     k, c = weight.shape[:2]
-    filter = torch.full(((m + 2) ** 2, -(-k // 64) * 64, -(-c // 16) * 16), float("nan"))
+    slice = 64 // weight.element_size()
+    filter = torch.full(((m + 2) ** 2, -(-k // 64) * 64, -(-c // slice) * slice), float("nan"), dtype=weight.dtype)
     view = CFilter(weight.data_ptr(), k, c, *weight.stride())
-    assert emulator.emulate_filter(m, ctypes.byref(view), ctypes.c_void_p(filter.data_ptr())) == 0
+    assert (
+        emulator.emulate_filter(m, DTYPES.index(weight.dtype), ctypes.byref(view), ctypes.c_void_p(filter.data_ptr()))
+        == 0
+    )
     return filter
 
 
@@ -92,6 +99,27 @@ def test_is_the_convolution(emulator, case, m, at_once, backwards):
     tensors = CTensors(x.data_ptr(), filter.data_ptr(), bias.data_ptr(), y.data_ptr())
     assert emulator.emulate_conv(m, ctypes.byref(problem), plan.encode(), ctypes.byref(tensors)) == 0
     torch.testing.assert_close(y.double(), exact, atol=2e-5 * channels**0.5 * 3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("case", [c for c in CASES if c[-1] != "fused"], ids=lambda c: "-".join(map(str, c)))
+def test_agrees_with_the_reference_in_16_bits(emulator, case, dtype):
+    """Both round the transformed factors alike, so only the order of the sums and the last rounding differ."""
+    batch, height, width, channels, outputs, padding, activation, plan = case
+    generator = torch.Generator().manual_seed(sum(case[:5]))
+    x = torch.randn(batch, channels, height, width, generator=generator).to(dtype)
+    weight = torch.randn(outputs, channels, 3, 3, generator=generator).to(dtype)
+    bias = torch.randn(outputs, generator=generator)
+    expected = reference.winograd_conv2d(x, weight, bias, padding, "f2", activation).permute(0, 2, 3, 1)
+    x = x.permute(0, 2, 3, 1).contiguous()
+    y = torch.full(expected.shape, float("nan"), dtype=dtype)
+    emulator.emulate_order(False, True)
+    filter = transformed(emulator, weight, 2)
+    problem = CProblem(*case[:6], DTYPES.index(dtype), ACTIVATIONS.index(activation))
+    tensors = CTensors(x.data_ptr(), filter.data_ptr(), bias.data_ptr(), y.data_ptr())
+    assert emulator.emulate_conv(2, ctypes.byref(problem), plan.encode(), ctypes.byref(tensors)) == 0
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(y, expected, atol=4 * eps, rtol=2 * eps)
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,9 @@ def winograd_conv2d(
 ) -> Tensor:
     """``act(conv2d(x, weight, bias, padding=padding))`` by Winograd's minimal filtering (Lavin & Gray, 1509.09308).
 
-    CUDA kernels compute it in float32 (true float32, no TF32); elsewhere the operator runs its definition in PyTorch,
-    `winograd.reference`, which is there for its numbers and not for speed. Differentiable once: the gradient of x by
-    the same algorithm, that of weight by F(3x3, 2x2).
+    CUDA kernels compute it in float32 (true float32, no TF32), and by "f2" in float16 and bfloat16; elsewhere the
+    operator runs its definition in PyTorch, `winograd.reference`, which is there for its numbers and not for speed.
+    Differentiable once: the gradient of x by the same algorithm, that of weight by F(3x3, 2x2).
 
     Args:
         x: [N, C, H, W], float32, float16, bfloat16 or float64. Under autocast it is computed in autocast's dtype.
@@ -60,7 +60,7 @@ def winograd_conv2d(
         algorithm = choose(dtype, *(size + 2 * padding - 2 for size in x.shape[2:]))
     arguments = (x, weight, bias, padding, algorithm, activation)
     operators.check(*arguments)
-    reason = "kernels='off'" if kernels == "off" else refusal(x, weight.shape[0], padding)
+    reason = "kernels='off'" if kernels == "off" else refusal(x, weight.shape[0], padding, algorithm)
     if kernels == "required" and reason is not None:
         raise RuntimeError(f"winograd_conv2d: kernels='required', but {reason}")
     if kernels == "auto" and reason is not None:

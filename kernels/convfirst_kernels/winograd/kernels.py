@@ -5,15 +5,18 @@ from torch import Tensor
 
 from convfirst_kernels.reference import _activation_backward, empty_gradient
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LIMIT = 2**31  # elements of x and of the result: the kernels count pixels in 32 bits
 
 
-def refusal(x: Tensor, outputs: int, padding: int) -> str | None:
+def refusal(x: Tensor, outputs: int, padding: int, algorithm: str) -> str | None:
     """Why no kernel computes the convolution of x, or None where one does."""
     if x.device.type != "cuda":
         return f"x is on {x.device.type}; the kernels run on CUDA devices"
-    if x.dtype != torch.float32:
-        return f"x is {x.dtype}; the kernels take torch.float32"
+    if x.dtype not in _DTYPES:
+        return f"x is {x.dtype}; the kernels take torch.float32, torch.float16 and torch.bfloat16"
+    if x.dtype != torch.float32 and algorithm != "f2":
+        return f"algorithm is {algorithm!r}; in {x.dtype} the kernels know 'f2'"
     height, width = (size + 2 * padding - 2 for size in x.shape[2:])
     if max(x.numel(), x.shape[0] * outputs * height * width) >= _LIMIT:
         return f"x has shape {list(x.shape)}; the kernels take fewer than 2^31 elements of x and of the result"
@@ -34,7 +37,8 @@ def plan(x: Tensor, outputs: int, padding: int, algorithm: str) -> str:
     batch, channels, height, width = x.shape
     shape = (batch, height, width, channels, outputs, padding)
     limits = (device.multi_processor_count, device.shared_memory_per_block_optin)
-    return torch.ops.convfirst.plan_winograd(*shape, algorithm, *limits)
+    dtype = str(x.dtype).removeprefix("torch.")
+    return torch.ops.convfirst.plan_winograd(*shape, dtype, algorithm, *limits)
 
 
 def backward(
@@ -49,16 +53,18 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.winograd_conv2d_backward` on tensors that `refusal` takes."""
     if activation != "none":
-        before = forward(x, weight, bias, padding, algorithm, "none")
-        grad = _activation_backward(activation, grad, before)
+        before = forward(x, weight, bias, padding, algorithm, "none").float()
+        grad = _activation_backward(activation, grad.float(), before).to(x.dtype)
     gradients = tuple(map(empty_gradient, (x, weight, bias), output_mask, (x, x, x)))
     if output_mask[0]:
         rotated = torch.ops.convfirst.winograd_filter(weight, algorithm, True)
         gradients[0].copy_(_convolve(grad, rotated, None, weight.shape[1], 2 - padding, algorithm, "none"))
     if output_mask[1]:
-        gradients[1].copy_(torch.ops.convfirst.winograd_weight_gradient(_dense(x), _dense(grad), padding))
+        gradients[1].copy_(
+            torch.ops.convfirst.winograd_weight_gradient(_dense(x.float()), _dense(grad.float()), padding)
+        )
     if output_mask[2] and bias is not None:
-        gradients[2].copy_(grad.sum((0, 2, 3)))
+        gradients[2].copy_(grad.sum((0, 2, 3), dtype=torch.float32))
     return gradients
 
 

@@ -1,6 +1,6 @@
 """``torch.ops.convfirst.winograd_conv2d`` and its backward: schema, checks, implementation, fake, autograd.
 
-On a CUDA device and in float32 they run the library's kernels, elsewhere their PyTorch reference. The library's own
+On a CUDA device, but in float64, they run the library's kernels, elsewhere their PyTorch reference. The library's own
 operators work on transformed filters: `winograd_filter` makes them, `winograd_conv2d_filtered` takes them.
 """
 
@@ -31,8 +31,8 @@ _definitions.define(
 )
 _definitions.define("winograd_weight_gradient(Tensor x, Tensor grad, int padding) -> Tensor")
 _definitions.define(
-    "plan_winograd(int batch, int height, int width, int channels, int outputs, int padding, str algorithm, "
-    "int multiprocessors, int max_shared_memory) -> str"
+    "plan_winograd(int batch, int height, int width, int channels, int outputs, int padding, str dtype, "
+    "str algorithm, int multiprocessors, int max_shared_memory) -> str"
 )
 
 
@@ -96,7 +96,8 @@ def _filter_fake(weight, algorithm, rotated) -> Tensor:
     if rotated:
         outputs, channels = channels, outputs
     points = (reference.FORWARD[algorithm].m + 2) ** 2
-    return weight.new_empty((points, -(-outputs // 64) * 64, -(-channels // 16) * 16))
+    slice = 64 // weight.element_size()  # channels of 64 bytes
+    return weight.new_empty((points, -(-outputs // 64) * 64, -(-channels // slice) * slice))
 
 
 @torch.library.register_fake("convfirst::winograd_conv2d_filtered")
@@ -113,7 +114,7 @@ def _weight_gradient_fake(x, grad, padding) -> Tensor:
 @torch.library.impl(_definitions, "winograd_conv2d", "CompositeExplicitAutograd")
 def _forward(x, weight, bias, padding, algorithm, activation) -> Tensor:
     check(x, weight, bias, padding, algorithm, activation)
-    if kernels.refusal(x, weight.shape[0], padding) is None:
+    if kernels.refusal(x, weight.shape[0], padding, algorithm) is None:
         return kernels.forward(x, weight, bias, padding, algorithm, activation)
     with torch.autocast(x.device.type, enabled=False):  # an autocast region would round the transforms
         y = reference.winograd_conv2d(x, weight, bias, padding, algorithm, activation)
@@ -121,11 +122,11 @@ def _forward(x, weight, bias, padding, algorithm, activation) -> Tensor:
 
 
 @torch.library.impl(_definitions, "winograd_conv2d_backward", "CompositeExplicitAutograd")
-def _backward_forward(grad, x, weight, bias, padding, *arguments) -> tuple[Tensor, ...]:
-    covered = kernels.refusal(x, weight.shape[0], padding) is None
+def _backward_forward(grad, x, weight, bias, padding, algorithm, *arguments) -> tuple[Tensor, ...]:
+    covered = kernels.refusal(x, weight.shape[0], padding, algorithm) is None
     compute = kernels.backward if covered else reference.winograd_conv2d_backward
     with torch.autocast(x.device.type, enabled=False):
-        return compute(grad, x, weight, bias, padding, *arguments)
+        return compute(grad, x, weight, bias, padding, algorithm, *arguments)
 
 
 def _setup_context(ctx, inputs, output) -> None:

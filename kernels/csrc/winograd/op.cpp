@@ -28,8 +28,17 @@ Activation parse_activation(const std::string& name) {
 }
 
 DType parse_dtype(const char* name, const Tensor& tensor) {
-  if (tensor.scalar_type() == ScalarType::Float) return DType::kFloat;
-  kChecks.refuse(name, " is ", show(tensor.scalar_type()), "; the kernels take torch.float32");
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat;
+    case ScalarType::Half: return DType::kHalf;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: kChecks.refuse(name, " is ", show(tensor.scalar_type()), "; the kernels take torch.float32, torch.float16 and torch.bfloat16");
+  }
+}
+
+// F(4x4, 3x3) is float32's alone: in 16 bits its error is above the bound.
+void check_algorithm(DType dtype, int m) {
+  if (dtype != DType::kFloat && m != 2) kChecks.refuse("algorithm is 'f4'; in 16 bits the kernels know 'f2'");
 }
 
 Problem check_problem(const Tensor& x, int64_t outputs, int64_t padding, const std::string& activation) {
@@ -70,6 +79,7 @@ Tensor winograd_filter(const Tensor& weight, const std::string& algorithm, bool 
   kChecks.shape("weight", weight, {-1, -1, 3, 3}, "[output channels, channels, 3, 3]");
   kChecks.cuda("weight", weight);
   const DType dtype = parse_dtype("weight", weight);
+  check_algorithm(dtype, m);
   FilterView view{weight.const_data_ptr(), static_cast<int>(weight.size(0)), static_cast<int>(weight.size(1)),
                   weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
   if (rotated) {
@@ -80,7 +90,7 @@ Tensor winograd_filter(const Tensor& weight, const std::string& algorithm, bool 
   const int64_t points = int64_t{m + 2} * (m + 2);
   const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
   make_current(weight.get_device_index());
-  const Tensor filter = empty({points, round_up(view.outputs, kOutputGrain), round_up(view.channels, kSlice)}, weight.scalar_type(), weight);
+  const Tensor filter = empty({points, round_up(view.outputs, kOutputGrain), round_up(view.channels, kSlice * 4 / bytes_of(dtype))}, weight.scalar_type(), weight);
   check_cuda(transform_filter(m, dtype, view, filter.mutable_data_ptr(), current_stream(weight.get_device_index())), "winograd_filter",
              "launch");
   return filter;
@@ -90,10 +100,12 @@ Tensor winograd_conv2d_filtered(const Tensor& x, const Tensor& filter, const May
                                 const std::string& algorithm, const std::string& activation, const std::string& plan) {
   const int m = outputs_of_tile(algorithm);
   const Problem problem = check(x, filter, bias, outputs, padding, m, activation);
+  check_algorithm(problem.dtype, m);
   kChecks.cuda("x", x);
   const int index = x.get_device_index();
   const DeviceInfo device = device_info(index);
   const Plan chosen = plan.empty() ? make_plan(problem, m, device.multiprocessors, device.max_shared_memory) : parse_plan(plan);
+  if (chosen.fused && problem.dtype != DType::kFloat) kChecks.refuse("plan 'fused' is for torch.float32");
   if (chosen.fused && device.max_shared_memory < fused_shared_bytes(m)) {
     kChecks.refuse("plan 'fused' takes ", fused_shared_bytes(m), " bytes of shared memory; the device has ", device.max_shared_memory);
   }
@@ -117,7 +129,9 @@ Tensor winograd_weight_gradient(const Tensor& x, const Tensor& grad, int64_t pad
   const Problem problem = check_problem(x, grad.size(1), padding, "none");
   kChecks.shape("grad", grad, {problem.batch, problem.outputs, problem.out_height(), problem.out_width()},
                 "[batch, output channels, height + 2 padding - 2, width + 2 padding - 2]");
-  parse_dtype("grad", grad);
+  if (x.scalar_type() != ScalarType::Float || grad.scalar_type() != ScalarType::Float) {
+    kChecks.refuse("x is ", show(x.scalar_type()), " and grad ", show(grad.scalar_type()), "; the weight's gradient takes torch.float32");
+  }
   kChecks.channels_last("grad", grad);
   kChecks.alignment("grad", grad);
   kChecks.same_device("grad", grad, x);
@@ -135,9 +149,9 @@ Tensor winograd_weight_gradient(const Tensor& x, const Tensor& grad, int64_t pad
 }
 
 std::string plan_winograd(int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t outputs, int64_t padding,
-                          const std::string& algorithm, int64_t multiprocessors, int64_t max_shared_memory) {
+                          const std::string& dtype, const std::string& algorithm, int64_t multiprocessors, int64_t max_shared_memory) {
   const Problem problem{static_cast<int>(batch), static_cast<int>(height), static_cast<int>(width), static_cast<int>(channels),
-                        static_cast<int>(outputs), static_cast<int>(padding), DType::kFloat, Activation::kNone};
+                        static_cast<int>(outputs), static_cast<int>(padding), dtype == "float32" ? DType::kFloat : DType::kHalf, Activation::kNone};
   return describe(make_plan(problem, outputs_of_tile(algorithm), static_cast<int>(multiprocessors), static_cast<int>(max_shared_memory)));
 }
 

@@ -21,6 +21,6 @@ Tensor winograd_weight_gradient(const Tensor& x, const Tensor& grad, int64_t pad
 
 // How a problem would run on a device: "fused" or "split <block_rows> <block_columns> <splits> <chunk>".
 std::string plan_winograd(int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t outputs, int64_t padding,
-                          const std::string& algorithm, int64_t multiprocessors, int64_t max_shared_memory);
+                          const std::string& dtype, const std::string& algorithm, int64_t multiprocessors, int64_t max_shared_memory);
 
 }  // namespace convfirst::winograd

@@ -10,10 +10,13 @@ namespace convfirst::winograd {
 enum class DType { kFloat, kHalf, kBFloat16 };
 enum class Activation { kNone, kRelu, kSilu, kGelu };
 
-constexpr int kSlice = 16;         // channels of a step of the products; transformed data and filters are padded to whole slices
+// Words of 4 bytes of a step of the products, 16 channels in float32 and 32 in 16 bits; transformed data and filters are padded to
+// whole slices.
+constexpr int kSlice = 16;
 constexpr int kOutputGrain = 64;   // output channels are padded to a multiple of it
 constexpr int kRowGrain = 128;     // tiles are padded to a multiple of it, in the workspace alone
 
+constexpr int bytes_of(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -28,7 +31,7 @@ struct Problem {
   constexpr int tile_rows(int m) const { return static_cast<int>(ceil_div(out_height(), m)); }
   constexpr int tile_columns(int m) const { return static_cast<int>(ceil_div(out_width(), m)); }
   constexpr int64_t tiles(int m) const { return int64_t{batch} * tile_rows(m) * tile_columns(m); }
-  constexpr int channel_pitch() const { return static_cast<int>(round_up(channels, kSlice)); }
+  constexpr int channel_pitch() const { return static_cast<int>(round_up(channels, kSlice * 4 / bytes_of(dtype))); }
   constexpr int output_pitch() const { return static_cast<int>(round_up(outputs, kOutputGrain)); }
 };
 
@@ -72,6 +75,7 @@ struct Tensors {
 
 // Each returns cudaError_t as int. `m`: 2 or 4, of F(m x m, 3x3).
 int transform_filter(int m, DType dtype, const FilterView& view, void* filter, cudaStream_t stream);
+// In float16 and bfloat16 m is 2.
 int run_split(int m, const Problem& problem, const SplitPlan& plan, const Tensors& tensors, void* workspace, cudaStream_t stream);
 int run_fused(int m, const Problem& problem, const Tensors& tensors, cudaStream_t stream);
 // By F(3x3, 2x2): x and grad NHWC, result contiguous [outputs, channels, 3, 3]; `problem` is the forward one.

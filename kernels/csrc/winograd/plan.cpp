@@ -17,11 +17,11 @@ struct Tile {
 constexpr Tile kTiles[] = {{128, 128, 1}, {128, 64, 3}, {64, 64, 6}, {32, 64, 9}};
 
 int64_t bytes_of_tile(const Problem& p, int m, int splits) {
-  return int64_t{(m + 2) * (m + 2)} * (p.channel_pitch() + int64_t{splits} * p.output_pitch()) * 4;
+  return int64_t{(m + 2) * (m + 2)} * (p.channel_pitch() * bytes_of(p.dtype) + int64_t{splits} * p.output_pitch() * 4);
 }
 
 SplitPlan plan_split(const Problem& p, int m, int multiprocessors) {
-  const int points = (m + 2) * (m + 2), slices = p.channel_pitch() / kSlice;
+  const int points = (m + 2) * (m + 2), slices = p.channel_pitch() * bytes_of(p.dtype) / 4 / kSlice;
   SplitPlan best{};
   double best_cost = 0;
   for (const Tile& tile : kTiles) {

@@ -22,11 +22,11 @@
 namespace convfirst::winograd::sm80 {
 
 struct ProductParams {
-  const float *v, *u;
+  const float *v, *u;  // in 16 bits two channels a word
   float* out;
   int row_blocks, column_blocks, points;
   int steps, steps_of_split;  // slices of channels: in all, of a split
-  int64_t v_point, u_point, out_point, out_split;  // strides, elements
+  int64_t v_point, u_point, out_point, out_split;  // strides, words of 4 bytes
   int pitch, out_pitch;                            // of a row of v and u, and of out
 };
 
@@ -82,33 +82,60 @@ __device__ __forceinline__ void multiply_chunk(float (&sums)[8][8], const float4
   }
 }
 
-template <typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor) products_fwd_sm80(const ProductParams p) {
-  extern __shared__ __align__(128) unsigned char smem[];
-  float* const stages = reinterpret_cast<float*>(smem);
-  int block = blockIdx.x;
-  const int column = block % p.column_blocks * Tile::kColumns;
-  block /= p.column_blocks;
-  const int64_t row = int64_t{block % p.row_blocks} * Tile::kRows;
-  block /= p.row_blocks;
-  const int point = block % p.points, split = block / p.points;
-  const int first = split * p.steps_of_split, steps = min(p.steps_of_split, p.steps - first);
+// Which products a block computes.
+struct BlockPlace {
+  int64_t row;
+  int column, point, split;
+  int first, steps;  // slices of the split
+};
 
-  const int my_place = threadIdx.x / 4, my_chunk = threadIdx.x % 4;
-  const float* v = p.v + point * p.v_point + (row + my_place) * p.pitch + first * kSlice + my_chunk * 4;
-  const float* u = p.u + point * p.u_point + int64_t{column + row_at(my_place)} * p.pitch + first * kSlice + my_chunk * 4;
-  const uint32_t my_address = ptx::smem_address(stages) + chunk_address(my_place, my_chunk) * 4;
-  auto copy_step = [&](int step) {
+template <typename Tile>
+__device__ __forceinline__ BlockPlace block_place(const ProductParams& p) {
+  int block = blockIdx.x;
+  BlockPlace at;
+  at.column = block % p.column_blocks * Tile::kColumns;
+  block /= p.column_blocks;
+  at.row = int64_t{block % p.row_blocks} * Tile::kRows;
+  block /= p.row_blocks;
+  at.point = block % p.points, at.split = block / p.points;
+  at.first = at.split * p.steps_of_split, at.steps = min(p.steps_of_split, p.steps - at.first);
+  return at;
+}
+
+// A thread's part of the copies of a block's slices, in order.
+template <typename Tile, bool kPermuted = false>
+struct SliceCopy {
+  const float *v, *u;
+  uint32_t to;
+  int pitch, steps;
+
+  __device__ __forceinline__ SliceCopy(const ProductParams& p, const BlockPlace& at, uint32_t stages) : pitch(p.pitch), steps(at.steps) {
+    const int place = threadIdx.x / 4, chunk = threadIdx.x % 4;
+    v = p.v + at.point * p.v_point + (at.row + place) * pitch + at.first * kSlice + chunk * 4;
+    u = p.u + at.point * p.u_point + int64_t{at.column + (kPermuted ? row_at(place) : place)} * pitch + at.first * kSlice + chunk * 4;
+    to = stages + chunk_address(place, chunk) * 4;
+  }
+
+  // Slice `step` to its slot, as a group of its own; past the last one an empty group.
+  __device__ __forceinline__ void start(int step) {
     if (step < steps) {
-      const uint32_t to = my_address + step % Tile::kStages * Tile::kStageFloats * 4;
-      copy_slice<Tile::kRows, Tile::kThreads, false>(to, v, p.pitch);
-      copy_slice<Tile::kColumns, Tile::kThreads, true>(to + Tile::kRows * kSlice * 4, u, p.pitch);
+      const uint32_t slot = to + step % Tile::kStages * Tile::kStageFloats * 4;
+      copy_slice<Tile::kRows, Tile::kThreads, false>(slot, v, pitch);
+      copy_slice<Tile::kColumns, Tile::kThreads, kPermuted>(slot + Tile::kRows * kSlice * 4, u, pitch);
       v += kSlice, u += kSlice;
     }
     ptx::cp_async_commit();
-  };
+  }
+};
+
+template <typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor) products_fwd_sm80(const ProductParams p) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  const float* const stages = reinterpret_cast<const float*>(smem);
+  const BlockPlace at = block_place<Tile>(p);
+  SliceCopy<Tile, true> copy(p, at, ptx::smem_address(smem));
 #pragma unroll
-  for (int step = 0; step < Tile::kStages - 1; ++step) copy_step(step);
+  for (int step = 0; step < Tile::kStages - 1; ++step) copy.start(step);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int lane_n = lane % 2 + lane / 4 % 4 * 2, lane_m = lane / 2 % 2 + lane / 16 * 2;
@@ -124,7 +151,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor
   ptx::cp_async_wait<Tile::kStages - 2>();
   __syncthreads();
   read_rows(a[0], stages + v_place[0], stages + v_place[2]);
-  for (int step = 0; step < steps; ++step) {
+  for (int step = 0; step < at.steps; ++step) {
     const float* stage = stages + step % Tile::kStages * Tile::kStageFloats;
 #pragma unroll
     for (int chunk = 0; chunk < kSlice / 4; ++chunk) {
@@ -133,7 +160,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor
       } else {
         ptx::cp_async_wait<Tile::kStages - 3>();
         __syncthreads();  // the next slice is there, and everyone has left the one before this, whose slot is filled now
-        copy_step(step + Tile::kStages - 1);
+        copy.start(step + Tile::kStages - 1);
         const float* next = stages + (step + 1) % Tile::kStages * Tile::kStageFloats;
         read_rows(a[0], next + v_place[0], next + v_place[2]);
       }
@@ -141,7 +168,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor
     }
   }
 
-  float* out = p.out + split * p.out_split + point * p.out_point + (row + warp_row + lane_m) * p.out_pitch + column + warp_column;
+  float* out = p.out + at.split * p.out_split + at.point * p.out_point + (at.row + warp_row + lane_m) * p.out_pitch + at.column + warp_column;
 #pragma unroll
   for (int i = 0; i < 8; ++i)
 #pragma unroll

@@ -2,14 +2,15 @@
 #pragma once
 
 #include "common/launch.cuh"
-#include "winograd/products_fwd_sm80.cuh"
+#include "winograd/products_mma_fwd_sm80.cuh"
 #include "winograd/transform_sm80.cuh"
 
 namespace convfirst::winograd::sm80 {
 
 template <int M, typename T>
 int filter_transform(const FilterView& view, void* filter, cudaStream_t stream) {
-  const int outputs = static_cast<int>(round_up(view.outputs, kOutputGrain)), channels = static_cast<int>(round_up(view.channels, kSlice));
+  const int outputs = static_cast<int>(round_up(view.outputs, kOutputGrain));
+  const int channels = static_cast<int>(round_up(view.channels, kSlice * 4 / sizeof(T)));
   return start_kernel(filter_transform_sm80<M, T>, transform_blocks(int64_t{outputs} * channels), kTransformThreads, 0, stream, view,
                       static_cast<T*>(filter), outputs, channels);
 }
@@ -35,41 +36,47 @@ int output_transform(const Problem& p, const Tensors& t, const float* products, 
                       chunk.out_split);
 }
 
-template <typename Tile>
-int products(const Problem& p, const SplitPlan& plan, const float* v, const float* u, float* out, int points, const Chunk& chunk,
+template <typename T, typename Tile>
+int products(const Problem& p, const SplitPlan& plan, const T* v, const void* u, float* out, int points, const Chunk& chunk,
              cudaStream_t stream) {
-  const int steps = p.channel_pitch() / kSlice, of_split = static_cast<int>(ceil_div(steps, plan.splits));
+  const int words = p.channel_pitch() * static_cast<int>(sizeof(T)) / 4, steps = words / kSlice;
+  const int of_split = static_cast<int>(ceil_div(steps, plan.splits));
   const int row_blocks = chunk.rows / Tile::kRows, column_blocks = p.output_pitch() / Tile::kColumns;
-  const ProductParams params{v, u, out, row_blocks, column_blocks, points, steps, of_split,
-                             chunk.v_point, int64_t{p.output_pitch()} * p.channel_pitch(), chunk.out_point, chunk.out_split,
-                             p.channel_pitch(), p.output_pitch()};
-  return start_kernel(products_fwd_sm80<Tile>, row_blocks * column_blocks * points * plan.splits, Tile::kThreads, Tile::kSharedBytes,
-                      stream, params);
+  const ProductParams params{reinterpret_cast<const float*>(v), static_cast<const float*>(u), out, row_blocks, column_blocks, points, steps,
+                             of_split, int64_t{chunk.rows} * words, int64_t{p.output_pitch()} * words, chunk.out_point, chunk.out_split,
+                             words, p.output_pitch()};
+  const int blocks = row_blocks * column_blocks * points * plan.splits;
+  if constexpr (sizeof(T) == 4) {
+    return start_kernel(products_fwd_sm80<Tile>, blocks, Tile::kThreads, Tile::kSharedBytes, stream, params);
+  } else {
+    return start_kernel(products_mma_fwd_sm80<Tile, T>, blocks, Tile::kThreads, Tile::kSharedBytes, stream, params);
+  }
 }
 
-inline int products(const Problem& p, const SplitPlan& plan, const float* v, const float* u, float* out, int points, const Chunk& chunk,
-                    cudaStream_t stream) {
-  if (plan.block_columns == 128) return products<ProductTile<128, 128, 256>>(p, plan, v, u, out, points, chunk, stream);
-  if (plan.block_rows == 128) return products<ProductTile<128, 64, 384>>(p, plan, v, u, out, points, chunk, stream);
-  if (plan.block_rows == 64) return products<ProductTile<64, 64, 384>>(p, plan, v, u, out, points, chunk, stream);
-  return products<ProductTile<32, 64, 384>>(p, plan, v, u, out, points, chunk, stream);
+template <typename T>
+int products(const Problem& p, const SplitPlan& plan, const T* v, const void* u, float* out, int points, const Chunk& chunk,
+             cudaStream_t stream) {
+  if (plan.block_columns == 128) return products<T, ProductTile<128, 128, sizeof(T) == 4 ? 256 : 512>>(p, plan, v, u, out, points, chunk, stream);
+  if (plan.block_rows == 128) return products<T, ProductTile<128, 64, 384>>(p, plan, v, u, out, points, chunk, stream);
+  if (plan.block_rows == 64) return products<T, ProductTile<64, 64, 384>>(p, plan, v, u, out, points, chunk, stream);
+  return products<T, ProductTile<32, 64, 384>>(p, plan, v, u, out, points, chunk, stream);
 }
 
-template <int M>
+template <int M, typename T>
 int split(const Problem& p, const SplitPlan& plan, const Tensors& t, void* workspace, cudaStream_t stream) {
   constexpr int points = (M + 2) * (M + 2), kVector = 8 / M;
-  float* const v = static_cast<float*>(workspace);
+  T* const v = static_cast<T*>(workspace);
   for (int64_t first = 0; first < p.tiles(M); first += plan.chunk) {
     const int64_t left = p.tiles(M) - first;
     const int tiles = static_cast<int>(left < plan.chunk ? left : plan.chunk);
     const int rows = static_cast<int>(round_up(tiles, plan.block_rows));
     const Chunk chunk{first, tiles, rows, int64_t{rows} * p.channel_pitch(), int64_t{rows} * p.output_pitch(),
                       int64_t{points} * rows * p.output_pitch()};
-    float* const out = v + points * chunk.v_point;
-    const auto transform = p.channels % kVector == 0 ? input_transform<M, float, kVector> : input_transform<M, float, 1>;
-    const auto inverse = p.outputs % kVector == 0 ? output_transform<M, float, kVector> : output_transform<M, float, 1>;
+    float* const out = reinterpret_cast<float*>(v + points * chunk.v_point);
+    const auto transform = p.channels % kVector == 0 ? input_transform<M, T, kVector> : input_transform<M, T, 1>;
+    const auto inverse = p.outputs % kVector == 0 ? output_transform<M, T, kVector> : output_transform<M, T, 1>;
     int error = transform(p, t, v, chunk, stream);
-    if (error == 0) error = products(p, plan, v, static_cast<const float*>(t.filter), out, points, chunk, stream);
+    if (error == 0) error = products<T>(p, plan, v, t.filter, out, points, chunk, stream);
     if (error == 0) error = inverse(p, t, out, chunk, plan.splits, stream);
     if (error != 0) return error;
   }

@@ -1,6 +1,9 @@
-// Lets a test run Winograd's float32 kernels on a CPU, through C.
+// Lets a test run Winograd's kernels on a CPU, through C.
 #include "../engine.h"
 #include "winograd/split_float_sm80.cu"
+#include "winograd/split_half_sm80.cu"
+#include "winograd/split_bfloat16_sm80.cu"
+#include "winograd/dispatch_sm80.cpp"
 #include "winograd/fused_float_sm80.cu"
 #include "winograd/weight_gradient_float_sm80.cu"
 #include "winograd/plan.cpp"
@@ -22,7 +25,9 @@ void emulate_order(bool copies_at_once, bool backwards) {
   emulation::backwards = backwards;
 }
 
-int emulate_filter(int m, const FilterView* view, float* filter) { return transform_filter(m, DType::kFloat, *view, filter, nullptr); }
+int emulate_filter(int m, int dtype, const FilterView* view, void* filter) {
+  return transform_filter(m, static_cast<DType>(dtype), *view, filter, nullptr);
+}
 
 int emulate_conv(int m, const Problem* problem, const char* plan, const Tensors* tensors) {
   const Plan chosen = *plan == 0 ? make_plan(*problem, m, 132, 232448) : parse_plan(plan);
