@@ -1,0 +1,176 @@
+"""Winograd's convolution and its gradients against float64 on a GPU: every path, tile, dtype and awkward shape."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from convfirst_kernels import winograd_conv2d
+from convfirst_kernels.winograd import kernels, operators, reference
+
+pytestmark = pytest.mark.gpu
+op = torch.ops.convfirst.winograd_conv2d
+
+# Batch, height, width, channels, outputs, padding.
+SHAPES = [
+    (1, 28, 28, 64, 64, 1),
+    (2, 13, 17, 20, 70, 0),
+    (3, 9, 31, 33, 5, 2),
+    (8, 14, 14, 128, 128, 1),
+    (64, 7, 7, 24, 72, 1),
+    (1, 64, 65, 3, 64, 1),
+    (5, 1, 1, 7, 9, 1),
+    (1, 14, 14, 512, 512, 1),
+]
+PLANS = ["", "fused", "split 32 64 1 96", "split 64 64 2 128", "split 128 64 3 256", "split 128 128 1 128"]
+# How many times cuDNN's largest error in the same dtype ours may be; in 16 bits factors are rounded after their transform.
+BOUND = {(torch.float32, "f2"): 4, (torch.float32, "f4"): 30, (torch.float16, "f2"): 4, (torch.bfloat16, "f2"): 4}
+ACTIVATE = {"none": lambda y: y, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+
+
+@pytest.fixture(autouse=True)
+def true_float32():
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+
+
+def inputs(shape: tuple, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, height, width, channels, outputs, _ = shape
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def uniform(*size: int) -> torch.Tensor:
+        return torch.rand(*size, generator=generator, device="cuda") * 2 - 1
+
+    x = uniform(batch, channels, height, width).to(dtype).contiguous(memory_format=torch.channels_last)
+    return x, uniform(outputs, channels, 3, 3).to(dtype), uniform(outputs)
+
+
+def poison(elements: int) -> None:
+    """Leaves NaNs in the memory that the caching allocator hands to the next tensors of that size."""
+    torch.full((elements,), float("nan"), device="cuda")
+    torch.full((1 << 24,), float("nan"), device="cuda")
+
+
+def error(y: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((y.double() - exact).abs().max())
+
+
+def bound(peer: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, algorithm: str) -> float:
+    """Of the largest error: a multiple of cuDNN's, plus the rounding of the largest value."""
+    return BOUND[dtype, algorithm] * error(peer, exact) + torch.finfo(dtype).eps * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
+@pytest.mark.parametrize(("dtype", "algorithm"), BOUND, ids=lambda v: str(v).removeprefix("torch."))
+@pytest.mark.parametrize("plan", PLANS, ids=lambda p: p.replace(" ", "-") or "chosen")
+def test_accuracy(shape, dtype, algorithm, plan, seed):
+    if plan == "fused" and dtype != torch.float32:
+        pytest.skip("the fused kernel is float32's")
+    if "128 128" in plan and -(-shape[4] // 64) % 2:
+        pytest.skip("tiles of 128 outputs do not divide these")
+    x, weight, bias = inputs(shape, dtype, seed)
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=shape[5])
+    peer = F.conv2d(x, weight, bias.to(dtype), padding=shape[5])
+    poison(exact.numel())
+    y = kernels.forward(x, weight, bias, shape[5], algorithm, "none", plan)
+    assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == dtype
+    assert error(y, exact) <= bound(peer, exact, dtype, algorithm), f"seed {seed}"
+    poison(exact.numel())
+    again = kernels.forward(x, weight, bias, shape[5], algorithm, "none", plan)
+    assert torch.equal(y, again), "differs from run to run"
+
+
+@pytest.mark.parametrize("activation", ACTIVATE)
+@pytest.mark.parametrize("plan", PLANS[:3], ids=lambda p: p.replace(" ", "-") or "chosen")
+def test_activation(activation, plan, seed):
+    x, weight, bias = inputs(SHAPES[1], torch.float32, seed)
+    exact = ACTIVATE[activation](F.conv2d(x.double(), weight.double(), bias.double()))
+    y = kernels.forward(x, weight, bias, 0, "f2", activation, plan)
+    torch.testing.assert_close(y.double(), exact, atol=2e-5, rtol=1e-5)
+    without = kernels.forward(x, weight, None, 0, "f2", activation, plan)
+    exact = ACTIVATE[activation](F.conv2d(x.double(), weight.double()))
+    torch.testing.assert_close(without.double(), exact, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
+@pytest.mark.parametrize(("dtype", "algorithm"), BOUND, ids=lambda v: str(v).removeprefix("torch."))
+def test_gradients(shape, dtype, algorithm, seed):
+    tensors = inputs(shape, dtype, seed)
+    ours = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors]
+    theirs = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors[:2]]
+    wide = [t.double().requires_grad_() for t in tensors]
+    padding = shape[5]
+    y = winograd_conv2d(*ours, padding, algorithm=algorithm, kernels="required")
+    exact = F.conv2d(*wide, padding=padding)
+    upstream = (torch.rand(exact.shape, device="cuda") * 2 - 1).to(dtype)
+    gradients = torch.autograd.grad(y, ours, upstream)
+    expected = torch.autograd.grad(exact, wide, upstream.double())
+    peers = torch.autograd.grad(F.conv2d(*theirs, padding=padding), theirs, upstream)
+    for name, gradient, value, peer in zip(("x", "weight"), gradients, expected, peers, strict=False):
+        assert gradient.dtype == dtype
+        assert error(gradient, value) <= bound(peer, value, dtype, algorithm), f"{name}, seed {seed}"
+    torch.testing.assert_close(gradients[2].double(), expected[2], atol=1e-3, rtol=1e-5)
+    again = torch.autograd.grad(winograd_conv2d(*ours, padding, algorithm=algorithm), ours, upstream)
+    assert all(map(torch.equal, gradients, again)), "differs from run to run"
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
+def test_gradients_of_an_activation(activation, seed):
+    tensors = inputs(SHAPES[1], torch.float32, seed)
+    ours, wide = [t.requires_grad_() for t in tensors], [t.detach().double().requires_grad_() for t in tensors]
+    y = winograd_conv2d(*ours, 0, activation=activation, kernels="required")
+    exact = ACTIVATE[activation](F.conv2d(*wide))
+    for ours_, exact_ in zip(torch.autograd.grad(y.sum(), ours), torch.autograd.grad(exact.sum(), wide), strict=True):
+        torch.testing.assert_close(ours_.double(), exact_, atol=1e-3, rtol=1e-3)
+
+
+def test_layouts_and_offsets(seed):
+    """Inputs that are not channels_last, or start at an odd address, are copied; expanded gradients too."""
+    x, weight, bias = inputs(SHAPES[1], torch.float32, seed)
+    expected = winograd_conv2d(x, weight, bias, algorithm="f2")
+    assert torch.equal(winograd_conv2d(x.contiguous(), weight, bias, algorithm="f2"), expected)
+    shifted = (
+        torch.empty(x.numel() + 1, device="cuda")[1:].view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2).copy_(x)
+    )
+    assert torch.equal(winograd_conv2d(shifted, weight, bias, algorithm="f2"), expected)
+    channels_last = weight.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(winograd_conv2d(x, channels_last, bias, algorithm="f2"), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_opcheck(dtype, seed):
+    x, weight, bias = (t.requires_grad_() for t in inputs((2, 6, 5, 16, 12, 1), dtype, seed))
+    torch.library.opcheck(op.default, (x, weight, bias, 1, "f2", "silu"))
+    filter = torch.ops.convfirst.winograd_filter(weight.detach(), "f2", False)
+    torch.library.opcheck(torch.ops.convfirst.winograd_filter.default, (weight.detach(), "f2", True))
+    arguments = (x.detach(), filter, bias.detach(), 12, 1, "f2", "relu", "")
+    torch.library.opcheck(torch.ops.convfirst.winograd_conv2d_filtered.default, arguments)
+
+
+def test_cuda_graph_and_compile(seed):
+    x, weight, bias = inputs(SHAPES[0], torch.float32, seed)
+    expected = winograd_conv2d(x, weight, bias, kernels="required")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = winograd_conv2d(x, weight, bias, kernels="required")
+    y.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(y, expected)
+    compiled = torch.compile(lambda *t: winograd_conv2d(*t, kernels="required"), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, weight, bias), expected)
+
+
+def test_float64_and_f4_in_16_bits_run_the_reference(seed):
+    x, weight, bias = inputs(SHAPES[1], torch.float16, seed)
+    with pytest.raises(RuntimeError, match="algorithm is 'f4'; in torch.float16 the kernels know 'f2'"):
+        winograd_conv2d(x, weight, bias, algorithm="f4", kernels="required")
+    assert operators.kernels.refusal(x.double(), 70, 1, "f2").startswith("x is torch.float64")
+    wide = (x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(winograd_conv2d(*wide), F.conv2d(*wide, padding=1))
+
+
+def test_agrees_with_its_reference_in_16_bits(seed):
+    x, weight, bias = inputs(SHAPES[3], torch.float16, seed)
+    expected = reference.winograd_conv2d(x, weight, bias, 1, "f2", "relu")
+    y = winograd_conv2d(x, weight, bias, algorithm="f2", activation="relu", kernels="required")
+    torch.testing.assert_close(y, expected, atol=4e-3, rtol=2e-3)
