@@ -1,4 +1,4 @@
-"""Benchmark suite of Winograd's convolution: VGG-E's nine layers against cuDNN in the same run.
+"""Benchmark suite of Winograd's convolution: the layers of VGG-E and of ResNets against cuDNN in the same run.
 
 The peer is the faster of cuDNN's NHWC and NCHW convolutions with its own search on (torch.backends.cudnn.benchmark),
 without TF32, in a CUDA graph as ours is, on the same inputs. Ours transforms the filters in every call, as cuDNN must;
@@ -23,28 +23,28 @@ ERROR_BATCH = 1  # images in the float64 reference of a layer's error
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution of VGG-E: 3x3, padding 1."""
+    """A convolution of a network for 224 x 224 images: 3x3, padding 1."""
 
     name: str
     channels: int
     outputs: int
     side: int
-    depth: int  # how often the network has it
 
     def flops(self, batch: int) -> int:
         return 2 * 9 * batch * self.channels * self.outputs * self.side**2
 
 
 LAYERS = [
-    Layer("1.1", 3, 64, 224, 1),
-    Layer("1.2", 64, 64, 224, 1),
-    Layer("2.1", 64, 128, 112, 1),
-    Layer("2.2", 128, 128, 112, 1),
-    Layer("3.1", 128, 256, 56, 1),
-    Layer("3.2", 256, 256, 56, 3),
-    Layer("4.1", 256, 512, 28, 1),
-    Layer("4.2", 512, 512, 28, 3),
-    Layer("5", 512, 512, 14, 4),
+    Layer("1.1", 3, 64, 224),
+    Layer("1.2", 64, 64, 224),
+    Layer("2.1", 64, 128, 112),
+    Layer("2.2", 128, 128, 112),
+    Layer("3.1", 128, 256, 56),
+    Layer("3.2", 256, 256, 56),
+    Layer("4.1", 256, 512, 28),
+    Layer("4.2", 512, 512, 28),
+    Layer("5", 512, 512, 14),
+    *(Layer(f"resnet-{c}", c, c, side) for c, side in ((64, 56), (128, 28), (256, 14), (512, 7))),
 ]
 
 
@@ -91,8 +91,11 @@ def _layer_rows(layer: Layer, batch: int, dtype: str, algorithms: Sequence[str],
         error, peer_error = _errors(call, inputs[0][:ERROR_BATCH], weight, bias)
         rows.append(
             {
-                "name": f"vgg-conv{layer.name}",
+                "name": layer.name if layer.name.startswith("resnet") else f"vgg-conv{layer.name}",
                 "layer": layer.name,
+                "channels": layer.channels,
+                "outputs": layer.outputs,
+                "side": layer.side,
                 "N": batch,
                 "dtype": dtype,
                 "algorithm": algorithm,

@@ -1,0 +1,96 @@
+"""Where Winograd's kernels were measured, and where they were faster than cuDNN: what "auto" and `accelerate` go by.
+
+measured.json holds, from the results of `scripts/benchmark.py suite=winograd`, one row for each layer and batch size:
+dtype, channels, output channels, height = width, batch, and milliseconds of cuDNN's faster layout, F(2x2, 3x3) and
+F(4x4, 3x3) with transformed filters at hand, inf where a kernel is missing. Run as a script with result files, this
+rewrites measured.json.
+"""
+
+import json
+import math
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+FILE = Path(__file__).with_name("measured.json")
+MARGIN = 1.05  # a gain smaller than what runs differ by counts as none
+REACH = 1.1  # how far, in powers of two of channels, outputs and pixels, a measurement speaks for a problem
+CAPABILITY = (9, 0)  # of the GPU that was measured
+
+
+class Row(NamedTuple):
+    dtype: str
+    channels: int
+    outputs: int
+    side: int
+    batch: int
+    peer_ms: float
+    f2_ms: float
+    f4_ms: float
+
+
+@cache
+def table() -> tuple[Row, ...]:
+    """The measured rows; empty where the package has none."""
+    return tuple(Row(*row) for row in json.loads(FILE.read_text())["rows"]) if FILE.exists() else ()
+
+
+@cache
+def nearest(dtype: str, batch: int, height: int, width: int, channels: int, outputs: int) -> Row | None:
+    """The measurement nearest to a convolution with an output of height x width, or None where none is within reach."""
+    found, least = None, math.inf
+    for row in table():
+        if row.dtype != dtype:
+            continue
+        steps = (
+            math.log2(channels / row.channels),
+            math.log2(outputs / row.outputs),
+            math.log2(batch * height * width / (row.batch * row.side**2)),
+            # Small images waste part of their tiles: 7 x 7 pixels take 8 x 8.
+            4 * (_waste(height, width) - _waste(row.side, row.side)),
+        )
+        distance = sum(map(abs, steps))
+        if max(map(abs, steps)) <= REACH and distance < least:
+            found, least = row, distance
+    return found
+
+
+def faster(dtype: str, batch: int, height: int, width: int, channels: int, outputs: int) -> str | None:
+    """ "f2" or "f4", the fastest, where it was measured to be faster than cuDNN by `MARGIN`; None elsewhere."""
+    row = nearest(dtype, batch, height, width, channels, outputs)
+    if row is None or min(row.f2_ms, row.f4_ms) * MARGIN > row.peer_ms:
+        return None
+    return "f4" if row.f4_ms < row.f2_ms else "f2"
+
+
+def _waste(height: int, width: int) -> float:
+    """log2 of the pixels of whole 4 x 4 tiles over those of the image."""
+    return math.log2(-(-height // 4) * -(-width // 4) * 16 / (height * width))
+
+
+def rows_of(results: dict) -> list[Row]:
+    """Rows of one result file, best of each algorithm."""
+    times: dict[tuple, dict[str, float]] = {}
+    for row in results["rows"]:
+        key = (row["dtype"], row["channels"], row["outputs"], row["side"], row["N"])
+        entry = times.setdefault(key, {"peer": row["peer_ms"], "f2": math.inf, "f4": math.inf})
+        entry[row["algorithm"]] = min(entry[row["algorithm"]], row["ours_filtered_ms"])
+        entry["peer"] = min(entry["peer"], row["peer_ms"])
+    return [Row(*key, entry["peer"], entry["f2"], entry["f4"]) for key, entry in sorted(times.items())]
+
+
+def main(paths: list[str]) -> None:
+    files = [json.loads(Path(path).read_text()) for path in paths]
+    rows = [row for results in files for row in rows_of(results)]
+    sources = [{key: results[key] for key in ("device", "date", "commit")} for results in files]
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    temporary = FILE.with_name(f".{FILE.name}.{os.getpid()}")
+    temporary.write_text(f'{{"sources": {json.dumps(sources)},\n "rows": [\n  {lines}\n]}}\n')
+    os.replace(temporary, FILE)
+    print("wrote", FILE)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,86 @@
+"""Winograd's convolution in place of a model's 3x3 convolutions of stride 1, where it was measured to be faster."""
+
+import torch
+from torch import Tensor, nn
+
+from convfirst_kernels.block import compute_dtype
+from convfirst_kernels.winograd import kernels, measured
+
+
+class WinogradForward:
+    """Stands in for the ``forward`` of a convolution: Winograd where it was measured to be faster, else its own code.
+
+    It lives in the module's ``__dict__``, where an attribute of that name hides the class's method. Transformed filters
+    are kept until the weight changes. Where a gradient may be asked for, the convolution runs its own code.
+    """
+
+    def __init__(self, conv: nn.Conv2d, frozen: bool):
+        self.conv = conv
+        self.frozen = frozen
+        self.filters: dict[tuple, tuple] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        conv, dtype = self.conv, compute_dtype(x)
+        algorithm = choose(conv, x, dtype)
+        if algorithm is None:
+            return type(conv).forward(conv, x)
+        bias = None if conv.bias is None else conv.bias.float()
+        x, filter = x.to(dtype), self.filter(algorithm, dtype)
+        shape = (conv.out_channels, conv.padding[0])
+        return torch.ops.convfirst.winograd_conv2d_filtered(x, filter, bias, *shape, algorithm, "none", "")
+
+    def filter(self, algorithm: str, dtype: torch.dtype) -> Tensor:
+        """Transformed for the algorithm and dtype; kept while the weight holds good."""
+        weight, compiling = self.conv.weight, torch.compiler.is_compiling()
+        kept, state = self.filters.get((algorithm, dtype), (None, None))
+        # A traced program can't look at version counters: only weights declared frozen outlive its calls.
+        if kept is not None and (self.frozen or (not compiling and state == _state(weight))):
+            return kept
+        with torch.no_grad():
+            made = torch.ops.convfirst.winograd_filter(weight.detach().to(dtype), algorithm, False)
+        if not compiling and not torch.cuda.is_current_stream_capturing():  # what is captured has not run yet
+            self.filters[algorithm, dtype] = (made, _state(weight))
+        return made
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "filters": {}}
+
+
+def read_convolution(module: nn.Module) -> str | None:
+    """Why a 3x3 convolution of stride 1 can't run as Winograd's, "" where it can; None of any other module."""
+    if type(module) is not nn.Conv2d or module.kernel_size != (3, 3) or module.stride != (1, 1):
+        return None
+    if module.groups != 1:
+        return f"groups={module.groups}; the kernels convolve all channels with all"
+    if module.dilation != (1, 1):
+        return f"dilation={module.dilation}; supported is 1"
+    if module.padding_mode != "zeros" or module.padding not in ((0, 0), (1, 1), (2, 2)):
+        return f"padding={module.padding!r} of {module.padding_mode}; supported are 0, 1 and 2 zeros"
+    nearest = {(row.channels, row.outputs) for row in measured.table()}
+    if not any(max(c, module.in_channels) <= 2 * min(c, module.in_channels) for c, _ in nearest):
+        return f"{module.in_channels} channels; none near was measured"
+    return ""
+
+
+def choose(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> str | None:
+    """The algorithm that was measured to be faster than cuDNN on this call, or None: the convolution's own code."""
+    if torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad):
+        return None
+    if x.device.type != "cuda" or x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":
+        return None  # cuDNN then takes TF32 on tensor cores, which is faster, and what the user allows
+    if torch.cuda.get_device_capability(x.device) != measured.CAPABILITY:
+        return None
+    grown = 2 * conv.padding[0] - 2
+    batch, channels, height, width = x.shape
+    name = str(dtype).removeprefix("torch.")
+    algorithm = measured.faster(name, batch, height + grown, width + grown, channels, conv.out_channels)
+    if algorithm is None or kernels.refusal(x.to(dtype), conv.out_channels, conv.padding[0], algorithm) is not None:
+        return None
+    return algorithm
+
+
+def _state(weight: Tensor) -> tuple:
+    version = None if weight.is_inference() else weight._version
+    return weight.data_ptr(), version, weight.device

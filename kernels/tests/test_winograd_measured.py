@@ -1,0 +1,90 @@
+"""What "auto" and `accelerate` make of the measurements of Winograd's kernels, on a table made for the test."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from convfirst_kernels.winograd import measured, swap
+from convfirst_kernels.winograd.measured import Row
+
+ROWS = (
+    Row("float32", 64, 64, 56, 8, 1.0, 0.6, 0.5),
+    Row("float32", 512, 512, 7, 8, 1.0, 0.6, 0.7),
+    Row("float32", 256, 256, 14, 8, 1.0, 0.98, 1.2),
+    Row("float16", 64, 64, 56, 1, 1.0, 0.9, math.inf),
+)
+
+
+@pytest.fixture(autouse=True)
+def a_table(monkeypatch):
+    monkeypatch.setattr(measured, "table", lambda: ROWS)
+    measured.nearest.cache_clear()
+    yield
+    measured.nearest.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("problem", "algorithm"),
+    [
+        (("float32", 8, 56, 56, 64, 64), "f4"),
+        (("float32", 16, 56, 56, 64, 128), "f4"),  # a factor of two away
+        (("float32", 4, 80, 80, 96, 64), "f4"),
+        (("float32", 8, 7, 7, 512, 512), "f2"),
+        (("float32", 8, 14, 14, 256, 256), None),  # faster by less than the margin
+        (("float32", 64, 56, 56, 64, 64), None),  # too far in pixels
+        (("float32", 8, 56, 56, 8, 64), None),  # too far in channels
+        (("float32", 512, 7, 7, 64, 64), None),  # as many pixels, but tiles half wasted
+        (("float16", 1, 56, 56, 64, 64), "f2"),
+        (("bfloat16", 1, 56, 56, 64, 64), None),
+    ],
+)
+def test_what_was_measured_to_be_faster(problem, algorithm):
+    assert measured.faster(*problem) == algorithm
+
+
+def test_rows_of_results(tmp_path, monkeypatch):
+    row = {"dtype": "float32", "channels": 64, "outputs": 128, "side": 28, "N": 2, "peer_ms": 3.0}
+    rows = [{**row, "algorithm": a, "ours_filtered_ms": ms} for a, ms in (("f2", 2.0), ("f4", 1.0), ("f2", 1.5))]
+    rows.append({**row, "dtype": "float16", "algorithm": "f2", "ours_filtered_ms": 0.5})
+    results = {"device": "a GPU", "date": "2026-01-02", "commit": "0123", "rows": rows}
+    expected = [("float16", 64, 128, 28, 2, 3.0, 0.5, math.inf), ("float32", 64, 128, 28, 2, 3.0, 1.5, 1.0)]
+    assert measured.rows_of(results) == expected
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    monkeypatch.setattr(measured, "FILE", tmp_path / "measured.json")
+    measured.main([str(tmp_path / "results.json")])
+    written = json.loads(measured.FILE.read_text())
+    assert [tuple(row) for row in written["rows"]] == expected
+    assert written["sources"] == [{"device": "a GPU", "date": "2026-01-02", "commit": "0123"}]
+
+
+@pytest.mark.parametrize(
+    ("conv", "answer"),
+    [
+        (nn.Conv2d(64, 64, 3, padding=1), ""),
+        (nn.Conv2d(64, 64, 3, stride=2), None),
+        (nn.Conv2d(64, 64, 1), None),
+        (nn.Linear(3, 3), None),
+        (nn.Conv2d(64, 64, 3, groups=8), "groups=8; the kernels convolve all channels with all"),
+        (nn.Conv2d(64, 64, 3, dilation=2), "dilation=(2, 2); supported is 1"),
+        (nn.Conv2d(64, 64, 3, padding=(0, 1)), "padding=(0, 1) of zeros; supported are 0, 1 and 2 zeros"),
+        (nn.Conv2d(64, 64, 3, padding="same"), "padding='same' of zeros; supported are 0, 1 and 2 zeros"),
+        (nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"), "padding=(1, 1) of reflect"),
+        (nn.Conv2d(3, 64, 3), "3 channels; none near was measured"),
+    ],
+)
+def test_which_convolutions(conv, answer):
+    reason = swap.read_convolution(conv)
+    assert reason == answer if not answer else reason.startswith(answer)
+
+
+def test_runs_its_own_code_on_a_cpu():
+    conv = nn.Conv2d(64, 64, 3, padding=1).eval()
+    x = torch.randn(1, 64, 8, 8)
+    expected = conv(x)
+    conv.forward = swap.WinogradForward(conv, frozen=False)
+    assert torch.equal(conv(x), expected)
+    assert torch.equal(copy.deepcopy(conv)(x), expected)
