@@ -17,6 +17,7 @@ from convfirst_kernels.block import (
     pack_conv_weight,
     pack_vector,
 )
+from convfirst_kernels.direct import direct_conv2d
 from convfirst_kernels.inference import CompiledInference, compile_for_inference
 from convfirst_kernels.mbconv import mbconv_block
 from convfirst_kernels.planner import Device, MBConvProblem, Problem, explain, force_path
@@ -35,6 +36,7 @@ __all__ = [
     "accelerate",
     "compile_for_inference",
     "conv_first_block",
+    "direct_conv2d",
     "explain",
     "force_path",
     "mbconv_block",

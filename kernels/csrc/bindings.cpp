@@ -4,6 +4,7 @@
 
 #include "block_fusion/op.h"
 #include "common/runtime.h"
+#include "direct/op.h"
 #include "mbconv/op.h"
 
 namespace convfirst {
@@ -11,7 +12,7 @@ namespace convfirst {
 // Restricts every later launch to a path or variant ("" lifts it) and returns the former restriction; starts as
 // $CONVFIRST_KERNELS_PATH.
 std::string force_path(const std::string& path) {
-  mbconv::check_path(path);
+  direct::check_path(path);
   return exchange_forced_path(path);
 }
 

@@ -1,0 +1,35 @@
+// Launch of the Hopper implicit matrix product: tensor maps and kernel parameters from a plan.
+#pragma once
+
+#include "common/launch.cuh"
+#include "implicit_gemm_sm90_wgmma.cuh"
+#include "tensor_map_sm90.h"
+
+namespace convfirst::direct::sm90 {
+
+template <class Traits>
+int GemmKernel<Traits>::launch(const GemmProblem& q, const GemmTensors& t, const GemmPlan& plan, cudaStream_t stream) {
+  CUtensorMap x_map, w_map;
+  if (!encode_im2col_map(&x_map, q, t.x, Traits::kRows, plan.panel) || !encode_filter_map(&w_map, q, t.w, Traits::kColumns, plan.panel)) {
+    return cudaErrorInvalidValue;
+  }
+  GemmParams p{};
+  p.y = t.y, p.bias = t.bias;
+  p.pixels = static_cast<int>(q.pixels()), p.filters = q.filters;
+  p.steps = plan.steps, p.tiles = static_cast<int>(gemm_tiles(q, Traits::kTile)), p.tiles_n = (q.filters + Traits::kColumns - 1) / Traits::kColumns;
+  p.out_w = q.out_w, p.out_hw = q.out_h * q.out_w, p.kernel_w = q.kernel_w, p.taps = q.taps();
+  p.stride_h = q.stride_h, p.stride_w = q.stride_w, p.pad_h = q.pad_h, p.pad_w = q.pad_w;
+  p.dilation_h = q.dilation_h, p.dilation_w = q.dilation_w;
+  p.channels = q.channels, p.panel = plan.panel, p.merged = merged_filters(q, plan.panel);
+  p.dense = q.y_stride_q == q.filters && q.y_stride_p == q.y_stride_q * q.out_w && q.y_stride_n == q.y_stride_p * q.out_h;
+  p.y_stride_n = static_cast<int>(q.y_stride_n), p.y_stride_p = static_cast<int>(q.y_stride_p), p.y_stride_q = static_cast<int>(q.y_stride_q);
+  p.activation = q.activation;
+  return start_dependent_kernel(&implicit_gemm_sm90<Traits>, plan.grid, plan.threads, plan.shared_memory, stream, p, x_map, w_map);
+}
+
+template <class Traits>
+const void* GemmKernel<Traits>::kernel() {
+  return reinterpret_cast<const void*>(&implicit_gemm_sm90<Traits>);
+}
+
+}  // namespace convfirst::direct::sm90

@@ -1,0 +1,22 @@
+// From a plan to a compiled kernel.
+#include "launch_sm90.h"
+
+namespace convfirst::direct::sm90 {
+
+int launch_gemm(const GemmProblem& q, const GemmTensors& t, const GemmPlan& plan, cudaStream_t stream) {
+  return q.dtype == DType::kHalf ? Kernels<DType::kHalf>::gemm(q, t, plan, stream) : Kernels<DType::kBFloat16>::gemm(q, t, plan, stream);
+}
+
+int launch_first(const Problem& q, const Tensors& t, const FirstPlan& plan, void* workspace, cudaStream_t stream) {
+  return q.dtype == DType::kHalf ? Kernels<DType::kHalf>::first(q, t, plan, workspace, stream) : Kernels<DType::kBFloat16>::first(q, t, plan, workspace, stream);
+}
+
+const void* gemm_kernel(DType dtype, int tile) {
+  return dtype == DType::kHalf ? Kernels<DType::kHalf>::gemm_kernel(tile) : Kernels<DType::kBFloat16>::gemm_kernel(tile);
+}
+
+const void* first_kernel(DType dtype, int columns) {
+  return dtype == DType::kHalf ? Kernels<DType::kHalf>::first_kernel(columns) : Kernels<DType::kBFloat16>::first_kernel(columns);
+}
+
+}  // namespace convfirst::direct::sm90

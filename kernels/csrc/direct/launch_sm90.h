@@ -1,0 +1,26 @@
+// Host face of the Hopper path: launches of compiled kernels by number. No CUDA types beyond the stream.
+#pragma once
+
+#include "first_layer_sm90.h"
+#include "implicit_gemm_sm90.h"
+
+namespace convfirst::direct::sm90 {
+
+// Each returns cudaError_t as int and never synchronises.
+int launch_gemm(const GemmProblem&, const GemmTensors&, const GemmPlan&, cudaStream_t);
+int launch_first(const Problem&, const Tensors&, const FirstPlan&, void* workspace, cudaStream_t);
+int launch_dgrad(const Problem&, const Tensors&, const Device&, void* workspace, cudaStream_t);
+
+const void* gemm_kernel(DType dtype, int tile);
+const void* first_kernel(DType dtype, int columns);
+
+// Of one dtype, defined in instantiations_sm90/.
+template <DType kDType>
+struct Kernels {
+  static int gemm(const GemmProblem&, const GemmTensors&, const GemmPlan&, cudaStream_t);
+  static int first(const Problem&, const Tensors&, const FirstPlan&, void* workspace, cudaStream_t);
+  static const void* gemm_kernel(int tile);
+  static const void* first_kernel(int columns);
+};
+
+}  // namespace convfirst::direct::sm90

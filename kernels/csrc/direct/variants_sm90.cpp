@@ -1,0 +1,122 @@
+// The Hopper path's rows of the planner's table: what each kernel takes, how it is configured, what it should cost.
+#include <iterator>
+
+#include "dgrad_sm90.h"
+#include "first_layer_sm90.h"
+#include "launch_sm90.h"
+
+namespace convfirst::direct {
+namespace sm90 {
+namespace {
+
+GemmProblem forward_problem(const Problem& q) {
+  GemmProblem g{};
+  g.batch = q.batch, g.height = q.height, g.width = q.width, g.channels = q.channels;
+  g.out_h = q.out_h(), g.out_w = q.out_w(), g.filters = q.filters;
+  g.kernel_h = q.kernel_h, g.kernel_w = q.kernel_w, g.stride_h = q.stride_h, g.stride_w = q.stride_w;
+  g.pad_h = q.pad_h, g.pad_w = q.pad_w, g.dilation_h = q.dilation_h, g.dilation_w = q.dilation_w;
+  g.y_stride_q = q.filters, g.y_stride_p = g.y_stride_q * g.out_w, g.y_stride_n = g.y_stride_p * g.out_h;
+  g.dtype = q.dtype, g.activation = q.activation;
+  return g;
+}
+
+Config config_of(const GemmPlan& plan) {
+  Config c{};
+  c.tile_pixels = kGemmTiles[plan.tile].rows(), c.hidden_chunk = kGemmTiles[plan.tile].columns, c.stages = kGemmTiles[plan.tile].slots();
+  c.threads = plan.threads, c.grid = plan.grid, c.shared_memory = plan.shared_memory, c.launches = 1;
+  return c;
+}
+
+Device device_of(const Config& c) { return {90, c.multiprocessors, kSharedMemory}; }
+
+template <int kTile>
+struct GemmRow {
+  static bool supports(const Problem& q, const Device&) {
+    const GemmProblem g = forward_problem(q);
+    return q.direction == Direction::kForward && q.dtype != DType::kFloat && gemm_supports(g) && tile_supports(g, kTile);
+  }
+  static Config configure(const Problem& q, const Device& d) {
+    Config c = config_of(plan_gemm_tile(forward_problem(q), d, kTile));
+    c.multiprocessors = d.multiprocessors;
+    return c;
+  }
+  static double cost(const Problem& q, const Device& d, const Config&) { return plan_gemm_tile(forward_problem(q), d, kTile).cost; }
+  static int launch(const Problem& q, const Tensors& t, const Config& c, void*, cudaStream_t stream) {
+    const GemmProblem g = forward_problem(q);
+    return launch_gemm(g, {t.x, t.weight, t.bias, t.result}, plan_gemm_tile(g, device_of(c), kTile), stream);
+  }
+  static const void* kernel(const Problem& q) { return gemm_kernel(q.dtype, kTile); }
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel}; }
+};
+
+struct FirstRow {
+  static bool supports(const Problem& q, const Device& d) { return first_supports(q, d); }
+  static Config configure(const Problem& q, const Device& d) {
+    const FirstPlan plan = plan_first(q, d);
+    Config c{};
+    c.tile_height = plan.layout.rows, c.tile_width = 64, c.tile_pixels = 64 * plan.layout.rows, c.hidden_chunk = plan.columns, c.stages = 2;
+    c.threads = kFirstThreads, c.grid = plan.grid, c.shared_memory = plan.shared_memory, c.launches = 2, c.multiprocessors = d.multiprocessors;
+    c.workspace = plan.workspace;
+    return c;
+  }
+  static double cost(const Problem& q, const Device& d, const Config&) { return plan_first(q, d).cost; }
+  static int launch(const Problem& q, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
+    return launch_first(q, t, plan_first(q, device_of(c)), workspace, stream);
+  }
+  static const void* kernel(const Problem& q) { return first_kernel(q.dtype, 64); }
+  static constexpr Variant row() { return {"sm90_first_layer", 90, 90, supports, configure, cost, launch, kernel}; }
+};
+
+struct DgradRow {
+  static bool supports(const Problem& q, const Device& d) {
+    if (q.direction != Direction::kDgrad || q.dtype == DType::kFloat || !dgrad_supports(q)) return false;
+    bool all = true;
+    for_each_phase(q, [&](int a, int b, const Phase& h, const Phase& w) {
+      if (h.taps == 0 || w.taps == 0) return;
+      const GemmProblem g = dgrad_problem(q, a, b, h, w);
+      all = all && gemm_supports(g) && plan_gemm(g, d).grid > 0;
+    });
+    return all;
+  }
+  static Config configure(const Problem& q, const Device& d) {
+    Config c{};
+    int launches = 0;
+    for_each_phase(q, [&](int a, int b, const Phase& h, const Phase& w) {
+      if (h.taps == 0 || w.taps == 0) return;
+      if (c.grid == 0) c = config_of(plan_gemm(dgrad_problem(q, a, b, h, w), d));
+      launches += 2;
+    });
+    c.launches = launches, c.multiprocessors = d.multiprocessors;
+    c.workspace = int64_t{2} * q.filters * q.taps() * q.channels;
+    return c;
+  }
+  static double cost(const Problem& q, const Device& d, const Config&) {
+    double sum = 0;
+    for_each_phase(q, [&](int a, int b, const Phase& h, const Phase& w) {
+      if (h.taps > 0 && w.taps > 0) sum += 2 + plan_gemm(dgrad_problem(q, a, b, h, w), d).cost;
+    });
+    return sum;
+  }
+  static int launch(const Problem& q, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
+    return launch_dgrad(q, t, device_of(c), workspace, stream);
+  }
+  static const void* kernel(const Problem& q) { return gemm_kernel(q.dtype, 0); }
+  static constexpr Variant row() { return {"sm90_dgrad", 90, 90, supports, configure, cost, launch, kernel}; }
+};
+
+constexpr Variant kTable[] = {
+    GemmRow<0>::row("sm90_gemm_192x128"), GemmRow<1>::row("sm90_gemm_128x128"), GemmRow<2>::row("sm90_gemm_192x192"),
+    GemmRow<3>::row("sm90_gemm_256x128"), GemmRow<4>::row("sm90_gemm_128x256"), GemmRow<5>::row("sm90_gemm_192x64"),
+    FirstRow::row(), DgradRow::row(),
+};
+static_assert(std::size(kTable) == kGemmTileCount + 2);
+
+}  // namespace
+}  // namespace sm90
+
+const Variant* sm90_variants(int* count) {
+  *count = static_cast<int>(std::size(sm90::kTable));
+  return sm90::kTable;
+}
+
+}  // namespace convfirst::direct
