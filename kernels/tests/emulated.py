@@ -51,7 +51,12 @@ class Emulated:
 
 
 def emulated(algorithm: str, tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    """Built once a run, also where several workers share the run."""
+    """Its portable rows."""
+    return Emulated(built(algorithm, tmp_path_factory))
+
+
+def built(algorithm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of a folder of csrc, built once a run, also where several workers share the run."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     target = shared / f"emulated_{algorithm}.so"
@@ -59,7 +64,7 @@ def emulated(algorithm: str, tmp_path_factory: pytest.TempPathFactory) -> Emulat
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             _build(algorithm, tmp_path_factory.mktemp(f"emulated_{algorithm}"), target)
-    return Emulated(target)
+    return target
 
 
 def _build(algorithm: str, folder: Path, target: Path) -> None:
@@ -67,15 +72,19 @@ def _build(algorithm: str, folder: Path, target: Path) -> None:
     nvcc = subprocess.run(locate, capture_output=True, text=True).stdout.strip()
     if not shutil.which("g++") or not nvcc:
         pytest.skip("needs g++ and the CUDA headers")
-    for part in ("common", "block_fusion", "mbconv"):
+    for part in ("common", "block_fusion", "mbconv", "patch"):
         shutil.copytree(KERNELS / "csrc" / part, folder / part)
     for stand_in in ("ptx.cuh", "launch.cuh", "cuda_on_cpu.h"):
         shutil.copy(EMULATION / stand_in, folder / "common" / stand_in)
+    shutil.copy(EMULATION / "patch/sync.cuh", folder / "patch/sync.cuh")
     include = Path(nvcc).parents[1] / "include"
     command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", f"-DEMULATED={algorithm}"]
     command += [f"-I{path}" for path in (folder, include, include / "cccl")]
-    sources = [*(folder / algorithm / "instantiations_sm80").glob("*.cu"), folder / algorithm / "variants_sm80.cpp"]
-    sources.append(EMULATION / "emulate.cpp")
+    if algorithm == "patch":
+        sources = [folder / "patch/patch_sm80.cu", EMULATION / "patch/emulate.cpp"]
+    else:
+        sources = [*(folder / algorithm / "instantiations_sm80").glob("*.cu"), folder / algorithm / "variants_sm80.cpp"]
+        sources.append(EMULATION / "emulate.cpp")
 
     def compile_one(source: Path) -> str:
         output = folder / f"{source.stem}.o"

@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import mbconv_cases
+import patch_cases
 from cases import inputs, small_cases
 
 import convfirst_kernels as ck
@@ -36,6 +37,15 @@ def main() -> None:
         arguments = mbconv_cases.mbconv_inputs(case, 0, device="cpu", guard=0)
         chosen = plan(case, device, path)["chosen"]
         run(torch.ops.convfirst.mbconv_block, f"mbconv {case}", chosen, arguments, path)
+
+    for case in patch_cases.small_cases():
+        x = patch_cases.patch_inputs(case, 0, device="cpu", guard=0)
+        parts, packed = patch_cases.parts_of(patch_cases.module(case, 1), x.dtype)
+        weights = [value.cuda() if isinstance(value, torch.Tensor) else value for value in packed]
+        print(case, flush=True)
+        y = parts.launch(x.cuda(), tuple(weights))
+        torch.cuda.synchronize()
+        assert y.cpu().isfinite().all(), f"{case}: not finite"
 
 
 def run(operator, name: str, chosen: str | None, arguments: tuple, path: str) -> None:

@@ -17,6 +17,7 @@
 
 #include "../block_fusion/matmul_stage_sm80.cuh"
 #include "../common/ptx.cuh"
+#include "fragments.cuh"
 #include "sync.cuh"
 #include "tile.h"
 
@@ -27,6 +28,7 @@ struct DownsampleParams {
   int rows;  // pixels of y
   Divider by_image, by_row;
   int tiles, blocks;
+  int teams;  // of a block, on Hopper
 };
 
 struct GatherParams {
@@ -78,7 +80,7 @@ __device__ __forceinline__ void normalise(uint4 (&chunks)[kChunks], int channels
                            ptx::pack2<T>(v[i][4] * inverse, v[i][5] * inverse), ptx::pack2<T>(v[i][6] * inverse, v[i][7] * inverse));
 }
 
-template <typename T, int kC, bool kDependent>
+template <typename T, int kC, bool kHopper>
 __global__ void __launch_bounds__(downsample_tile(kC).threads(), 1) downsample_fwd(const __grid_constant__ DownsampleParams p) {
   constexpr DownsampleTile kTile = downsample_tile(kC);
   constexpr DownsampleLayout kLayout = downsample_layout(kC);
@@ -93,8 +95,8 @@ __global__ void __launch_bounds__(downsample_tile(kC).threads(), 1) downsample_f
   const uint32_t ring = ptx::smem_address(smem + kLayout.ring);
   const T* x = static_cast<const T*>(d.x);
 
-  wait_for_inputs<kDependent>();
-  launch_dependents<kDependent>();
+  wait_for_inputs<kHopper>();
+  launch_dependents<kHopper>();
   for (int i = threadIdx.x; i < kColumns * kPieces * 4; i += kThreads) {
     const int row = i / (kPieces * 4), piece = i % (kPieces * 4);
     constexpr int kPart = kBlocks * 8;
@@ -197,19 +199,13 @@ __global__ void __launch_bounds__(downsample_tile(kC).threads(), 1) downsample_f
 #pragma unroll
         for (int n = 0; n < kBlocks; n += kVector) {
           const int column = warp_n * kBlocks * 8 + n * 8 + t * 2 * kVector;
-          uint32_t packed[4];
+          float b[2 * kVector];
+          load_floats(b, bias + column);
+          uint32_t packed[kVector];
 #pragma unroll
-          for (int j = 0; j < kVector; ++j) {
-            const float2 b = *reinterpret_cast<const float2*>(bias + column + 2 * j);
-            packed[j] = ptx::pack2<T>(acc[m][n + j][2 * half] + b.x, acc[m][n + j][2 * half + 1] + b.y);
-          }
-          if (row < p.rows) {
-            if constexpr (kVector == 4) {
-              *reinterpret_cast<uint4*>(y + column) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-            } else {
-              *reinterpret_cast<uint2*>(y + column) = make_uint2(packed[0], packed[1]);
-            }
-          }
+          for (int j = 0; j < kVector; ++j)
+            packed[j] = ptx::pack2<T>(acc[m][n + j][2 * half] + b[2 * j], acc[m][n + j][2 * half + 1] + b[2 * j + 1]);
+          if (row < p.rows) store_words<kVector>(y + column, packed);
         }
       }
   }
@@ -218,7 +214,7 @@ __global__ void __launch_bounds__(downsample_tile(kC).threads(), 1) downsample_f
 // Rows of the left operand of the same convolution as a matrix product: eight lanes a pixel, kChunks x 64 channels at most.
 constexpr int kGatherThreads = 256;
 
-template <typename T, int kChunks, bool kDependent>
+template <typename T, int kChunks, bool kHopper>
 __global__ void __launch_bounds__(kGatherThreads) gather_fwd(const __grid_constant__ GatherParams p) {
   const Gather& s = p.s;
   const int pieces = s.channels / 8, lane = threadIdx.x % 8;
@@ -229,8 +225,8 @@ __global__ void __launch_bounds__(kGatherThreads) gather_fwd(const __grid_consta
   const int ox = rest - oy * static_cast<int>(p.by_row.divisor);
   const size_t pixel = (static_cast<size_t>(n) * s.height + 2 * oy + tap / 2) * s.width + 2 * ox + tap % 2;
   const uint4* from = static_cast<const uint4*>(s.x) + pixel * pieces;
-  wait_for_inputs<kDependent>();
-  launch_dependents<kDependent>();
+  wait_for_inputs<kHopper>();
+  launch_dependents<kHopper>();
   uint4 chunks[kChunks];
 #pragma unroll
   for (int i = 0; i < kChunks; ++i)

@@ -8,12 +8,15 @@
 #include "downsample_fwd_mma.cuh"
 #include "patch_stem_fwd_mma.cuh"
 #include "stem_fwd_mma.cuh"
+#if defined(CONVFIRST_PATCH_SM90)
+#include "downsample_fwd_sm90_wgmma.cuh"
+#endif
 
 namespace convfirst::patch {
 
-template <bool kDependent, typename Params>
+template <bool kHopper, typename Params>
 int start(void (*kernel)(Params), int grid, int threads, int shared_memory, cudaStream_t stream, const Params& p) {
-  if constexpr (kDependent) {
+  if constexpr (kHopper) {
     return start_dependent_kernel(kernel, grid, threads, shared_memory, stream, p);
   } else {
     return start_kernel(kernel, grid, threads, shared_memory, stream, p);
@@ -28,9 +31,9 @@ int with_element(DType dtype, Function function) {
 
 inline int ceil_divide(int a, int b) { return (a + b - 1) / b; }
 
-template <bool kDependent, int kMid>
+template <bool kHopper, int kMid>
 int launch_stem(const Stem& s, const Device& device, cudaStream_t stream) {
-  constexpr StemLayout kLayout = stem_layout(kMid);
+  constexpr StemLayout kLayout = stem_layout(kMid, kHopper);
   StemParams p{};
   p.s = s;
   p.mid_height = (s.x.height - 1) / 2 + 1, p.mid_width = (s.x.width - 1) / 2 + 1;
@@ -40,29 +43,29 @@ int launch_stem(const Stem& s, const Device& device, cudaStream_t stream) {
   p.tiles = p.tiles_image * s.x.batch;
   p.aligned = s.x.stride_c == 1 && s.x.stride_w == 3 && s.x.width % 8 == 0 && s.x.stride_h % 8 == 0 && s.x.stride_n % 8 == 0 &&
               reinterpret_cast<uintptr_t>(s.x.data) % 16 == 0;
-  p.teams = std::min(max_teams(kMid), std::max(1, ceil_divide(p.tiles, device.multiprocessors)));
+  p.teams = std::min(max_teams(kMid, kHopper), std::max(1, ceil_divide(p.tiles, device.multiprocessors)));
   while (p.teams > 0 && kLayout.end(p.teams) > device.max_shared_memory) --p.teams;
   if (p.teams == 0) return kNotCovered;
   const int grid = std::min(device.multiprocessors, ceil_divide(p.tiles, p.teams));
   p.stride = grid * p.teams;
   return with_element(s.dtype, [&](auto element) {
-    return start<kDependent>(&sm80::stem_fwd<decltype(element), kMid, kDependent>, grid, p.teams * kTeamThreads,
+    return start<kHopper>(&sm80::stem_fwd<decltype(element), kMid, kHopper>, grid, p.teams * kTeamThreads,
                              kLayout.end(p.teams), stream, p);
   });
 }
 
-template <bool kDependent>
+template <bool kHopper>
 int stem(const Stem& s, const Device& device, cudaStream_t stream) {
   switch (s.dim) {
-    case 32: return launch_stem<kDependent, 16>(s, device, stream);
-    case 64: return launch_stem<kDependent, 32>(s, device, stream);
-    case 96: return launch_stem<kDependent, 48>(s, device, stream);
-    case 128: return launch_stem<kDependent, 64>(s, device, stream);
+    case 32: return launch_stem<kHopper, 16>(s, device, stream);
+    case 64: return launch_stem<kHopper, 32>(s, device, stream);
+    case 96: return launch_stem<kHopper, 48>(s, device, stream);
+    case 128: return launch_stem<kHopper, 64>(s, device, stream);
     default: return kNotCovered;
   }
 }
 
-template <bool kDependent, int kDim>
+template <bool kHopper, int kDim>
 int launch_patch_stem(const PatchStem& s, const Device& device, cudaStream_t stream) {
   constexpr int kWarps = kPatchThreads / 32;
   const int height = s.x.height / 4, width = s.x.width / 4;
@@ -75,24 +78,24 @@ int launch_patch_stem(const PatchStem& s, const Device& device, cudaStream_t str
   const int grid = std::min(device.multiprocessors * (kDim <= 96 ? 3 : 2), ceil_divide(p.pixels, 16 * kWarps));
   p.warps = grid * kWarps;
   return with_element(s.dtype, [&](auto element) {
-    return start<kDependent>(&sm80::patch_stem_fwd<decltype(element), kDim, kDependent>, grid, kPatchThreads, patch_stem_bytes(kDim),
+    return start<kHopper>(&sm80::patch_stem_fwd<decltype(element), kDim, kHopper>, grid, kPatchThreads, patch_stem_bytes(kDim),
                              stream, p);
   });
 }
 
-template <bool kDependent>
+template <bool kHopper>
 int patch_stem(const PatchStem& s, const Device& device, cudaStream_t stream) {
   switch (s.dim) {
-    case 48: return launch_patch_stem<kDependent, 48>(s, device, stream);
-    case 64: return launch_patch_stem<kDependent, 64>(s, device, stream);
-    case 80: return launch_patch_stem<kDependent, 80>(s, device, stream);
-    case 96: return launch_patch_stem<kDependent, 96>(s, device, stream);
-    case 128: return launch_patch_stem<kDependent, 128>(s, device, stream);
+    case 48: return launch_patch_stem<kHopper, 48>(s, device, stream);
+    case 64: return launch_patch_stem<kHopper, 64>(s, device, stream);
+    case 80: return launch_patch_stem<kHopper, 80>(s, device, stream);
+    case 96: return launch_patch_stem<kHopper, 96>(s, device, stream);
+    case 128: return launch_patch_stem<kHopper, 128>(s, device, stream);
     default: return kNotCovered;
   }
 }
 
-template <bool kDependent, int kC>
+template <bool kHopper, int kC>
 int launch_downsample(const Downsample& d, const Device& device, cudaStream_t stream) {
   constexpr DownsampleTile kTile = downsample_tile(kC);
   constexpr DownsampleLayout kLayout = downsample_layout(kC);
@@ -105,23 +108,53 @@ int launch_downsample(const Downsample& d, const Device& device, cudaStream_t st
   p.tiles = ceil_divide(p.rows, kTile.rows);
   p.blocks = std::min(device.multiprocessors, p.tiles);
   return with_element(d.dtype, [&](auto element) {
-    return start<kDependent>(&sm80::downsample_fwd<decltype(element), kC, kDependent>, p.blocks, kTile.threads(), kLayout.end,
+    return start<kHopper>(&sm80::downsample_fwd<decltype(element), kC, kHopper>, p.blocks, kTile.threads(), kLayout.end,
                              stream, p);
   });
 }
 
-template <bool kDependent>
+#if defined(CONVFIRST_PATCH_SM90)
+template <int kC>
+int launch_hopper_downsample(const Downsample& d, const Device& device, cudaStream_t stream) {
+  constexpr HopperDownsampleTile kTile = hopper_downsample_tile(kC);
+  constexpr HopperDownsampleLayout kLayout = hopper_downsample_layout(kC);
+  const int height = d.height / 2, width = d.width / 2;
+  DownsampleParams p{};
+  p.d = d;
+  p.rows = d.batch * height * width;
+  p.by_image = divider(height * width), p.by_row = divider(width);
+  p.tiles = ceil_divide(p.rows, 64);
+  p.teams = std::min(kTile.teams, ceil_divide(p.tiles * kTile.split, device.multiprocessors));
+  p.blocks = std::min(device.multiprocessors / kTile.split, ceil_divide(p.tiles, p.teams)) * kTile.split;
+  return with_element(d.dtype, [&](auto element) {
+    return start<true>(&sm90::downsample_fwd_sm90<decltype(element), kC>, p.blocks, p.teams * kTeamThreads,
+                       kLayout.end(p.teams, kTile.slots), stream, p);
+  });
+}
+#endif
+
+template <bool kHopper>
 int downsample(const Downsample& d, const Device& device, cudaStream_t stream) {
   if (d.columns != 2 * d.channels) return kNotCovered;
+#if defined(CONVFIRST_PATCH_SM90)
   switch (d.channels) {
-    case 32: return launch_downsample<kDependent, 32>(d, device, stream);
-    case 64: return launch_downsample<kDependent, 64>(d, device, stream);
-    case 96: return launch_downsample<kDependent, 96>(d, device, stream);
+    case 32: return launch_hopper_downsample<32>(d, device, stream);
+    case 64: return launch_hopper_downsample<64>(d, device, stream);
+    case 96: return launch_hopper_downsample<96>(d, device, stream);
+    case 128: return launch_hopper_downsample<128>(d, device, stream);
     default: return kNotCovered;
   }
+#else
+  switch (d.channels) {
+    case 32: return launch_downsample<kHopper, 32>(d, device, stream);
+    case 64: return launch_downsample<kHopper, 64>(d, device, stream);
+    case 96: return launch_downsample<kHopper, 96>(d, device, stream);
+    default: return kNotCovered;
+  }
+#endif
 }
 
-template <bool kDependent, int kChunks>
+template <bool kHopper, int kChunks>
 int launch_gather(const Gather& s, cudaStream_t stream) {
   const int height = s.height / 2, width = s.width / 2;
   GatherParams p{};
@@ -130,28 +163,28 @@ int launch_gather(const Gather& s, cudaStream_t stream) {
   p.by_image = divider(height * width), p.by_row = divider(width);
   const int grid = ceil_divide(p.pixels, sm80::kGatherThreads / 8);
   return with_element(s.dtype, [&](auto element) {
-    return start<kDependent>(&sm80::gather_fwd<decltype(element), kChunks, kDependent>, grid, sm80::kGatherThreads, 0, stream, p);
+    return start<kHopper>(&sm80::gather_fwd<decltype(element), kChunks, kHopper>, grid, sm80::kGatherThreads, 0, stream, p);
   });
 }
 
-template <bool kDependent>
+template <bool kHopper>
 int gather(const Gather& s, const Device&, cudaStream_t stream) {
   if (s.channels % 8 != 0 || s.channels > 768) return kNotCovered;
-  if (s.channels <= 128) return launch_gather<kDependent, 2>(s, stream);
-  if (s.channels <= 256) return launch_gather<kDependent, 4>(s, stream);
-  if (s.channels <= 384) return launch_gather<kDependent, 6>(s, stream);
-  return launch_gather<kDependent, 12>(s, stream);
+  if (s.channels <= 128) return launch_gather<kHopper, 2>(s, stream);
+  if (s.channels <= 256) return launch_gather<kHopper, 4>(s, stream);
+  if (s.channels <= 384) return launch_gather<kHopper, 6>(s, stream);
+  return launch_gather<kHopper, 12>(s, stream);
 }
 
-template <bool kDependent>
+template <bool kHopper>
 const Path* make_path(const char* name, int min_capability, int max_capability) {
   static const Path path{name,
                          min_capability,
                          max_capability,
-                         &stem<kDependent>,
-                         &patch_stem<kDependent>,
-                         &downsample<kDependent>,
-                         &gather<kDependent>};
+                         &stem<kHopper>,
+                         &patch_stem<kHopper>,
+                         &downsample<kHopper>,
+                         &gather<kHopper>};
   return &path;
 }
 

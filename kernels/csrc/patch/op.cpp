@@ -232,7 +232,8 @@ std::string downsample_check(const Tensor& x, const Tensor& weight, const Tensor
 }
 
 std::string refusal(const std::string& op, int64_t channels, int64_t columns, int64_t capability, int64_t max_shared_memory) {
-  if (path_for(static_cast<int>(capability)) == nullptr) {
+  const Path* path = path_for(static_cast<int>(capability));
+  if (path == nullptr) {
     return "this build has no such kernels for compute capability " + std::to_string(capability);
   }
   const auto shared = [&](int64_t bytes) {
@@ -240,9 +241,10 @@ std::string refusal(const std::string& op, int64_t channels, int64_t columns, in
                                       : "it needs " + std::to_string(bytes) + " bytes of shared memory, and the device gives " +
                                             std::to_string(max_shared_memory);
   };
+  const bool hopper = path->max_capability == 90;
   if (op == "stem") {
     for (int dim : {32, 64, 96, 128}) {
-      if (columns == dim) return shared(stem_layout(dim / 2).end(1));
+      if (columns == dim) return shared(stem_layout(dim / 2, hopper).end(1));
     }
     return "its width is " + std::to_string(columns) + "; supported are 32, 64, 96 and 128";
   }
@@ -253,11 +255,12 @@ std::string refusal(const std::string& op, int64_t channels, int64_t columns, in
     return "its width is " + std::to_string(columns) + "; supported are 48, 64, 80, 96 and 128";
   }
   if (op == "downsample") {
-    if (columns != 2 * channels || (channels != 32 && channels != 64 && channels != 96)) {
-      return "it goes from " + std::to_string(channels) + " to " + std::to_string(columns) +
-             " channels; supported are 32, 64 and 96 to twice as many";
+    for (int known : {32, 64, 96, 128}) {
+      if (known != channels || columns != 2 * channels || (known == 128 && !hopper)) continue;
+      return shared(hopper ? hopper_downsample_layout(known).end(1, hopper_downsample_tile(known).slots) : downsample_layout(known).end);
     }
-    return shared(downsample_layout(static_cast<int>(channels)).end);
+    return "it goes from " + std::to_string(channels) + " to " + std::to_string(columns) +
+           " channels; supported are 32, 64, 96" + (hopper ? ", 128" : "") + " to twice as many";
   }
   if (op == "normalised_patches") {
     if (channels % 8 == 0 && channels >= 8 && channels <= kGatherWidest) return "";

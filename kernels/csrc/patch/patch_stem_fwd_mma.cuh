@@ -18,6 +18,7 @@
 
 #include "../block_fusion/matmul_stage_sm80.cuh"
 #include "../common/ptx.cuh"
+#include "fragments.cuh"
 #include "sync.cuh"
 #include "tile.h"
 
@@ -65,14 +66,14 @@ __device__ __forceinline__ void load_patches(const PatchStemParams& p, int first
   }
 }
 
-template <typename T, int kDim, bool kDependent>
+template <typename T, int kDim, bool kHopper>
 __global__ void __launch_bounds__(kPatchThreads, kDim <= 96 ? 3 : 2) patch_stem_fwd(const __grid_constant__ PatchStemParams p) {
   constexpr int kBlocks = kDim / 8, kVector = vector_blocks(kBlocks), kPitch = row_bytes(kPatchValues);
   const PatchStem& s = p.s;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float* vectors = reinterpret_cast<float*>(smem + kDim * kPitch);
-  wait_for_inputs<kDependent>();
-  launch_dependents<kDependent>();
+  wait_for_inputs<kHopper>();
+  launch_dependents<kHopper>();
   for (int i = threadIdx.x; i < kDim * (kPatchValues / 8); i += kPatchThreads) {
     const int row = i / (kPatchValues / 8), piece = i % (kPatchValues / 8);
     ptx::cp_async16(ptx::smem_address(smem + row * kPitch + piece * 16),
@@ -98,12 +99,16 @@ __global__ void __launch_bounds__(kPatchThreads, kDim <= 96 ? 3 : 2) patch_stem_
     load_patches<T>(p, first + p.warps * 16, next);
     float acc[kBlocks][4];
     float squares[2] = {};
+    const float* mine = vectors + t * 2 * kVector;  // a thread's channels: groups of 2 kVector in a row, from here on
 #pragma unroll
-    for (int n = 0; n < kBlocks; n += 2) {
+    for (int n = 0; n < kBlocks; n += kVector) {
+      float bias[2 * kVector];
+      load_floats(bias, mine + n * 8);
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+      for (int j = 0; j < 2 * kVector; ++j) acc[n + j / 2][j % 2] = acc[n + j / 2][2 + j % 2] = bias[j];
+    }
 #pragma unroll
-        for (int i = 0; i < 2; ++i) acc[n + j][i] = acc[n + j][2 + i] = vectors[channel_of(n + j, 2 * t + i, kVector)];
+    for (int n = 0; n < kBlocks; n += 2)
 #pragma unroll
       for (int k = 0; k < 3; ++k) {
         uint32_t b[4];
@@ -111,39 +116,28 @@ __global__ void __launch_bounds__(kPatchThreads, kDim <= 96 ? 3 : 2) patch_stem_
         ptx::mma_16816<T>(acc[n], a[k], b[0], b[1]);
         ptx::mma_16816<T>(acc[n + 1], a[k], b[2], b[3]);
       }
-    }
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) squares[i / 2] = fmaf(acc[n][i], acc[n][i], squares[i / 2]);
+    float inverse[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float inverse = 1.f;
-      if (s.has_norm) {
-        squares[half] += __shfl_xor_sync(0xffffffffu, squares[half], 1);
-        squares[half] += __shfl_xor_sync(0xffffffffu, squares[half], 2);
-        inverse = rsqrtf(squares[half] * (1.f / kDim) + s.eps);
-      }
-      const int pixel = first + half * 8 + g;
-      T* y = static_cast<T*>(s.y) + static_cast<size_t>(pixel) * kDim;
+    for (int half = 0; half < 2; ++half)
+      inverse[half] = s.has_norm ? rsqrtf(quad_sum(squares[half]) * (1.f / kDim) + s.eps) : 1.f;
+    T* y = static_cast<T*>(s.y) + static_cast<size_t>(first + g) * kDim + t * 2 * kVector;
 #pragma unroll
-      for (int n = 0; n < kBlocks; n += kVector) {
-        const int channel = n * 8 + t * 2 * kVector;
-        uint32_t packed[4];
+    for (int n = 0; n < kBlocks; n += kVector) {
+      float scale[2 * kVector], shift[2 * kVector];
+      load_floats(scale, mine + kDim + n * 8);
+      load_floats(shift, mine + 2 * kDim + n * 8);
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) {
-          const float2 w = *reinterpret_cast<const float2*>(vectors + kDim + channel + 2 * j);
-          const float2 b = *reinterpret_cast<const float2*>(vectors + 2 * kDim + channel + 2 * j);
-          packed[j] = ptx::pack2<T>(fmaf(acc[n + j][2 * half], inverse * w.x, b.x),
-                                    fmaf(acc[n + j][2 * half + 1], inverse * w.y, b.y));
-        }
-        if (pixel < p.pixels) {
-          if constexpr (kVector == 4) {
-            *reinterpret_cast<uint4*>(y + channel) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-          } else {
-            *reinterpret_cast<uint2*>(y + channel) = make_uint2(packed[0], packed[1]);
-          }
-        }
+      for (int half = 0; half < 2; ++half) {
+        uint32_t packed[kVector];
+#pragma unroll
+        for (int j = 0; j < kVector; ++j)
+          packed[j] = ptx::pack2<T>(fmaf(acc[n + j][2 * half] * inverse[half], scale[2 * j], shift[2 * j]),
+                                    fmaf(acc[n + j][2 * half + 1] * inverse[half], scale[2 * j + 1], shift[2 * j + 1]));
+        if (first + half * 8 + g < p.pixels) store_words<kVector>(y + half * 8 * kDim + n * 8, packed);
       }
     }
   }

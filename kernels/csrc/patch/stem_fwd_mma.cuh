@@ -1,4 +1,4 @@
-// ConvFirst's stem in one launch, for sm_80 and newer: cp.async, ldmatrix, mma.sync m16n8k16.
+// ConvFirst's stem in one launch, for sm_80 and newer: cp.async, ldmatrix, mma.sync m16n8k16; on Hopper conv2 by wgmma.
 //
 //      x, 35 rows of 37 pixels          mid, 17 x 17 pixels             y, 8 x 8 pixels
 //    +---------------------+  3x3 / 2  +------------------+  3x3 / 2  +-----------+
@@ -11,10 +11,10 @@
 //   conv2's matrix, vectors     shared, for all tiles               dim x 9 M, 3 dim floats
 //   where conv1's rows lie      shared, for all tiles               304 words
 //   x                           shared of a team, two slots         35 rows x 224 bytes
-//   mid                         shared of a team                    17 rows x 17 to 20 slots x M
+//   mid                         shared of a team                    17 rows x 17 or 20 slots x M
 //   conv1's matrix, w1, b1      registers                           M / 2 words, M / 2 floats a thread
-//   sums of both products       registers, fp32                     16 or 32 x M, 32 x M a warp
-//   sums of squares of y        shared of a team                    64 pixels x 2 warps
+//   sums of both products       registers, fp32                     16 or 32 x M a warp; 32 x M (wgmma: 16 x 2 M)
+//   sums of squares of y        shared of a team                    64 pixels x 2 warps (wgmma: a warp has whole pixels)
 //
 // A team is four warps with tiles of its own; teams of a block share the weights and nothing else. conv1's operand comes straight
 // from the image: of a filter row, 9 values in a row (3 pixels x 3 channels) begin at an odd element, so the one before them
@@ -25,8 +25,10 @@
 #include "../block_fusion/matmul_stage_sm80.cuh"
 #include "../common/activation.cuh"
 #include "../common/ptx.cuh"
+#include "fragments.cuh"
 #include "sync.cuh"
 #include "tile.h"
+#include "wgmma_sm90.cuh"
 
 namespace convfirst::patch {
 
@@ -78,24 +80,11 @@ __device__ __forceinline__ void load_input(const StemParams& p, const StemTile& 
   }
 }
 
-__device__ __forceinline__ float quad_sum(float v) {
-  v += __shfl_xor_sync(0xffffffffu, v, 1);
-  return v + __shfl_xor_sync(0xffffffffu, v, 2);
-}
-
-// `count` words in a row, 2 or 4, at once.
-template <int kWords>
-__device__ __forceinline__ void store_words(void* to, const uint32_t* words) {
-  if constexpr (kWords == 4) {
-    *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-  } else {
-    static_assert(kWords == 2);
-    *static_cast<uint2*>(to) = make_uint2(words[0], words[1]);
-  }
-}
+// silu of twice the value: its argument comes halved.
+__device__ __forceinline__ float silu_of_half(float half) { return fmaf(half, ptx::tanh_approx(half), half); }
 
 // What a thread keeps of conv1: its part of the matrix, and the affine part of its channels.
-template <typename T, int kMid>
+template <typename T, int kMid, bool kHopper>
 struct Conv1 {
   static constexpr int kBlocks = kMid / 8, kVector = vector_blocks(kBlocks);
   uint32_t weight[kBlocks][2][2];
@@ -112,8 +101,9 @@ struct Conv1 {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int channel = channel_of(n, 2 * t + i, kVector);
-        scale[n][i] = __ldg(s.norm1_weight + channel);
-        shift[n][i] = __ldg(s.norm1_bias + channel);
+        const float factor = s.activation == Activation::kSilu ? 0.5f : 1.f;  // see silu_of_half
+        scale[n][i] = factor * __ldg(s.norm1_weight + channel);
+        shift[n][i] = factor * __ldg(s.norm1_bias + channel);
       }
     }
 #pragma unroll
@@ -174,7 +164,14 @@ struct Conv1 {
           for (int i = 0; i < 2; ++i)
             acc[m][n][2 * half + i] = fmaf(acc[m][n][2 * half + i], inverse * scale[n][i], shift[n][i]);
       }
-    block_fusion::sm80::activate(acc, static_cast<int>(s.activation));
+    if (s.activation == Activation::kSilu) {
+#pragma unroll
+      for (int m = 0; m < kRows; ++m)
+#pragma unroll
+        for (int i = 0; i < 4 * kBlocks; ++i) acc[m][i / 4][i % 4] = silu_of_half(acc[m][i / 4][i % 4]);
+    } else {
+      block_fusion::sm80::activate(acc, static_cast<int>(s.activation));
+    }
 #pragma unroll
     for (int m = 0; m < kRows; ++m)
 #pragma unroll
@@ -184,29 +181,108 @@ struct Conv1 {
           uint32_t packed[kVector];
 #pragma unroll
           for (int j = 0; j < kVector; ++j) packed[j] = ptx::pack2<T>(acc[m][n + j][2 * half], acc[m][n + j][2 * half + 1]);
-          store_words<kVector>(mid + to[m][half] + (n * 8 + t * 2 * kVector) * 2, packed);
+          const int channel = n * 8 + t * 2 * kVector;
+          store_words<kVector>(mid + to[m][half] + channel / 8 * mid_layout(kMid, kHopper).piece + channel % 8 * 2, packed);
         }
   }
 };
 
 // mid is zero where its image has no pixel.
-template <int kMid>
+template <int kMid, bool kHopper>
 __device__ __forceinline__ void clear_outside(const StemParams& p, const StemTile& tile, unsigned char* mid) {
   constexpr int kPieces = kMid / 8;
   for (int i = threadIdx.x % kTeamThreads; i < kMidPixels * kPieces; i += kTeamThreads) {
     const int pixel = i / kPieces, r = pixel / kMidSide, c = pixel % kMidSide;
     const int row = 2 * tile.row - 1 + r, column = 2 * tile.column - 1 + c;
     if (row >= 0 && row < p.mid_height && column >= 0 && column < p.mid_width) continue;
-    const int slot = r * row_slots(kMid) + c / 2 + c % 2 * odd_slot(kMid);
-    *reinterpret_cast<uint4*>(mid + slot * row_bytes(kMid) + i % kPieces * 16) = make_uint4(0u, 0u, 0u, 0u);
+    constexpr MidLayout kMidLayout = mid_layout(kMid, kHopper);
+    *reinterpret_cast<uint4*>(mid + kMidLayout.slot(r, c) * kMidLayout.pixel + i % kPieces * kMidLayout.piece) =
+        make_uint4(0u, 0u, 0u, 0u);
   }
 }
 
-template <typename T, int kMid, bool kDependent>
-__global__ void __launch_bounds__(max_teams(kMid) * kTeamThreads, 1) stem_fwd(const __grid_constant__ StemParams p) {
-  constexpr StemLayout kLayout = stem_layout(kMid);
-  constexpr int kDim = 2 * kMid, kBlocks = kMid / 8, kVector = vector_blocks(kBlocks), kPairs = kMid <= 32 ? 2 : 1;
-  constexpr int kPitch = row_bytes(kMid), kRow = row_slots(kMid) * kPitch, kWeightPitch = row_bytes(9 * kMid);
+// conv2's matrix to shared memory, its columns permuted (see channel_of); the caller commits.
+template <typename T, int kMid, bool kHopper>
+__device__ __forceinline__ void load_weight(const Stem& s, unsigned char* to, int threads) {
+  constexpr int kPieces = 9 * kMid / 8, kPart = kHopper ? 2 * kMid : kMid, kVector = vector_blocks(kPart / 8);
+  for (int i = threadIdx.x; i < 2 * kMid * kPieces; i += threads) {
+    const int row = i / kPieces, piece = i % kPieces;
+    const int channel = row / kPart * kPart + channel_of(row % kPart / 8, row % 8, kVector);
+    const int place = kHopper ? (piece * 2 * kMid + row) * 16 : row * row_bytes(9 * kMid) + piece * 16;
+    ptx::cp_async16(ptx::smem_address(to + place), static_cast<const T*>(s.conv2_weight) + static_cast<size_t>(channel) * 9 * kMid + piece * 8,
+                    true);
+  }
+}
+
+// acc = the 3x3 convolution of stride 2 of mid: 32 pixels (four rows of the tile) and half of the channels a warp.
+template <typename T, int kMid>
+__device__ __forceinline__ void conv2_mma(float (&acc)[2][kMid / 8][4], uint32_t mid, uint32_t weight, int warp) {
+  constexpr MidLayout kLayout = mid_layout(kMid, false);
+  constexpr int kBlocks = kMid / 8, kPitch = kLayout.pixel, kRow = kLayout.row_slots * kPitch, kWeightPitch = row_bytes(9 * kMid);
+  const int lane = threadIdx.x % 32;
+  const uint32_t a_base = mid + warp % 2 * 8 * kRow + lane % 16 / 8 * 2 * kRow + lane % 8 * kPitch + lane / 16 * 16;
+  const uint32_t b_base = weight + warp / 2 * kMid * kWeightPitch + block_fusion::sm80::b_lane_offset(kWeightPitch);
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.f;
+#pragma unroll 1
+  for (int dy = 0; dy < 3; ++dy)
+#pragma unroll
+    for (int dx = 0; dx < 3; ++dx)
+#pragma unroll
+      for (int k = 0; k < kMid / 16; ++k) {
+        uint32_t a[2][4];
+        const uint32_t from = a_base + dy * kRow + (dx == 1 ? kLayout.odd_slot : dx / 2) * kPitch + k * 32;
+#pragma unroll
+        for (int m = 0; m < 2; ++m) ptx::ldmatrix_x4(a[m], from + m * 4 * kRow);
+#pragma unroll
+        for (int n = 0; n < kBlocks / 2; ++n) {
+          uint32_t b[4];
+          ptx::ldmatrix_x4(b, b_base + n * 16 * kWeightPitch + ((dy * 3 + dx) * kMid + k * 16) * 2);
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            ptx::mma_16816<T>(acc[m][2 * n], a[m], b[0], b[1]);
+            ptx::mma_16816<T>(acc[m][2 * n + 1], a[m], b[2], b[3]);
+          }
+        }
+      }
+}
+
+// The same by the team together: 16 pixels (two rows) and all channels a warp.
+template <typename T, int kMid>
+__device__ __forceinline__ void conv2_wgmma(float (&acc)[1][kMid / 4][4], uint32_t mid, uint32_t weight) {
+  constexpr MidLayout kLayout = mid_layout(kMid, true);
+  constexpr int kBlocks = kMid / 4, kPiece = 2 * kMid * 16;
+  wgmma_begin();
+#pragma unroll
+  for (int dy = 0; dy < 3; ++dy)
+#pragma unroll
+    for (int dx = 0; dx < 3; ++dx)
+#pragma unroll
+      for (int k = 0; k < kMid / 16; ++k) {
+        const int slot = dy * kLayout.row_slots + (dx == 1 ? kLayout.odd_slot : dx / 2);
+        const uint64_t a = plain_descriptor(mid + slot * 16 + 2 * k * kLayout.piece, kLayout.piece, 2 * kLayout.row_slots * 16);
+        const uint32_t b = weight + ((dy * 3 + dx) * kMid / 8 + 2 * k) * kPiece;
+#pragma unroll
+        for (int n = 0; n + 8 <= kBlocks; n += 8)
+          wgmma<T, 8>(&acc[0][n], a, plain_descriptor(b + n * 128, kPiece, 128), dy + dx + k > 0);
+        if constexpr (kBlocks % 8 != 0)
+          wgmma<T, 4>(&acc[0][kBlocks / 8 * 8], a, plain_descriptor(b + kBlocks / 8 * 1024, kPiece, 128), dy + dx + k > 0);
+      }
+  wgmma_commit();
+  wgmma_wait();
+}
+
+template <typename T, int kMid, bool kHopper>
+__global__ void __launch_bounds__(max_teams(kMid, kHopper) * kTeamThreads, 1) stem_fwd(const __grid_constant__ StemParams p) {
+  constexpr StemLayout kLayout = stem_layout(kMid, kHopper);
+  constexpr MidLayout kMidLayout = mid_layout(kMid, kHopper);
+  // A warp has 16 kRows pixels and 8 kBlocks channels of y.
+  constexpr int kDim = 2 * kMid, kRows = kHopper ? 1 : 2, kBlocks = kHopper ? kMid / 4 : kMid / 8, kVector = vector_blocks(kBlocks);
+  constexpr int kPairs = kMid <= 32 ? 2 : 1;
   const Stem& s = p.s;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int team = threadIdx.x / kTeamThreads, warp = threadIdx.x % kTeamThreads / 32, threads = p.teams * kTeamThreads;
@@ -219,35 +295,27 @@ __global__ void __launch_bounds__(max_teams(kMid) * kTeamThreads, 1) stem_fwd(co
   for (int i = threadIdx.x; i < 16 * kMidBlocks; i += threads) {
     const int r = i / kMidSide, c = i % kMidSide;
     const int from = i < kMidPixels ? 2 * r * kInputPitch + (3 + 3 * c) * 4 : 0;
-    const int slot = i < kMidPixels ? r * row_slots(kMid) + c / 2 + c % 2 * odd_slot(kMid) : spare_slot(kMid);
-    table[i] = static_cast<uint32_t>(from) | static_cast<uint32_t>(slot * kPitch / 16) << 16;
+    const int slot = i < kMidPixels ? kMidLayout.slot(r, c) : kMidLayout.spare_slot;
+    table[i] = static_cast<uint32_t>(from) | static_cast<uint32_t>(slot * kMidLayout.pixel / 16) << 16;
   }
-  wait_for_inputs<kDependent>();
-  launch_dependents<kDependent>();
+  wait_for_inputs<kHopper>();
+  launch_dependents<kHopper>();
   int tile = blockIdx.x * p.teams + team, slot = 0;
   StemTile at = stem_tile(p, tile);
   if (tile < p.tiles) load_input<T>(p, at, mine + kLayout.input);
-  for (int i = threadIdx.x; i < kDim * (9 * kMid / 8); i += threads) {
-    const int row = i / (9 * kMid / 8), piece = i % (9 * kMid / 8);
-    const int channel = row / kMid * kMid + channel_of(row % kMid / 8, row % 8, kVector);
-    ptx::cp_async16(ptx::smem_address(smem + kLayout.weight + row * kWeightPitch + piece * 16),
-                    static_cast<const T*>(s.conv2_weight) + static_cast<size_t>(channel) * 9 * kMid + piece * 8, true);
-  }
+  load_weight<T, kMid, kHopper>(s, smem + kLayout.weight, threads);
   for (int i = threadIdx.x; i < kDim; i += threads) {
     vectors[i] = s.conv2_bias[i];
     vectors[kDim + i] = s.norm2_weight[i];
     vectors[2 * kDim + i] = s.norm2_bias[i];
   }
-  const Conv1<T, kMid> conv1(s);
+  const Conv1<T, kMid, kHopper> conv1(s);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
+  if constexpr (kHopper) fence_for_wgmma();
   __syncthreads();  // the weights are there
 
-  // conv2: a warp has 32 pixels (four rows of the tile) and half of the channels.
-  const int warp_m = warp % 2, warp_n = warp / 2;
-  const uint32_t a_base = ptx::smem_address(mid) + warp_m * 8 * kRow + lane % 16 / 8 * 2 * kRow + lane % 8 * kPitch + lane / 16 * 16;
-  const uint32_t b_base = ptx::smem_address(smem + kLayout.weight) + warp_n * kMid * kWeightPitch +
-                          block_fusion::sm80::b_lane_offset(kWeightPitch);
+  const int warp_m = kHopper ? warp : warp % 2, warp_n = kHopper ? 0 : warp / 2;
   for (; tile < p.tiles; tile += p.stride, slot ^= 1) {
     ptx::cp_async_wait<0>();
     team_barrier(team + 1, kTeamThreads);  // x is there, and every warp is done with mid and with the other slot
@@ -263,92 +331,75 @@ __global__ void __launch_bounds__(max_teams(kMid) * kTeamThreads, 1) stem_fwd(co
         conv1.template operator()<1>(s, table, b, 4, input, mid);
       }
     }
+    if constexpr (kHopper) fence_for_wgmma();
     team_barrier(team + 1, kTeamThreads);  // mid is there
     if (at.row == 0 || at.column == 0 || 2 * (at.row + kStemTile) > p.mid_height || 2 * (at.column + kStemTile) > p.mid_width) {
-      clear_outside<kMid>(p, at, mid);
+      clear_outside<kMid, kHopper>(p, at, mid);
+      if constexpr (kHopper) fence_for_wgmma();
       team_barrier(team + 1, kTeamThreads);
     }
 
-    float acc[2][kBlocks][4];
-#pragma unroll
-    for (int m = 0; m < 2; ++m)
-#pragma unroll
-      for (int n = 0; n < kBlocks; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.f;
-#pragma unroll 1
-    for (int dy = 0; dy < 3; ++dy)
-#pragma unroll
-      for (int dx = 0; dx < 3; ++dx)
-#pragma unroll
-        for (int k = 0; k < kMid / 16; ++k) {
-          uint32_t a[2][4];
-          const uint32_t from = a_base + dy * kRow + (dx == 1 ? odd_slot(kMid) : dx / 2) * kPitch + k * 32;
-#pragma unroll
-          for (int m = 0; m < 2; ++m) ptx::ldmatrix_x4(a[m], from + m * 4 * kRow);
-#pragma unroll
-          for (int n = 0; n < kBlocks / 2; ++n) {
-            uint32_t b[4];
-            ptx::ldmatrix_x4(b, b_base + n * 16 * kWeightPitch + ((dy * 3 + dx) * kMid + k * 16) * 2);
-#pragma unroll
-            for (int m = 0; m < 2; ++m) {
-              ptx::mma_16816<T>(acc[m][2 * n], a[m], b[0], b[1]);
-              ptx::mma_16816<T>(acc[m][2 * n + 1], a[m], b[2], b[3]);
-            }
-          }
-        }
+    float acc[kRows][kBlocks][4];
+    if constexpr (kHopper) {
+      conv2_wgmma<T, kMid>(acc, ptx::smem_address(mid), ptx::smem_address(smem + kLayout.weight));
+    } else {
+      conv2_mma<T, kMid>(acc, ptx::smem_address(mid), ptx::smem_address(smem + kLayout.weight), warp);
+    }
 
-    float squares[2][2] = {};
+    // Channels of a thread: groups of 2 kVector in a row, from here on.
+    const float* mine_of = vectors + warp_n * kMid + t * 2 * kVector;
+    float squares[kRows][2] = {};
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n)
+    for (int n = 0; n < kBlocks; n += kVector) {
+      float bias[2 * kVector];
+      load_floats(bias, mine_of + n * 8);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float bias = vectors[warp_n * kMid + channel_of(n, 2 * t + i, kVector)];
+      for (int j = 0; j < 2 * kVector; ++j)
 #pragma unroll
-        for (int m = 0; m < 2; ++m)
+        for (int m = 0; m < kRows; ++m)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            float& v = acc[m][n][2 * half + i];
-            v += bias;
+            float& v = acc[m][n + j / 2][2 * half + j % 2];
+            v += bias[j];
             squares[m][half] = fmaf(v, v, squares[m][half]);
           }
+    }
+    float inverse[kRows][2];
+    if (s.has_norm && !kHopper) {
+#pragma unroll
+      for (int i = 0; i < 2 * kRows; ++i) {
+        squares[i / 2][i % 2] = quad_sum(squares[i / 2][i % 2]);
+        if (t == 0) moments[warp_n * 64 + warp_m * 32 + i * 8 + g] = squares[i / 2][i % 2];
       }
-    if (s.has_norm) {
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          squares[m][half] = quad_sum(squares[m][half]);
-          if (t == 0) moments[warp_n * 64 + warp_m * 32 + m * 16 + half * 8 + g] = squares[m][half];
-        }
       team_barrier(team + 1, kTeamThreads);
     }
 #pragma unroll
-    for (int m = 0; m < 2; ++m)
+    for (int i = 0; i < 2 * kRows; ++i) {
+      float sum = kHopper ? quad_sum(squares[i / 2][i % 2]) : squares[i / 2][i % 2];
+      if (s.has_norm && !kHopper) sum += moments[(warp_n ^ 1) * 64 + warp_m * 32 + i * 8 + g];
+      inverse[i / 2][i % 2] = s.has_norm ? rsqrtf(sum * (1.f / kDim) + s.eps2) : 1.f;
+    }
+    const int row = at.row + warp_m * 2 * kRows, column = at.column + g;
+    T* y = static_cast<T*>(s.y) + ((static_cast<size_t>(at.image) * p.out_height + row) * p.out_width + column) * kDim +
+           warp_n * kMid + t * 2 * kVector;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float inverse = 1.f;
-        if (s.has_norm) {
-          const float other = moments[(warp_n ^ 1) * 64 + warp_m * 32 + m * 16 + half * 8 + g];
-          inverse = rsqrtf((squares[m][half] + other) * (1.f / kDim) + s.eps2);
+    for (int n = 0; n < kBlocks; n += kVector) {
+      float scale[2 * kVector], shift[2 * kVector];
+      load_floats(scale, mine_of + kDim + n * 8);
+      load_floats(shift, mine_of + 2 * kDim + n * 8);
+#pragma unroll
+      for (int i = 0; i < 2 * kRows; ++i) {
+        uint32_t packed[kVector];
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+          const float* v = &acc[i / 2][n + j][i % 2 * 2];
+          packed[j] = ptx::pack2<T>(fmaf(v[0] * inverse[i / 2][i % 2], scale[2 * j], shift[2 * j]),
+                                    fmaf(v[1] * inverse[i / 2][i % 2], scale[2 * j + 1], shift[2 * j + 1]));
         }
-        const int row = at.row + warp_m * 4 + m * 2 + half, column = at.column + g;
-        const bool inside = row < p.out_height && column < p.out_width;
-        T* y = static_cast<T*>(s.y) + ((static_cast<size_t>(at.image) * p.out_height + row) * p.out_width + column) * kDim;
-#pragma unroll
-        for (int n = 0; n < kBlocks; n += kVector) {
-          const int channel = warp_n * kMid + n * 8 + t * 2 * kVector;
-          uint32_t packed[kVector];
-#pragma unroll
-          for (int j = 0; j < kVector; ++j) {
-            const float2 w = *reinterpret_cast<const float2*>(vectors + kDim + channel + 2 * j);
-            const float2 b = *reinterpret_cast<const float2*>(vectors + 2 * kDim + channel + 2 * j);
-            packed[j] = ptx::pack2<T>(fmaf(acc[m][n + j][2 * half], inverse * w.x, b.x),
-                                      fmaf(acc[m][n + j][2 * half + 1], inverse * w.y, b.y));
-          }
-          if (inside) store_words<kVector>(y + channel, packed);
-        }
+        if (row + i < p.out_height && column < p.out_width)
+          store_words<kVector>(y + static_cast<size_t>(i) * p.out_width * kDim + n * 8, packed);
       }
+    }
     at = next;
   }
 }

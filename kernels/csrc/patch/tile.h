@@ -57,11 +57,32 @@ constexpr int kInputBytes = kInputRows * kInputPitch;
 
 // Pixels of conv1's result lie by column parity, so that conv2, which takes every other one, reads neighbours. Even columns have
 // slots 0 to 8; the odd ones begin where a pair of neighbours written at once meets no bank conflict.
-CONVFIRST_HOST_DEVICE constexpr int odd_slot(int mid) { return mid == 32 ? 12 : 9; }
-CONVFIRST_HOST_DEVICE constexpr int row_slots(int mid) { return odd_slot(mid) + kStemTile; }
-CONVFIRST_HOST_DEVICE constexpr int spare_slot(int mid) { return kMidSide * row_slots(mid); }  // for rows beyond the last pixel
+struct MidLayout {
+  int odd_slot, row_slots, spare_slot;  // the last for rows beyond the last pixel
+  int pixel, piece;                     // bytes from a slot to the next, and from 8 channels to the next 8
+  int bytes;
 
-CONVFIRST_HOST_DEVICE constexpr int max_teams(int mid) { return mid <= 32 ? 4 : mid <= 48 ? 2 : 1; }
+  CONVFIRST_HOST_DEVICE constexpr int slot(int row, int column) const {
+    return row * row_slots + column / 2 + column % 2 * odd_slot;
+  }
+};
+
+// For ldmatrix a pixel's channels lie in a row; for wgmma 8 channels of all pixels do, so that 8 pixels are a block of its operand.
+CONVFIRST_HOST_DEVICE constexpr MidLayout mid_layout(int mid, bool hopper) {
+  MidLayout l{};
+  l.odd_slot = mid == 32 && !hopper ? 12 : 9;
+  l.row_slots = l.odd_slot + kStemTile;
+  l.spare_slot = kMidSide * l.row_slots;
+  l.pixel = hopper ? 16 : row_bytes(mid);
+  l.piece = hopper ? (16 * (l.spare_slot + 1) + 95) / 128 * 128 + 32 : 16;
+  l.bytes = hopper ? mid / 8 * l.piece : (l.spare_slot + 1) * l.pixel;
+  return l;
+}
+
+// As many as registers allow; without wgmma a team needs more of them.
+CONVFIRST_HOST_DEVICE constexpr int max_teams(int mid, bool hopper) {
+  return mid <= 16 || (mid == 32 && hopper) ? 4 : mid == 32 ? 3 : mid == 48 ? 2 : 1;
+}
 
 struct StemLayout {
   int weight, vectors, table, teams;                     // of the block
@@ -69,12 +90,12 @@ struct StemLayout {
   CONVFIRST_HOST_DEVICE constexpr int end(int count) const { return teams + count * team_bytes; }
 };
 
-CONVFIRST_HOST_DEVICE constexpr StemLayout stem_layout(int mid) {
+CONVFIRST_HOST_DEVICE constexpr StemLayout stem_layout(int mid, bool hopper) {
   StemLayout l{};
-  l.vectors = l.weight + 2 * mid * row_bytes(9 * mid);
+  l.vectors = l.weight + 2 * mid * (hopper ? 18 * mid : row_bytes(9 * mid));
   l.table = l.vectors + 3 * 2 * mid * 4;
   l.teams = l.table + (16 * kMidBlocks * 4 + 15) / 16 * 16;
-  l.input = l.mid + (spare_slot(mid) + 1) * row_bytes(mid);
+  l.input = l.mid + mid_layout(mid, hopper).bytes;
   l.input_slot = kInputBytes;
   l.moments = l.input + 2 * l.input_slot;
   l.team_bytes = l.moments + 2 * kStemTile * kStemTile * 4;
@@ -106,6 +127,31 @@ CONVFIRST_HOST_DEVICE constexpr DownsampleLayout downsample_layout(int channels)
   l.ring = l.bias + 2 * channels * 4;
   l.slot = tile.rows * row_bytes(channels);
   l.end = l.ring + tile.slots * l.slot;
+  return l;
+}
+
+struct HopperDownsampleTile {
+  int teams;  // of 64 rows
+  int slots;  // ring of taps of a team
+  int split;  // blocks that share the columns
+};
+
+CONVFIRST_HOST_DEVICE constexpr HopperDownsampleTile hopper_downsample_tile(int channels) {
+  return channels <= 64 ? HopperDownsampleTile{3, 5, 1} : HopperDownsampleTile{2, 3, channels <= 96 ? 1 : 2};
+}
+
+struct HopperDownsampleLayout {
+  int weight, bias, teams, plane, slot;
+  CONVFIRST_HOST_DEVICE constexpr int end(int count, int slots) const { return teams + count * slots * slot; }
+};
+
+CONVFIRST_HOST_DEVICE constexpr HopperDownsampleLayout hopper_downsample_layout(int channels) {
+  const int columns = 2 * channels / hopper_downsample_tile(channels).split;
+  HopperDownsampleLayout l{};
+  l.bias = l.weight + columns * 4 * channels * 2;
+  l.teams = l.bias + columns * 4;
+  l.plane = 64 * 16 + 16;  // eight planes then begin in different banks
+  l.slot = channels / 8 * l.plane;
   return l;
 }
 

@@ -1,0 +1,95 @@
+"""Stems and downsampling layers on a GPU, against float64 and PyTorch's own 16-bit layers."""
+
+import pytest
+import torch
+from cases import guards_intact, worst_ratio
+from patch_cases import Patch, module, network_cases, patch_cases, patch_inputs
+from torch import Tensor
+
+import convfirst_kernels as ck
+from convfirst_kernels import outside
+
+pytestmark = pytest.mark.gpu
+
+
+def computed(case: Patch, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, the kernels' result, float64's and PyTorch's; memory that the kernels get was NaN before."""
+    x, network = patch_inputs(case, seed), module(case, seed + 1).cuda()
+    images = max(1, (1 << 24) // x[0].numel())
+    truth = torch.cat([network(x[i : i + images].double()) for i in range(0, x.shape[0], images)])
+    network = network.to(x.dtype)
+    parts = outside.read_outside(network)
+    reason = outside.refusal(parts, x, x.dtype)
+    if reason is not None:
+        pytest.skip(reason)
+    packed, peer = parts.pack(x.dtype), network(x)
+    poison = [torch.full_like(peer, float("nan")) for _ in range(2)]
+    del poison
+    result = parts.launch(x, packed)
+    assert torch.equal(result, parts.launch(x, packed))
+    return x, result, truth, peer
+
+
+@pytest.mark.parametrize("case", patch_cases() + network_cases(), ids=str)
+def test_error(case, seed):
+    x, result, truth, peer = computed(case, seed)
+    assert worst_ratio(result, truth, peer) <= 1
+    if case.layout == "channels_last":
+        assert guards_intact(x)
+
+
+@pytest.mark.parametrize("case", [Patch("stem", 64, 2, 33, 40), Patch("downsample", 64, 3, 9, 14)], ids=str)
+def test_portable_kernels_on_this_device(case, seed):
+    with ck.force_path("sm80"):
+        _, result, truth, peer = computed(case, seed)
+    assert worst_ratio(result, truth, peer) <= 1
+
+
+@pytest.mark.parametrize("kind", ["stem", "patch_stem", "downsample"])
+def test_graph_and_side_stream(kind, seed):
+    case = Patch(kind, 64, 2, 33, 40)
+    x, network = patch_inputs(case, seed), module(case, seed).cuda().half()
+    parts = outside.read_outside(network)
+    packed = parts.pack(x.dtype)
+    expected = parts.launch(x, packed)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        on_stream = parts.launch(x, packed)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = parts.launch(x, packed)
+    captured.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(on_stream, expected) and torch.equal(captured, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_on_the_tensors_device(seed):
+    case = Patch("stem", 64, 1, 32, 32)
+    x, network = patch_inputs(case, seed, device="cuda:1"), module(case, seed).to("cuda:1").half()
+    parts = outside.read_outside(network)
+    assert parts.launch(x, parts.pack(x.dtype)).device == x.device
+
+
+def test_an_empty_batch():
+    for kind, shape in (("stem", (0, 64, 2, 2)), ("downsample", (0, 128, 4, 4))):
+        case = Patch(kind, 64, 1, 8, 8)
+        network = module(case, 0).cuda().half()
+        parts = outside.read_outside(network)
+        x = torch.empty(0, *patch_inputs(case, 0).shape[1:], device="cuda", dtype=torch.float16)
+        assert parts.launch(x.contiguous(memory_format=torch.channels_last), parts.pack(x.dtype)).shape == shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["convfirst_tiny", "convnext_tiny"])
+def test_accelerated_network(name):
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("convfirst.models")
+    network = timm.create_model(name, num_classes=10).cuda().half().eval().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 224, 224, device="cuda", dtype=torch.float16)
+    expected = network(x)
+    report = ck.accelerate(network, kernels="required")
+    assert [row.swapped for row in report.outside] == [True] * 4, str(report)
+    torch.testing.assert_close(network(x), expected, rtol=2e-2, atol=2e-2)
