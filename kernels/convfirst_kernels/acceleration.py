@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from convfirst_kernels import block as fused
+from convfirst_kernels import outside
 from convfirst_kernels.blocks import Parts, Unsupported, check_hooks, read_block
 
 launch = torch.ops.convfirst.conv_first_block
@@ -20,13 +21,16 @@ class FusedForward:
     parameters and state_dict stay as they are. Packed weights are kept until a parameter or buffer changes.
     """
 
+    reader = staticmethod(read_block)
+
     def __init__(self, block: nn.Module, kernels: str, frozen: bool):
         self.block = block
         self.kernels = kernels
         self.frozen = frozen
-        self.packed: fused.BlockWeights | None = None
+        self.packed: tuple | None = None
+        self.packed_for: tuple[torch.dtype, torch.device] | None = None
         self.key: tuple | None = None
-        self.parts: Parts | None = None
+        self.parts: Parts | outside.OutsideParts | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         block = self.block
@@ -47,18 +51,18 @@ class FusedForward:
     def read(self) -> Parts:
         """The block's parts; modules may be replaced, by converting batch norms for instance, unless it is frozen."""
         if not self.frozen or torch.compiler.is_compiling():
-            return read_block(self.block)
+            return self.reader(self.block)
         if self.parts is None:
-            self.parts = read_block(self.block)
+            self.parts = self.reader(self.block)
         return self.parts
 
-    def weights(self, parts: Parts, dtype: torch.dtype, device: torch.device) -> fused.BlockWeights:
+    def weights(self, parts: Parts | outside.OutsideParts, dtype: torch.dtype, device: torch.device) -> tuple:
         """Packed afresh, differentiably, where a gradient may be asked for; otherwise kept while they hold good."""
         tensors = parts.tensors()
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return parts.pack(dtype)
         kept = self.packed
-        fits = kept is not None and kept.conv_weight.dtype == dtype and kept.conv_weight.device == device
+        fits = kept is not None and self.packed_for == (dtype, device)
         if torch.compiler.is_compiling():
             # A traced program can't look at version counters: only weights declared frozen outlive its calls.
             return kept if fits and self.frozen else parts.pack(dtype, absorb=True)
@@ -68,10 +72,10 @@ class FusedForward:
         with torch.inference_mode(False), torch.no_grad():
             packed = parts.pack(dtype, absorb=True)
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # a captured packing has not run yet
-            self.packed, self.key = packed, key
+            self.packed, self.packed_for, self.key = packed, (dtype, device), key
         return packed
 
-    def prepare(self, parts: Parts) -> None:
+    def prepare(self, parts: Parts | outside.OutsideParts) -> None:
         """Pack now what a 16-bit model on a GPU will need, so that no later stream finds a packing in progress."""
         weight = parts.conv.weight
         if weight.device.type == "cuda" and weight.dtype in (torch.float16, torch.bfloat16):
@@ -79,7 +83,28 @@ class FusedForward:
                 self.weights(parts, weight.dtype, weight.device)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "packed": None, "key": None, "parts": None}
+        return {**self.__dict__, "packed": None, "packed_for": None, "key": None, "parts": None}
+
+
+class OutsideForward(FusedForward):
+    """Stands in for the ``forward`` of a stem or a downsampling layer, where no gradient may be asked for.
+
+    Residual blocks are what kernels="required" requires: elsewhere this runs the layer's own code.
+    """
+
+    reader = staticmethod(outside.read_outside)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer, dtype = self.block, fused.compute_dtype(x)
+        try:
+            parts = self.read()
+            reason = outside.refusal(parts, x, dtype)
+        except Unsupported as changed:
+            reason = str(changed)
+        if reason is not None:
+            fused.log_once(f"{type(layer).__name__} runs its own PyTorch code: {reason}")
+            return type(layer).forward(layer, x)
+        return parts.launch(x.to(dtype), self.weights(parts, dtype, x.device))
 
 
 def _state(tensor: Tensor) -> tuple:
@@ -121,8 +146,9 @@ class Row:
 class Report:
     """What `accelerate` did; printable, and able to undo it."""
 
-    rows: list[Row]
+    rows: list[Row]  # residual blocks
     kernels: str
+    outside: list[Row] = field(default_factory=list)  # stems and downsampling layers
     _blocks: list[nn.Module] = field(default_factory=list, repr=False)
 
     @property
@@ -134,15 +160,15 @@ class Report:
         return [row for row in self.rows if not row.swapped]
 
     def undo(self) -> None:
-        """Give every swapped block its own ``forward`` back."""
+        """Give every swapped block and layer its own ``forward`` back."""
         for block in self._blocks:
             _restore(block)
         self._blocks.clear()
 
     def __str__(self) -> str:
-        width = max((len(row.name) for row in self.rows), default=0)
+        width = max((len(row.name) for row in self.rows + self.outside), default=0)
         lines = [f"{len(self.swapped)} of {len(self.rows)} blocks fused (kernels={self.kernels!r})"]
-        for row in self.rows:
+        for row in self.rows + self.outside:
             lines.append(f"  {row.name:{width}}  {'fused' if row.swapped else 'as it was'}  {row.block}: {row.detail}")
         return "\n".join(lines)
 
@@ -150,18 +176,20 @@ class Report:
 def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False) -> Report:
     """Make the residual blocks of ConvFirst and of timm's ConvNeXt run as fused kernels, in place.
 
+    So do, in inference, their stems and downsampling layers; where a gradient may be asked for, those run their own
+    code.
     Parameters, buffers, state_dict, hooks on blocks, training, deepcopy and pickle stay as they were. Batch norms fold
     in evaluation mode. Put the model in channels_last: a fused block converts its input otherwise.
 
     Args:
         model: any module that contains such blocks.
         kernels: "auto" leaves alone what no kernel covers, block by block and call by call, and logs that once;
-            "required" raises instead; "off" takes fused forwards away again.
+            "required" raises instead, for residual blocks; "off" takes fused forwards away again.
         frozen: the weights will not change: pack them once and never look again. Under torch.compile it keeps the
             packing out of the compiled program.
 
     Returns:
-        A report of every block that was found: swapped or not, and why.
+        A report of every block and layer that was found: swapped or not, and why.
 
     Raises:
         ValueError: ``kernels`` is none of those.
@@ -171,20 +199,23 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False) ->
         raise ValueError(f"kernels={kernels!r}; accepted: {', '.join(map(repr, fused.KERNELS))}")
     found = [(name, module, *_examine(module)) for name, module in model.named_modules()]
     found = [entry for entry in found if entry[2] is not None or entry[3] is not None]
+    layers = [(name, module, *_examine_outside(module)) for name, module in outside.find_outside(model)]
     if kernels == "off":
-        for _, block, _, _ in found:
-            _restore(block)
-        return Report([Row(n, type(b).__name__, "kernels='off'", False) for n, b, _, _ in found], kernels)
+        for _, module, _, _ in found + layers:
+            _restore(module)
+        rows = [[Row(n, type(m).__name__, "kernels='off'", False) for n, m, _, _ in part] for part in (found, layers)]
+        return Report(rows[0], kernels, rows[1])
     if kernels == "required":
         _require(found)
     report = Report([], kernels)
-    for name, block, parts, reason in found:
-        detail = parts.describe() if reason is None else reason
-        report.rows.append(Row(name, type(block).__name__, detail, reason is None))
-        if reason is None:
-            block.forward = FusedForward(block, kernels, frozen)
-            block.forward.prepare(parts)
-            report._blocks.append(block)
+    for entries, rows, stand_in in ((found, report.rows, FusedForward), (layers, report.outside, OutsideForward)):
+        for name, module, parts, reason in entries:
+            detail = parts.describe() if reason is None else reason
+            rows.append(Row(name, type(module).__name__, detail, reason is None))
+            if reason is None:
+                module.forward = stand_in(module, kernels, frozen)
+                module.forward.prepare(parts)
+                report._blocks.append(module)
     if report.skipped:
         first = report.skipped[0]
         counts = len(report.skipped), len(found)
@@ -212,6 +243,17 @@ def _examine(module: nn.Module) -> tuple[Parts | None, str | None]:
         conv.in_channels // conv.groups, parts.activation, parts.norm is not None,
     )  # fmt: skip
     return parts, reason
+
+
+def _examine_outside(layer: nn.Module) -> tuple[outside.OutsideParts | None, str | None]:
+    """(parts, None) of a stem or downsampling layer that kernels can run, (parts or None, reason) of others."""
+    try:
+        parts = outside.read_outside(layer)
+        check_hooks(layer)
+    except Unsupported as reason:
+        return None, str(reason)
+    device = parts.conv.weight.device
+    return parts, outside.uncovered(parts, device.index or 0) if device.type == "cuda" else None
 
 
 def _require(found: list) -> None:
