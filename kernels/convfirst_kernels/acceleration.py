@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from convfirst_kernels import block as fused
 from convfirst_kernels import outside
 from convfirst_kernels.blocks import Parts, Unsupported, check_hooks, read_block
+from convfirst_kernels.winograd.swap import WinogradForward, find_convolutions
 
 launch = torch.ops.convfirst.conv_first_block
 _log = logging.getLogger("convfirst_kernels")
@@ -149,6 +150,7 @@ class Report:
     rows: list[Row]  # residual blocks
     kernels: str
     outside: list[Row] = field(default_factory=list)  # stems and downsampling layers
+    convolutions: list[Row] = field(default_factory=list)  # 3x3, stride 1, outside of all those
     _blocks: list[nn.Module] = field(default_factory=list, repr=False)
 
     @property
@@ -166,9 +168,10 @@ class Report:
         self._blocks.clear()
 
     def __str__(self) -> str:
-        width = max((len(row.name) for row in self.rows + self.outside), default=0)
+        others = self.outside + self.convolutions
+        width = max((len(row.name) for row in self.rows + others), default=0)
         lines = [f"{len(self.swapped)} of {len(self.rows)} blocks fused (kernels={self.kernels!r})"]
-        for row in self.rows + self.outside:
+        for row in self.rows + others:
             lines.append(f"  {row.name:{width}}  {'fused' if row.swapped else 'as it was'}  {row.block}: {row.detail}")
         return "\n".join(lines)
 
@@ -177,7 +180,8 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False) ->
     """Make the residual blocks of ConvFirst and of timm's ConvNeXt run as fused kernels, in place.
 
     So do, in inference, their stems and downsampling layers; where a gradient may be asked for, those run their own
-    code.
+    code. Dense 3x3 convolutions of stride 1 elsewhere in the model, as VGG's and ResNet's, run as Winograd's in calls
+    of a size where that was measured to be faster than cuDNN, in inference and without TF32.
     Parameters, buffers, state_dict, hooks on blocks, training, deepcopy and pickle stay as they were. Batch norms fold
     in evaluation mode. Put the model in channels_last: a fused block converts its input otherwise.
 
@@ -200,14 +204,21 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False) ->
     found = [(name, module, *_examine(module)) for name, module in model.named_modules()]
     found = [entry for entry in found if entry[2] is not None or entry[3] is not None]
     layers = [(name, module, *_examine_outside(module)) for name, module in outside.find_outside(model)]
+    convolutions = find_convolutions(model, [name for name, *_ in found + layers])
     if kernels == "off":
-        for _, module, _, _ in found + layers:
+        for _, module, _, _ in found + layers + convolutions:
             _restore(module)
         rows = [[Row(n, type(m).__name__, "kernels='off'", False) for n, m, _, _ in part] for part in (found, layers)]
-        return Report(rows[0], kernels, rows[1])
+        rows.append([Row(n, type(m).__name__, "kernels='off'", False) for n, m, _, _ in convolutions])
+        return Report(rows[0], kernels, *rows[1:])
     if kernels == "required":
         _require(found)
     report = Report([], kernels)
+    for name, conv, detail, reason in convolutions:
+        report.convolutions.append(Row(name, type(conv).__name__, detail if reason is None else reason, reason is None))
+        if reason is None:
+            conv.forward = WinogradForward(conv, frozen)
+            report._blocks.append(conv)
     for entries, rows, stand_in in ((found, report.rows, FusedForward), (layers, report.outside, OutsideForward)):
         for name, module, parts, reason in entries:
             detail = parts.describe() if reason is None else reason
@@ -267,5 +278,5 @@ def _require(found: list) -> None:
 
 
 def _restore(block: nn.Module) -> None:
-    if isinstance(block.__dict__.get("forward"), FusedForward):
+    if isinstance(block.__dict__.get("forward"), FusedForward | WinogradForward):
         del block.forward

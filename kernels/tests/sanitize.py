@@ -22,6 +22,7 @@ from cases import inputs, small_cases
 
 import convfirst_kernels as ck
 from convfirst_kernels.planner import Device, plan
+from convfirst_kernels.winograd import kernels
 
 
 def main() -> None:
@@ -46,6 +47,27 @@ def main() -> None:
         y = parts.launch(x.cuda(), tuple(weights))
         torch.cuda.synchronize()
         assert y.cpu().isfinite().all(), f"{case}: not finite"
+    winograd()
+
+
+def winograd() -> None:
+    """Every path, tile and dtype of Winograd's convolution, and the gradients, on shapes that fill no tile."""
+    plans = ("fused", "split 32 64 2 64", "split 64 64 1 64", "split 128 64 1 128", "split 128 128 1 128")
+    for dtype, algorithm in (
+        (torch.float32, "f2"),
+        (torch.float32, "f4"),
+        (torch.float16, "f2"),
+        (torch.bfloat16, "f2"),
+    ):
+        x, weight, bias = torch.randn(2, 40, 13, 11), torch.randn(70, 40, 3, 3), torch.randn(70).cuda()
+        x = x.to("cuda", dtype, memory_format=torch.channels_last)
+        weight = weight.to("cuda", dtype)
+        for plan_text in plans[dtype != torch.float32 :]:
+            print(f"winograd {algorithm} {dtype}: {plan_text}", flush=True)
+            y = kernels.forward(x, weight, bias, 1, algorithm, "relu", plan_text)
+        gradients = kernels.backward(y, x, weight, bias, 1, algorithm, "relu", [True, True, True])
+        torch.cuda.synchronize()
+        assert all(t.cpu().isfinite().all() for t in (y, *gradients)), f"winograd {algorithm} {dtype}: not finite"
 
 
 def run(operator, name: str, chosen: str | None, arguments: tuple, path: str) -> None:

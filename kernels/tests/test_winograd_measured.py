@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import convfirst_kernels
 from convfirst_kernels.winograd import measured, swap
 from convfirst_kernels.winograd.measured import Row
 
@@ -73,7 +74,7 @@ def test_rows_of_results(tmp_path, monkeypatch):
         (nn.Conv2d(64, 64, 3, padding=(0, 1)), "padding=(0, 1) of zeros; supported are 0, 1 and 2 zeros"),
         (nn.Conv2d(64, 64, 3, padding="same"), "padding='same' of zeros; supported are 0, 1 and 2 zeros"),
         (nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"), "padding=(1, 1) of reflect"),
-        (nn.Conv2d(3, 64, 3), "3 channels; none near was measured"),
+        (nn.Conv2d(3, 64, 3), "3 -> 64 channels were not measured to be faster than cuDNN"),
     ],
 )
 def test_which_convolutions(conv, answer):
@@ -88,3 +89,26 @@ def test_runs_its_own_code_on_a_cpu():
     conv.forward = swap.WinogradForward(conv, frozen=False)
     assert torch.equal(conv(x), expected)
     assert torch.equal(copy.deepcopy(conv)(x), expected)
+
+
+def test_accelerate_finds_what_it_may_replace():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+            self.strided = nn.Conv2d(64, 64, 3, stride=2, padding=1)
+
+        def forward(self, x):
+            return self.strided(self.second(self.first(x)))
+
+    net = Net().eval()
+    x = torch.randn(1, 3, 8, 8)
+    expected = net(x)
+    report = convfirst_kernels.accelerate(net)
+    assert [(row.name, row.swapped) for row in report.convolutions] == [("first", False), ("second", True)]
+    assert "second" in str(report) and "were not measured to be faster" in str(report)
+    assert torch.equal(net(x), expected)
+    assert isinstance(net.second.forward, swap.WinogradForward) and "forward" not in net.first.__dict__
+    assert list(net.state_dict()) == list(Net().state_dict())
+    report.undo()
+    assert "forward" not in net.second.__dict__

@@ -1,5 +1,7 @@
 """Winograd's convolution in place of a model's 3x3 convolutions of stride 1, where it was measured to be faster."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -56,10 +58,30 @@ def read_convolution(module: nn.Module) -> str | None:
         return f"dilation={module.dilation}; supported is 1"
     if module.padding_mode != "zeros" or module.padding not in ((0, 0), (1, 1), (2, 2)):
         return f"padding={module.padding!r} of {module.padding_mode}; supported are 0, 1 and 2 zeros"
-    nearest = {(row.channels, row.outputs) for row in measured.table()}
-    if not any(max(c, module.in_channels) <= 2 * min(c, module.in_channels) for c, _ in nearest):
-        return f"{module.in_channels} channels; none near was measured"
+    if not any(_speaks_for(row, module) for row in measured.table()):
+        return f"{module.in_channels} -> {module.out_channels} channels were not measured to be faster than cuDNN"
     return ""
+
+
+def _speaks_for(row: measured.Row, conv: nn.Conv2d) -> bool:
+    """Whether the row is of a gain, with about as many channels."""
+    pairs = ((row.channels, conv.in_channels), (row.outputs, conv.out_channels))
+    near = all(max(pair) <= 2 * min(pair) for pair in pairs)
+    return near and min(row.f2_ms, row.f4_ms) * measured.MARGIN <= row.peer_ms
+
+
+def find_convolutions(model: nn.Module, taken: Sequence[str]) -> list[tuple[str, nn.Conv2d, str, str | None]]:
+    """(name, module, shape, None or why not) of a model's dense 3x3 convolutions of stride 1, but for those of modules
+    named in ``taken``. None where nothing was measured."""
+    if not measured.table():
+        return []
+    inside = tuple(f"{name}." for name in taken)
+    found = []
+    for name, module in model.named_modules():
+        reason = None if name.startswith(inside) or name in taken else read_convolution(module)
+        if reason is not None:
+            found.append((name, module, f"{module.in_channels} -> {module.out_channels} channels", reason or None))
+    return found
 
 
 def choose(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> str | None:

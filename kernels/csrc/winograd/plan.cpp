@@ -12,9 +12,18 @@ constexpr int64_t kWorkspaceBytes = int64_t{256} << 20;
 constexpr int kMaxSplits = 8;
 
 struct Tile {
-  int rows, columns, resident;  // blocks of a multiprocessor
+  int rows, columns;
+  double penalty;  // time of a warp against the best tile's
+
+  constexpr int warps() const { return rows * columns / 2048; }
 };
-constexpr Tile kTiles[] = {{128, 128, 1}, {128, 64, 3}, {64, 64, 6}, {32, 64, 9}};
+constexpr Tile kTiles[] = {{128, 128, 1.15}, {128, 64, 1.03}, {64, 64, 1.0}, {32, 64, 1.06}};
+
+// Measured on an H200 in float32 (NOTES.md): clocks of a warp for a slice where three warps of a scheduler share it, and what
+// fewer of them get done.
+constexpr double kSliceClocks = 1480, kBlockClocks = 3000, kLaunchClocks = 4000;
+constexpr double kBytesAClock = 13;  // of a multiprocessor, in the transforms
+double efficiency(double warps) { return warps >= 3 ? 1 : warps >= 2 ? 0.8 + 0.2 * (warps - 2) : 0.5 + 0.3 * (warps - 1); }
 
 int64_t bytes_of_tile(const Problem& p, int m, int splits) {
   return int64_t{(m + 2) * (m + 2)} * (p.channel_pitch() * bytes_of(p.dtype) + int64_t{splits} * p.output_pitch() * 4);
@@ -28,24 +37,30 @@ SplitPlan plan_split(const Problem& p, int m, int multiprocessors) {
     if (p.output_pitch() % tile.columns != 0) continue;
     for (int splits = 1; splits <= std::min(kMaxSplits, slices); splits *= 2) {
       const int64_t in_workspace = std::max<int64_t>(1, kWorkspaceBytes / bytes_of_tile(p, m, splits) / tile.rows) * tile.rows;
-      const int64_t chunk = std::min(round_up(p.tiles(m), tile.rows), in_workspace);
-      const int64_t chunks = ceil_div(p.tiles(m), chunk);
+      const int64_t chunks = ceil_div(p.tiles(m), in_workspace), chunk = round_up(ceil_div(p.tiles(m), chunks), tile.rows);
       const int64_t blocks = ceil_div(chunk, tile.rows) * (p.output_pitch() / tile.columns) * points * splits;
-      const int64_t rounds = ceil_div(blocks, int64_t{multiprocessors} * tile.resident);
-      const int64_t busy = std::min<int64_t>(tile.resident, ceil_div(blocks, multiprocessors));
-      // Clocks of a round: the blocks of a multiprocessor share 128 lanes, of which few warps keep at most half busy.
-      const double work = double(tile.rows) * tile.columns * (ceil_div(slices, splits) * kSlice + 24);
-      const double rate = std::min(100.0, 64.0 * tile.rows * tile.columns * busy / 8192.0);
-      const double cost = chunks * (rounds * busy * work / rate + splits * 1000.0);
+      const double warps = double(ceil_div(blocks, multiprocessors)) * tile.warps() / 4;  // of a scheduler
+      const double slice = kSliceClocks * tile.penalty / 3 * std::max(1.0, warps) / efficiency(std::max(1.0, warps));
+      const double inverse = double(splits) * chunk * p.output_pitch() * points * 4 / multiprocessors / kBytesAClock;
+      const double cost = chunks * (slice * ceil_div(slices, splits) + kBlockClocks + kLaunchClocks + inverse);
       if (best_cost == 0 || cost < best_cost) best = {tile.rows, tile.columns, splits, chunk}, best_cost = cost;
     }
   }
   return best;
 }
 
+// With few channels the split path's traffic is more than the products: there one kernel was measured to be faster.
+bool prefers_fused(const Problem& p, int m, int multiprocessors, int max_shared_memory) {
+  const int64_t blocks = ceil_div(p.tiles(m), 32) * ceil_div(p.outputs, m == 2 ? 64 : 32);
+  return p.dtype == DType::kFloat && max_shared_memory >= fused_shared_bytes(m) && p.channels <= (m == 2 ? 64 : 16) && blocks >= multiprocessors;
+}
+
 }  // namespace
 
-Plan make_plan(const Problem& p, int m, int multiprocessors, int) { return {false, plan_split(p, m, multiprocessors)}; }
+Plan make_plan(const Problem& p, int m, int multiprocessors, int max_shared_memory) {
+  if (prefers_fused(p, m, multiprocessors, max_shared_memory)) return {true, {}};
+  return {false, plan_split(p, m, multiprocessors)};
+}
 
 int64_t workspace_bytes(const Problem& p, int m, const Plan& plan) {
   if (plan.fused) return 0;

@@ -166,12 +166,10 @@ __global__ void __launch_bounds__(kTransformThreads) gradient_inverse_sm80(const
   const int k = index / p.channels, c = index % p.channels;
   const int64_t point_stride = int64_t{padded_outputs} * padded_channels;
   const float* from = part + int64_t{k} * padded_channels + c;
+  float sums[16][1];
+  add_parts(sums, from, splits, point_stride, 16 * point_stride);
   transform_output<3, 2, 1>(
-      [&](int point, float(&sum)[1]) {
-        sum[0] = from[point * point_stride];
-#pragma unroll 1
-        for (int split = 1; split < splits; ++split) sum[0] += from[(int64_t{split} * 16 + point) * point_stride];
-      },
+      [&](int point, float(&sum)[1]) { sum[0] = sums[point][0]; },
       [&](int i, int j, float(&value)[1]) { to[int64_t{index} * 9 + i * 3 + j] = value[0]; });
 }
 
