@@ -43,7 +43,7 @@ def benchmark(config: DictConfig) -> list[dict]:
     finally:  # what was measured before an error isn't lost
         if rows:
             _print_rows(config.suite, rows)
-            gpu = f"-{gpu_slug()}" if config.suite in ("blocks", "models", "winograd") else ""
+            gpu = f"-{gpu_slug()}" if config.suite in ("blocks", "models", "winograd", "direct") else ""
             output = REPOSITORY / Path(config.output or f"results/{config.suite.replace('_', '-')}{gpu}.json")
             path = write_results(output, config.suite, rows, append=config.append)
             log.info("wrote %s", path)
@@ -83,6 +83,11 @@ def networks(config: DictConfig) -> list[dict]:
 def winograd(config: DictConfig) -> list[dict]:
     """Winograd's convolution on VGG-E's layers against cuDNN: a row for each layer, batch size, dtype and algorithm."""
     return _kernel_suites()["winograd"](**config.winograd)
+
+
+def direct(config: DictConfig) -> list[dict]:
+    """Direct convolution of maxDNN's and VGG-E's layers against cuDNN, and its gradients."""
+    return _kernel_suites()["direct"](**config.direct)
 
 
 def _kernel_suites() -> Mapping[str, Callable[..., list[dict]]]:
@@ -181,4 +186,5 @@ SUITES: Mapping[str, Callable[[DictConfig], Iterable[dict]]] = {
     "blocks": blocks,
     "models": networks,
     "winograd": winograd,
+    "direct": direct,
 }

@@ -4,6 +4,7 @@ python kernels/benchmarks/run.py blocks --select convfirst-c --dtypes float16 bf
 python kernels/benchmarks/run.py blocks --peer none              # ours alone: no compilation
 python kernels/benchmarks/run.py mbconv
 python kernels/benchmarks/run.py winograd --batches 1 8 64
+python kernels/benchmarks/run.py direct --select alexnet
 python kernels/benchmarks/run.py models --batches 1 128 --reuse results/models-h100.json
 """
 
@@ -25,7 +26,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--select", help="regular expression over names")
-    parser.add_argument("--dtypes", nargs="+", help="float16 bfloat16; winograd: float32")
+    parser.add_argument("--dtypes", nargs="+", help="float16 bfloat16 float32")
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--peer", help="inductor, inductor-max-autotune or none")
     parser.add_argument("--reuse", help="a result file to take peer times from")
@@ -55,6 +56,8 @@ def print_table(rows: list[dict]) -> None:
     columns = ("name", "batch", "dtype", "path", "ours_ms", "peer", "peer_ms", "speedup", "tflops", "efficiency")
     if "algorithm" in rows[0]:
         columns = ("layer", "N", "dtype", "algorithm", "plan", *columns[4:8], "effective_tflops", "max_error")
+    if "direction" in rows[0]:
+        columns = ("layer", "N", "dtype", "direction", "variant", *columns[4:9], "computational_efficiency")
     lines = [[str(row[column]) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *lines, strict=True)]
     for line in (columns, *lines):

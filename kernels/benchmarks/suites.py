@@ -1,8 +1,8 @@
 """Benchmark suites: fused blocks, and networks with fused blocks, against Inductor in the same run.
 
 Every suite returns rows {name, batch, dtype, path, ours_ms, peer, peer_ms, speedup, tflops, ceiling_tflops, efficiency}
-and a few columns more; those of winograd are its own (winograd.py). Both sides run in channels_last inside CUDA graphs
-on rotating inputs; times are medians.
+and a few columns more; those of direct and winograd are in direct.py and winograd.py. Both sides run in channels_last
+inside CUDA graphs on rotating inputs; times are medians.
 `SUITES` names them; `python kernels/benchmarks/run.py` runs them.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 import convfirst.models  # noqa: F401  registers ConvFirst with timm
 import timm
 import torch
+from direct import direct
 from graph_timing import copy_tbps, graph_ms, matmul_tflops, rotating_inputs
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -368,6 +369,7 @@ def _network_flops(name: str, batch: int, image_size: int) -> int:
 
 SUITES: dict[str, Callable[..., list[dict]]] = {
     "blocks": blocks,
+    "direct": direct,
     "mbconv": mbconv,
     "models": models,
     "winograd": winograd,

@@ -36,7 +36,7 @@ _LAYERS_TEXT = (
 )
 _EFFICIENCY_TEXT = (
     "Useful multiply-adds over the elapsed cycles times the unit's multiply-adds a cycle, as the paper defines it, "
-    "where the result file has hardware counters; the share of the measured matrix-product rate where it has not."
+    "where the result file has clocks; the share of the measured matrix-product rate where it has not."
 )
 
 
@@ -66,12 +66,16 @@ def _waterlines(findings: Findings) -> str:
 def _best(findings: Findings) -> dict[str, str]:
     best = []
     for path, results in findings.results("direct"):
-        rows = [row for row in results["rows"] if row.get("efficiency") is not None]
+        rows = [row for row in results["rows"] if _efficiency(row) is not None]
         if rows:
-            row = max(rows, key=lambda row: row["efficiency"])
+            row = max(rows, key=_efficiency)
             layer = row.get("layer", row.get("name"))
-            best.append(f"{row['efficiency']:.1%}: {layer}, {row['dtype']} ({results['device']}, {path.name})")
+            best.append(f"{_efficiency(row):.1%}: {layer}, {row['dtype']} ({results['device']}, {path.name})")
     return {"efficiency": "; ".join(best) or "not measured"}
+
+
+def _efficiency(row: dict) -> float | None:
+    return row.get("computational_efficiency") or row.get("efficiency")
 
 
 def _efficiencies(findings: Findings) -> list[str]:
@@ -79,11 +83,11 @@ def _efficiencies(findings: Findings) -> list[str]:
     for path, results in findings.results("direct"):
         rows = []
         for row in results["rows"]:
-            peer = row.get("peer_efficiency")
-            if peer is None and row.get("peer_ms") and row.get("efficiency") is not None:
-                peer = row["efficiency"] * row["ours_ms"] / row["peer_ms"]
+            peer = row.get("peer_computational_efficiency") or row.get("peer_efficiency")
+            if peer is None and row.get("peer_ms") and _efficiency(row) is not None:
+                peer = _efficiency(row) * row["ours_ms"] / row["peer_ms"]
             about = (row.get("layer", row.get("name")), row.get("direction", "forward"), row.get("N", row.get("batch")))
-            times = (row["dtype"], row["ours_ms"], row.get("efficiency"), row.get("peer"), row.get("peer_ms"), peer)
+            times = (row["dtype"], row["ours_ms"], _efficiency(row), row.get("peer"), row.get("peer_ms"), peer)
             rows.append((*about, *times, row.get("speedup")))
         headings = ("layer", "direction", "N", "dtype", "ms", "efficiency", "peer", "peer ms", "peer's efficiency")
         parts += [table((*headings, "speed-up"), rows), provenance(path, results)]
