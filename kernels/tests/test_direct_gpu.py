@@ -1,0 +1,233 @@
+"""Direct convolution and its gradients against float64 on a GPU: every variant, direction, dtype and awkward shape."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import guarded, guards_intact, spacing
+from torch import Tensor
+
+import convfirst_kernels as ck
+from convfirst_kernels import direct_conv2d
+from convfirst_kernels.direct.convolution import plan_direct
+from convfirst_kernels.direct.reference import ACTIVATIONS
+
+pytestmark = pytest.mark.gpu
+op = torch.ops.convfirst.direct_conv2d
+TILE = (64, 32)  # pixels and filters of the tiles that errors are compared over
+HALVES = (torch.float16, torch.bfloat16)
+
+# N, C, H, W, K, R, S, stride, padding, dilation, activation
+CASES = [
+    (3, 64, 13, 17, 192, 3, 3, (1, 1), (1, 1), (1, 1), "none"),
+    (2, 96, 20, 20, 256, 5, 5, (1, 1), (0, 0), (1, 1), "relu"),
+    (1, 8, 9, 11, 8, 3, 3, (1, 1), (1, 1), (1, 1), "silu"),
+    (5, 40, 14, 15, 200, 3, 5, (2, 1), (1, 2), (1, 1), "gelu"),
+    (2, 128, 12, 9, 72, 3, 3, (2, 3), (0, 1), (2, 1), "none"),
+    (3, 192, 7, 7, 384, 1, 1, (1, 1), (0, 0), (1, 1), "relu"),
+    (2, 48, 30, 31, 104, 7, 7, (3, 2), (3, 3), (1, 1), "silu"),
+    (4, 16, 8, 8, 136, 2, 2, (2, 2), (0, 0), (1, 1), "none"),
+    (1, 64, 15, 15, 64, 1, 1, (2, 2), (0, 0), (1, 1), "none"),
+    (1, 64, 1, 1, 64, 3, 3, (1, 1), (1, 1), (1, 1), "none"),
+    (9, 256, 33, 29, 320, 3, 3, (1, 1), (2, 0), (1, 2), "relu"),
+    (2, 5, 13, 14, 10, 3, 3, (2, 1), (1, 1), (1, 1), "silu"),
+    (2, 24, 19, 300, 30, 3, 3, (1, 1), (1, 1), (1, 1), "none"),
+    # First layers.
+    (2, 3, 35, 227, 64, 11, 11, (4, 4), (0, 0), (1, 1), "relu"),
+    (3, 3, 33, 40, 96, 7, 7, (2, 2), (3, 3), (1, 1), "none"),
+    (1, 3, 20, 21, 32, 3, 3, (2, 2), (1, 1), (1, 1), "silu"),
+    (2, 3, 32, 36, 72, 4, 4, (4, 4), (0, 0), (1, 1), "none"),
+    (2, 3, 19, 23, 104, 11, 11, (1, 1), (0, 0), (1, 1), "gelu"),
+    (2, 1, 17, 70, 64, 5, 5, (2, 1), (2, 2), (1, 1), "none"),
+    (2, 4, 30, 80, 200, 3, 5, (3, 8), (1, 2), (1, 1), "relu"),
+    (1, 3, 150, 300, 64, 7, 7, (2, 2), (3, 3), (1, 1), "none"),
+]
+
+
+@pytest.fixture(autouse=True)
+def true_float32():
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+
+
+def inputs(case: tuple, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    n, c, h, w, k, r, s = case[:7]
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device="cuda")
+
+    x = guarded(n, c, h, w, dtype, "cuda")
+    x.copy_(normal(n, c, h, w))
+    weight = (normal(k, c, r, s) * (c * r * s) ** -0.5).to(dtype).contiguous(memory_format=torch.channels_last)
+    return x, weight, normal(k) * 0.2
+
+
+def flat(case: tuple) -> tuple[int, ...]:
+    return (*case[7], *case[8], *case[9])
+
+
+def tile_max(error: Tensor) -> Tensor:
+    """[N, K, P, Q] -> the largest value in each tile of TILE pixels and filters."""
+    rows = error.permute(0, 2, 3, 1).reshape(1, 1, -1, error.shape[1])
+    return F.max_pool2d(rows, TILE, ceil_mode=True)
+
+
+def worst_ratio(result: Tensor, truth: Tensor, peer: Tensor) -> float:
+    """Largest error of a tile over its bound, twice PyTorch's own and two rounding quanta there. Good: <= 1."""
+    bound = 2 * tile_max((peer.double() - truth).abs()) + 2 * tile_max(spacing(truth, result.dtype))
+    return float((tile_max((result.double() - truth).abs().nan_to_num(nan=float("inf"))) / bound).max())
+
+
+def poison(x: Tensor) -> None:
+    """Leaves NaNs in the memory that the caching allocator hands to the next result of x's size."""
+    torch.empty_like(x).fill_(float("nan"))
+    torch.full((1 << 24,), float("nan"), device=x.device)
+
+
+def check(compute, truth: Tensor, peer: Tensor) -> None:
+    results = []
+    for _ in range(2):
+        poison(peer)
+        results.append(compute())
+    ratio = worst_ratio(results[0], truth, peer)
+    assert ratio <= 1, f"error {ratio:.2f}x its bound"
+    assert torch.equal(*results), "differs from run to run"
+    assert results[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def check_forward(case: tuple, dtype: torch.dtype, seed: int) -> None:
+    x, weight, bias = inputs(case, dtype, seed)
+    activate = ACTIVATIONS[case[-1]]
+    truth = activate(F.conv2d(x.double(), weight.double(), bias.double(), *case[7:10]))
+    peer = activate(F.conv2d(x, weight, bias.to(dtype), *case[7:10]))
+    check(lambda: op(x, weight, bias, *flat(case), case[-1]), truth, peer)
+    assert guards_intact(x), "wrote around its input"
+
+
+def plan_of(case: tuple, dtype: torch.dtype, direction: str = "forward", path: str = "") -> dict:
+    n, c, h, w, k, r, s = case[:7]
+    options = {"direction": direction, "dtype": str(dtype).split(".")[1], "device": "cuda", "path": path}
+    return plan_direct((n, c, h, w), (k, c, r, s), *case[7:10], **options)
+
+
+def variants() -> list[str]:
+    return [row["name"] for row in plan_direct((1, 64, 8, 8), (64, 64, 3, 3), device="h100")["candidates"]]
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(case, dtype, seed):
+    check_forward(case, dtype, seed)
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_each_variant(variant, seed):
+    """Every row of the planner's table on what it covers, chosen by the planner or not."""
+    covered = [case for case in CASES if plan_of(case, torch.float16, path=variant)["chosen"]]
+    if not covered:
+        pytest.skip(f"{variant} covers no forward case on this device")
+    with ck.force_path(variant):
+        for case in covered:
+            for dtype in HALVES:
+                check_forward(case, dtype, seed)
+
+
+@pytest.mark.parametrize("path", ["", "sm80"])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES[:17], ids=str)
+def test_gradients(case, dtype, path, seed):
+    x, weight, _ = inputs(case, dtype, seed)
+    dy = torch.randn_like(F.conv2d(x, weight, None, *case[7:10])).contiguous(memory_format=torch.channels_last)
+    geometry = ([*pair] for pair in case[7:10])
+    arguments = (None, *geometry, False, [0, 0], 1, [True, True, False])
+    truths = torch.ops.aten.convolution_backward(dy.double(), x.double(), weight.double(), *arguments)
+    peers = torch.ops.aten.convolution_backward(dy, x, weight, *arguments)
+    size, kernel, ops = case[2:4], case[5:7], torch.ops.convfirst
+    with ck.force_path(path):
+        check(lambda: ops.direct_conv2d_dgrad(dy, weight, *size, *flat(case)), truths[0], peers[0])
+        check(lambda: ops.direct_conv2d_wgrad(dy, x, *kernel, *flat(case)), truths[1], peers[1])
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[13]], ids=str)
+class TestAnyCall:
+    """The same numbers however the operator is called."""
+
+    def arguments(self, case, seed):
+        return (*inputs(case, torch.float16, seed), *flat(case), case[-1])
+
+    def test_side_stream(self, case, seed):
+        arguments = self.arguments(case, seed)
+        expected = op(*arguments)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)  # a launch on another stream would overtake this
+            arguments[0].mul_(2)
+            doubled = op(*arguments)
+            arguments[0].mul_(0.5)
+            y = op(*arguments)
+        torch.cuda.current_stream().wait_stream(stream)
+        assert torch.equal(y, expected)
+        assert not torch.equal(doubled, expected)
+
+    def test_cuda_graph(self, case, seed):
+        arguments = self.arguments(case, seed)
+        other = self.arguments(case, seed + 1)[0]
+        op(*arguments)
+        graph = torch.cuda.CUDAGraph()
+        static = arguments[0].clone(memory_format=torch.preserve_format)
+        with torch.cuda.graph(graph):
+            y = op(static, *arguments[1:])
+        for x in (arguments[0], other):
+            static.copy_(x)
+            y.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(y, op(x, *arguments[1:]))
+
+    def test_compile(self, case, seed):
+        x, weight, bias, *_ = self.arguments(case, seed)
+
+        def function(x, weight):
+            options = {"activation": case[-1], "kernels": "required"}
+            return direct_conv2d(x * 2, weight, bias, *case[7:10], **options) + 1
+
+        weight = weight.requires_grad_()
+        compiled, plain = torch.compile(function, fullgraph=True)(x, weight), function(x, weight)
+        assert torch.equal(compiled, plain)
+        gradients = [torch.autograd.grad(y.sum(), weight)[0] for y in (compiled, plain)]
+        assert torch.equal(*gradients)
+
+    def test_opcheck(self, case, seed):
+        x, weight, bias, *rest = self.arguments(case, seed)
+        torch.library.opcheck(op.default, (x, weight.requires_grad_(), bias, *rest))
+
+    def test_other_images_do_not_matter(self, case, seed):
+        """A tile spans images: what overflows in one of them must not reach its neighbours."""
+        x, *rest = self.arguments(case, seed)
+        x = x.repeat(3, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+        expected = op(x, *rest)
+        x[1] = float("nan")
+        y = op(x, *rest)
+        assert torch.equal(y[[0, *range(2, len(x))]], expected[[0, *range(2, len(x))]])
+        assert y[1].isnan().any()
+
+    def test_empty_batch(self, case, seed):
+        x, *rest = self.arguments(case, seed)
+        assert op(x[:0], *rest).shape[0] == 0
+
+
+def test_autocast(seed):
+    x, weight, bias = inputs(CASES[0], torch.float32, seed)
+    with torch.autocast("cuda", torch.float16):
+        y = direct_conv2d(x, weight.requires_grad_(), bias, padding=1, kernels="required")
+    y.float().sum().backward()
+    assert y.dtype == torch.float16 and weight.grad.dtype == torch.float32
+
+
+def test_second_device(seed):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x, weight, bias = inputs(CASES[0], torch.float16, seed)
+    y = op(*(t.to("cuda:1") for t in (x, weight, bias)), *flat(CASES[0]), "none")
+    assert y.device.index == 1 and torch.cuda.current_device() == 0
+    assert torch.equal(y.cpu(), op(x, weight, bias, *flat(CASES[0]), "none").cpu())
