@@ -77,7 +77,7 @@ struct GradientTile {
   static constexpr int kRows = kBlockRows, kColumns = kBlockColumns;
   static constexpr int kThreads = kRows * kColumns / 64;
   static constexpr int kTiles = 16;  // of a slice
-  static constexpr int kBlocksPerMultiprocessor = (kThreads == 64 ? 384 : 512) / kThreads;
+  static constexpr int kBlocksPerMultiprocessor = 384 / kThreads;
   static constexpr int kStages = 4;
   static constexpr int kStageFloats = (kRows + kColumns) * kTiles;
   static constexpr int kSharedBytes = kStages * kStageFloats * 4;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor
     copy_step(step + Tile::kStages - 1);
     const float* a_slice = stages + step % Tile::kStages * Tile::kStageFloats + my_row;
     const float* b_slice = stages + step % Tile::kStages * Tile::kStageFloats + Tile::kRows * Tile::kTiles + my_column;
-#pragma unroll 2
+#pragma unroll 4
     for (int tile = 0; tile < Tile::kTiles; ++tile) {
       float a[8], b[8];
 #pragma unroll
