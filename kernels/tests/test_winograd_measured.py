@@ -47,6 +47,12 @@ def test_what_was_measured_to_be_faster(problem, algorithm):
     assert measured.faster(*problem) == algorithm
 
 
+def test_which_algorithm_was_measured_to_be_faster():
+    assert measured.fastest("float32", 8, 14, 14, 256, 256) == "f2"  # though not faster than cuDNN
+    assert measured.fastest("float32", 8, 56, 56, 64, 64) == "f4"
+    assert measured.fastest("float32", 8, 14, 14, 8, 8) is None
+
+
 def test_rows_of_results(tmp_path, monkeypatch):
     row = {"dtype": "float32", "channels": 64, "outputs": 128, "side": 28, "N": 2, "peer_ms": 3.0}
     rows = [{**row, "algorithm": a, "ours_filtered_ms": ms} for a, ms in (("f2", 2.0), ("f4", 1.0), ("f2", 1.5))]

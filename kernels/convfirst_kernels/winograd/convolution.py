@@ -6,6 +6,7 @@ from torch import Tensor
 from convfirst_kernels.block import KERNELS, compute_dtype, log_once
 from convfirst_kernels.winograd import operators, reference
 from convfirst_kernels.winograd.kernels import refusal
+from convfirst_kernels.winograd.measured import fastest
 
 ALGORITHMS = ("auto", *operators.ALGORITHMS)
 # How many times direct convolution's largest error in the same dtype that of F(4x4, 3x3) may be for "auto" to take it,
@@ -34,8 +35,8 @@ def winograd_conv2d(
         x: [N, C, H, W], float32, float16, bfloat16 or float64. Under autocast it is computed in autocast's dtype.
         weight: [K, C, 3, 3], stride 1; bias: [K] or None. Any floating dtype.
         padding: 0, 1 or 2 zeros at each edge of the image.
-        algorithm: "f2", F(2x2, 3x3); "f4", F(4x4, 3x3); "auto", the one with fewer multiplications, but "f4" only in
-            dtypes where its error is within `F4_BOUND`: float32 and float64.
+        algorithm: "f2", F(2x2, 3x3); "f4", F(4x4, 3x3); "auto", on a GPU what was measured to be faster, elsewhere
+            what has fewer multiplications, but "f4" only where its error is within `F4_BOUND`: float32 and float64.
         activation: "none", "relu", "silu" or "gelu" (exact).
         kernels: "auto" computes what no kernel covers by the reference and logs that once; "required" raises instead;
             "off" always uses the reference.
@@ -57,7 +58,10 @@ def winograd_conv2d(
         bias = bias.to(torch.promote_types(dtype, torch.float32))
     if algorithm == "auto":
         operators.check(x, weight, bias, padding, "f2", activation)
-        algorithm = choose(dtype, *(size + 2 * padding - 2 for size in x.shape[2:]))
+        size = [extent + 2 * padding - 2 for extent in x.shape[2:]]
+        shape = (x.shape[0], *size, x.shape[1], weight.shape[0])
+        known = fastest(str(dtype).removeprefix("torch."), *shape) if x.device.type == "cuda" else None
+        algorithm = known or choose(dtype, *size)
     arguments = (x, weight, bias, padding, algorithm, activation)
     operators.check(*arguments)
     reason = "kernels='off'" if kernels == "off" else refusal(x, weight.shape[0], padding, algorithm)

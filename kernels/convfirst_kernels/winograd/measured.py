@@ -57,12 +57,20 @@ def nearest(dtype: str, batch: int, height: int, width: int, channels: int, outp
     return found
 
 
+def fastest(dtype: str, batch: int, height: int, width: int, channels: int, outputs: int) -> str | None:
+    """ "f2" or "f4", whichever was measured to be faster; None where nothing near was measured."""
+    row = nearest(dtype, batch, height, width, channels, outputs)
+    if row is None or math.isinf(min(row.f2_ms, row.f4_ms)):
+        return None
+    return "f4" if row.f4_ms < row.f2_ms else "f2"
+
+
 def faster(dtype: str, batch: int, height: int, width: int, channels: int, outputs: int) -> str | None:
     """ "f2" or "f4", the fastest, where it was measured to be faster than cuDNN by `MARGIN`; None elsewhere."""
     row = nearest(dtype, batch, height, width, channels, outputs)
     if row is None or min(row.f2_ms, row.f4_ms) * MARGIN > row.peer_ms:
         return None
-    return "f4" if row.f4_ms < row.f2_ms else "f2"
+    return fastest(dtype, batch, height, width, channels, outputs)
 
 
 def _waste(height: int, width: int) -> float:
