@@ -2,7 +2,10 @@
 
 import csv
 import math
+import os
+import signal
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -63,9 +66,14 @@ def test_a_sharded_run_goes_on_where_it_was_killed(tmp_path):
     options = ["trainer=fsdp", *TWO, "trainer.precision=bf16-mixed", "epochs=3", "data.batch_size=32"]
     finish(start(tmp_path / "whole", *options))
     kill = "+callbacks.at={_target_:tests.training.helpers.AtUpdate,step:7,action:SIGKILL,at:update}"
-    killed = start(tmp_path / "cut", *options, kill)
-    killed.communicate(timeout=240)
-    assert killed.returncode == -9
+    killed = start(tmp_path / "cut", *options, kill, start_new_session=True)
+    try:
+        assert killed.wait(timeout=240) == -9
+    finally:  # NCCL lets the other process wait for the dead one
+        with suppress(ProcessLookupError):
+            os.killpg(killed.pid, signal.SIGKILL)
+    output, _ = killed.communicate()
+    assert not (tmp_path / "cut/digits/summary.json").exists(), output
     assert "resuming from" in finish(start(tmp_path / "cut", *options))
     whole, cut = losses(tmp_path / "whole/digits"), losses(tmp_path / "cut/digits")
     assert [row[:2] for row in cut] == [row[:2] for row in whole]
