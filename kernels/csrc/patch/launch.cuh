@@ -124,8 +124,8 @@ int launch_hopper_downsample(const Downsample& d, const Device& device, cudaStre
   p.rows = d.batch * height * width;
   p.by_image = divider(height * width), p.by_row = divider(width);
   p.tiles = ceil_divide(p.rows, 64);
-  p.teams = std::min(kTile.teams, ceil_divide(p.tiles * kTile.split, device.multiprocessors));
-  p.blocks = std::min(device.multiprocessors / kTile.split, ceil_divide(p.tiles, p.teams)) * kTile.split;
+  p.teams = std::min(kTile.teams, ceil_divide(p.tiles, device.multiprocessors));
+  p.blocks = std::min(device.multiprocessors, ceil_divide(p.tiles, p.teams));
   return with_element(d.dtype, [&](auto element) {
     return start<true>(&sm90::downsample_fwd_sm90<decltype(element), kC>, p.blocks, p.teams * kTeamThreads,
                        kLayout.end(p.teams, kTile.slots), stream, p);
@@ -141,7 +141,6 @@ int downsample(const Downsample& d, const Device& device, cudaStream_t stream) {
     case 32: return launch_hopper_downsample<32>(d, device, stream);
     case 64: return launch_hopper_downsample<64>(d, device, stream);
     case 96: return launch_hopper_downsample<96>(d, device, stream);
-    case 128: return launch_hopper_downsample<128>(d, device, stream);
     default: return kNotCovered;
   }
 #else

@@ -255,12 +255,12 @@ std::string refusal(const std::string& op, int64_t channels, int64_t columns, in
     return "its width is " + std::to_string(columns) + "; supported are 48, 64, 80, 96 and 128";
   }
   if (op == "downsample") {
-    for (int known : {32, 64, 96, 128}) {
-      if (known != channels || columns != 2 * channels || (known == 128 && !hopper)) continue;
+    for (int known : {32, 64, 96}) {
+      if (known != channels || columns != 2 * channels) continue;
       return shared(hopper ? hopper_downsample_layout(known).end(1, hopper_downsample_tile(known).slots) : downsample_layout(known).end);
     }
     return "it goes from " + std::to_string(channels) + " to " + std::to_string(columns) +
-           " channels; supported are 32, 64, 96" + (hopper ? ", 128" : "") + " to twice as many";
+           " channels; supported are 32, 64 and 96 to twice as many";
   }
   if (op == "normalised_patches") {
     if (channels % 8 == 0 && channels >= 8 && channels <= kGatherWidest) return "";

@@ -131,27 +131,24 @@ CONVFIRST_HOST_DEVICE constexpr DownsampleLayout downsample_layout(int channels)
 }
 
 struct HopperDownsampleTile {
-  int teams;  // of 64 rows
-  int slots;  // ring of taps of a team
-  int split;  // blocks that share the columns
+  int teams;  // of four warps, 64 rows
+  int slots;  // ring of taps of a warp
 };
 
 CONVFIRST_HOST_DEVICE constexpr HopperDownsampleTile hopper_downsample_tile(int channels) {
-  return channels <= 64 ? HopperDownsampleTile{3, 5, 1} : HopperDownsampleTile{2, 3, channels <= 96 ? 1 : 2};
+  return channels <= 64 ? HopperDownsampleTile{3, 5} : HopperDownsampleTile{2, 3};
 }
 
 struct HopperDownsampleLayout {
-  int weight, bias, teams, plane, slot;
-  CONVFIRST_HOST_DEVICE constexpr int end(int count, int slots) const { return teams + count * slots * slot; }
+  int weight, bias, ring, slot;
+  CONVFIRST_HOST_DEVICE constexpr int end(int teams, int slots) const { return ring + teams * 4 * slots * slot; }
 };
 
 CONVFIRST_HOST_DEVICE constexpr HopperDownsampleLayout hopper_downsample_layout(int channels) {
-  const int columns = 2 * channels / hopper_downsample_tile(channels).split;
   HopperDownsampleLayout l{};
-  l.bias = l.weight + columns * 4 * channels * 2;
-  l.teams = l.bias + columns * 4;
-  l.plane = 64 * 16 + 16;  // eight planes then begin in different banks
-  l.slot = channels / 8 * l.plane;
+  l.bias = l.weight + 2 * channels * 4 * channels * 2;
+  l.ring = l.bias + 2 * channels * 4;
+  l.slot = 16 * row_bytes(channels);
   return l;
 }
 
