@@ -48,6 +48,7 @@ def main() -> None:
         torch.cuda.synchronize()
         assert y.cpu().isfinite().all(), f"{case}: not finite"
     winograd()
+    direct()
 
 
 def winograd() -> None:
@@ -68,6 +69,28 @@ def winograd() -> None:
         gradients = kernels.backward(y, x, weight, bias, 1, algorithm, "relu", [True, True, True])
         torch.cuda.synchronize()
         assert all(t.cpu().isfinite().all() for t in (y, *gradients)), f"winograd {algorithm} {dtype}: not finite"
+
+
+def direct() -> None:
+    """Direct convolution and its gradients, every variant's path, on shapes that fill no tile."""
+    for dtype, channels, kernel, stride in (
+        (torch.float16, 40, 3, 1),
+        (torch.float16, 64, 3, 2),
+        (torch.float16, 3, 7, 2),
+        (torch.bfloat16, 5, 3, 1),
+        (torch.float32, 12, 3, 1),
+    ):
+        x, weight = torch.randn(2, channels, 13, 11), torch.randn(72, channels, kernel, kernel)
+        x, weight = (t.to("cuda", dtype, memory_format=torch.channels_last) for t in (x, weight))
+        geometry, bias = (stride, stride, 1, 1, 1, 1), torch.randn(72).cuda()
+        for path in ("", "sm80"):
+            print(f"direct {dtype} {channels} channels, {kernel}x{kernel}, stride {stride}, path {path!r}", flush=True)
+            with ck.force_path(path):
+                y = torch.ops.convfirst.direct_conv2d(x, weight, bias, *geometry, "relu")
+                dx = torch.ops.convfirst.direct_conv2d_dgrad(y, weight, 13, 11, *geometry)
+                dw = torch.ops.convfirst.direct_conv2d_wgrad(y, x, kernel, kernel, *geometry)
+            torch.cuda.synchronize()
+            assert all(t.cpu().isfinite().all() for t in (y, dx, dw)), f"direct {dtype} {channels}: not finite"
 
 
 def run(operator, name: str, chosen: str | None, arguments: tuple, path: str) -> None:
