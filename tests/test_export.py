@@ -38,7 +38,8 @@ def write_checkpoint(path, models: dict, run: dict = RUN) -> None:
 
 
 def options(**kwargs):
-    return OmegaConf.create({"weights": "auto", "onnx": False, **{k: str(v) for k, v in kwargs.items()}})
+    defaults = {"weights": "auto", "onnx": False, "hub": None, "hub_private": False}
+    return OmegaConf.create({**defaults, **{k: str(v) for k, v in kwargs.items()}})
 
 
 @pytest.mark.parametrize("weights, expected", [("auto", "ema.module."), ("ema", "ema.module."), ("raw", "model.")])
@@ -122,3 +123,37 @@ def test_a_model_that_reads_back_differently_is_not_kept(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="other logits"):
         export(options(checkpoint=tmp_path / "a.ckpt", output=tmp_path / "out"))
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+class Hub:
+    """Stands for `huggingface_hub.HfApi`: takes what is uploaded, or refuses."""
+
+    def __init__(self, accepts: bool = True) -> None:
+        self.accepts, self.repositories, self.files = accepts, {}, {}
+
+    def create_repo(self, repository, private, exist_ok):
+        if not self.accepts:
+            raise OSError("401 Unauthorized")
+        self.repositories[repository] = (private, exist_ok)
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        self.files[repo_id] = sorted(path.name for path in folder_path.iterdir())
+
+
+def test_an_export_is_uploaded_whole_where_asked(tmp_path, monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr("convfirst.app.export.HfApi", lambda: hub)
+    write_checkpoint(tmp_path / "a.ckpt", {"model.": randomised(MODEL)})
+    export(options(checkpoint=tmp_path / "a.ckpt", output=tmp_path / "private"))
+    assert not hub.repositories
+    export(options(checkpoint=tmp_path / "a.ckpt", output=tmp_path / "out", hub="me/digits"))
+    assert hub.repositories.keys() == {"me/digits"}
+    assert hub.files["me/digits"] == ["config.json", "model.safetensors"]
+
+
+def test_a_refused_upload_says_where_the_export_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("convfirst.app.export.HfApi", lambda: Hub(accepts=False))
+    write_checkpoint(tmp_path / "a.ckpt", {"model.": randomised(MODEL)})
+    with pytest.raises(RuntimeError, match="out is written, but its upload to hub=me/digits failed: 401 Unauthorized"):
+        export(options(checkpoint=tmp_path / "a.ckpt", output=tmp_path / "out", hub="me/digits"))
+    assert (tmp_path / "out/model.safetensors").exists()

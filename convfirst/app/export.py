@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from huggingface_hub import HfApi
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -29,13 +30,14 @@ def export(config: DictConfig) -> Path:
     The folder holds model.safetensors and config.json, so that ``timm.create_model("local-dir:<folder>",
     pretrained=True)`` gives the trained model (after ``import convfirst``, for this package's own models), and
     model.onnx unless ``config.onnx`` is false. What was written is read back and its logits are compared first: a
-    folder that exists is whole and right.
+    folder that exists is whole and right. With ``config.hub`` the folder is then uploaded to that repository of the
+    Hugging Face hub, from where ``timm.create_model("hf-hub:<repository>", pretrained=True)`` gives the model.
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or the run's folder holds none.
         FileExistsError: the output folder is there already.
         ValueError: ``config.weights`` is not one of auto, ema, raw, or the checkpoint has no such weights.
-        RuntimeError: what was read back differs from the model.
+        RuntimeError: what was read back differs from the model, or the upload failed; the folder is there then.
     """
     output = Path(config.output)
     if output.exists():
@@ -58,7 +60,26 @@ def export(config: DictConfig) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     log.info("exported %s to %s", path, output)
+    if config.hub is not None:
+        upload(output, config.hub, config.hub_private)
     return output
+
+
+def upload(folder: Path, repository: str, private: bool = False) -> None:
+    """Upload a folder to the Hugging Face hub, into ``repository`` (user/name), which is made if it isn't there.
+
+    ``private`` concerns a new repository. The login is the hub's own: ``hf auth login`` or HF_TOKEN.
+
+    Raises:
+        RuntimeError: the hub or the network refused.
+    """
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload model")
+    except Exception as error:  # the hub's library raises its HTTP client's errors too
+        raise RuntimeError(f"{folder} is written, but its upload to hub={repository} failed: {error}") from error
+    log.info("uploaded %s to %s", folder, repository)
 
 
 def find_checkpoint(path: str | Path) -> Path:
