@@ -20,6 +20,7 @@ class CompiledInference:
     """
 
     def __init__(self, model: nn.Module, example: Tensor, batches: Sequence[int], kernels: str, outside: str):
+        self.model = model  # the graphs read its parameters
         self.example = example
         self.batches = tuple(sorted({*batches, example.shape[0]}))
         self.report: Report = accelerate(model, kernels=kernels, frozen=True)
