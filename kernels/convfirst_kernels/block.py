@@ -2,6 +2,7 @@
 
 import logging
 from functools import cache
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -190,6 +191,8 @@ def refusal(
     if dtype not in (torch.float16, torch.bfloat16):
         return f"x is {dtype}; the kernels take torch.float16 and torch.bfloat16"
     name = str(dtype).split(".")[1]
+    # Dynamo may hold sizes as symbols; index() makes numbers of them, and guards.
+    channels, hidden, kernel_size, group_width = map(index, (channels, hidden, kernel_size, group_width))
     return _uncovered(channels, hidden, kernel_size, group_width, name, activation, has_norm, device.index or 0)
 
 
@@ -200,10 +203,12 @@ def _uncovered(*shape) -> str | None:
 
 
 @cache
-def _uncovered_cached(channels, hidden, kernel_size, group_width, dtype, activation, has_norm, index) -> str | None:
+def _uncovered_cached(
+    channels, hidden, kernel_size, group_width, dtype, activation, has_norm, device_index
+) -> str | None:
     """What the planner says of a shape on a CUDA device; height, width and batch do not matter to coverage."""
     problem = Problem(1, 14, 14, channels, hidden, kernel_size, group_width, dtype, activation, has_norm)
-    answer = plan(problem, Device.of(index))
+    answer = plan(problem, Device.of(device_index))
     return None if answer["chosen"] else f"no kernel variant covers {answer['problem']} on this device"
 
 

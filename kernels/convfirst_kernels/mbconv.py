@@ -1,6 +1,7 @@
 """The fused MBConv block as a function of weights in PyTorch's own layout."""
 
 from functools import cache
+from operator import index
 
 import torch
 from torch import Tensor
@@ -71,7 +72,8 @@ def _refusal(arguments: tuple) -> str | None:
         return f"x is on {x.device.type}; the kernels run on CUDA devices"
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"x is {x.dtype}; the kernels take torch.float16 and torch.bfloat16"
-    hidden, channels = expand_weight.shape
+    # Dynamo may hold sizes as symbols; index() makes numbers of them, and guards.
+    hidden, channels, group_width = map(index, (*expand_weight.shape, group_width))
     return _uncovered(channels, hidden, group_width, str(x.dtype).split(".")[1], activation, x.device.index or 0)
 
 
@@ -83,12 +85,10 @@ def _uncovered(*shape) -> str | None:
 
 @cache
 def _uncovered_cached(
-    channels: int, hidden: int, group_width: int, dtype: str, activation: str, index: int
+    channels: int, hidden: int, group_width: int, dtype: str, activation: str, device_index: int
 ) -> str | None:
     """What the planner says of a shape on a CUDA device; height, width and batch do not matter to coverage."""
-    answer = plan(MBConvProblem(1, 14, 14, channels, hidden, group_width, dtype, activation), Device.of(index))
+    answer = plan(MBConvProblem(1, 14, 14, channels, hidden, group_width, dtype, activation), Device.of(device_index))
     if answer["chosen"]:
         return None
-    if any("not been tested" in row["refusal"] for row in answer["candidates"]):
-        return "its kernels have not been tested on a GPU yet; force_path('sm80') asks for them"
     return f"no kernel variant covers {answer['problem']} on this device"
