@@ -114,7 +114,7 @@ struct FusedRow {
                                    : Fused<DType::kBFloat16, kWidth, kPixels, kDepthwise>::kernel();
   }
 
-  static constexpr Variant row(const char* name) { return {name, 80, 999, supports, configure, cost, launch, kernel, false}; }
+  static constexpr Variant row(const char* name) { return {name, 80, 999, supports, configure, cost, launch, kernel}; }
 };
 
 // As in instantiations_sm80/generate_sm80.py.
