@@ -292,11 +292,30 @@ class TestPlanner:
         assert config["workspace"] >= bytes_of_x * (5 if hidden_in_memory else 1)
         assert config["workspace"] < bytes_of_x * (5 if hidden_in_memory else 1) + 1024
 
-    def test_untested_rows_run_only_where_asked_for(self):
-        problem = ck.Problem(128, 7, 7, 512, 2048)
-        for row in plan(problem, ck.Device.named("h100"))["candidates"]:
-            if row["name"].startswith("sm90_split"):
-                assert row["refusal"] == "has not been tested on a GPU yet; it runs where its path is asked for"
+    def test_rows_that_failed_run_only_where_asked_for(self):
+        problem = ck.Problem(128, 28, 28, 192, 768, 7, 1, activation="gelu")
+        answer = plan(problem, ck.Device.named("h100"))
+        rows = {row["name"]: row for row in answer["candidates"]}
+        if "sm90_split_c192" not in rows:
+            pytest.skip("built without the Hopper path")
+        refusal = "has not passed its GPU tests; it runs where its path is asked for"
+        assert rows["sm90_split_c192"]["refusal"] == refusal and answer["chosen"] == "sm90_split_c256"
+
+    @pytest.mark.parametrize(
+        ("batch", "channels", "side", "variant"),
+        [
+            (128, 64, 56, "sm90_conv_first_c64"),
+            (128, 128, 28, "sm90_conv_first_c128"),
+            (128, 256, 14, "sm90_conv_first_c256"),
+            (128, 512, 7, "sm90_split_linear"),
+            (1, 256, 14, "sm90_split_linear"),
+        ],
+    )
+    def test_hopper_variant_that_was_measured_fastest(self, batch, channels, side, variant):
+        answer = plan(ck.Problem(batch, side, side, channels, 4 * channels), ck.Device.named("h100"))
+        if not any(row["name"] == variant for row in answer["candidates"]):
+            pytest.skip("built without the Hopper path")
+        assert answer["chosen"] == variant
 
     def test_unknown_path(self):
         with pytest.raises(RuntimeError, match="CONVFIRST_KERNELS_PATH='sm70' names no path; known: sm80, sm90"):

@@ -124,7 +124,11 @@ def test_kernels_do_not_spill():
     table = library.resource_table()
     if not table:
         pytest.skip("built without kernels")
-    exempt = {r"conv_first_block_fwd_sm90.*Li(192|256)E": 256, r"feed_forward_fwd_sm90.*Li256E": 320}
+    exempt = {
+        r"conv_first_block_fwd_sm90.*Li192E": 256,
+        r"conv_first_block_fwd_sm90.*Li256E": 384,
+        r"feed_forward_fwd_sm90.*Li256E": 192,
+    }
     for name, rows in table.items():
         bound = next((size for pattern, size in exempt.items() if re.search(pattern, name)), 0)
         assert all(row["spill_stores"] <= bound for row in rows.values()), name

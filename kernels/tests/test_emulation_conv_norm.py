@@ -39,8 +39,10 @@ def emulator(tmp_path_factory):
     folder = tmp_path_factory.mktemp("conv_norm")
     (folder / "common").mkdir()
     (folder / "block_fusion").mkdir()
-    for source in ("params.h", "conv_norm_sm90.h", "conv_norm_sm90.cpp", "conv_norm_fwd_sm90.cuh"):
-        shutil.copy(KERNELS / "csrc/block_fusion" / source, folder / "block_fusion")
+    shutil.copy(KERNELS / "csrc/block_fusion/params.h", folder / "block_fusion")
+    for name in ("conv_norm", "grouped_conv_norm"):
+        for end in ("sm90.h", "sm90.cpp", "fwd_sm90.cuh"):
+            shutil.copy(KERNELS / f"csrc/block_fusion/{name}_{end}", folder / "block_fusion")
     for stand_in in ("ptx.cuh", "cuda_on_cpu.h", "conv_norm_sm90/grid_sm90.cuh", "conv_norm_sm90/sm90.cuh"):
         shutil.copy(EMULATION / stand_in, folder / "common")
     include = Path(nvcc).parents[1] / "include"
@@ -109,11 +111,12 @@ CASES = [
     (2, 1, 5, 16, 7, 1, 132, 1, True),
     (4, 3, 9, 104, 7, 1, 132, 4, True),
     (1, 1, 1, 32, 3, 8, 132, 1, True),
-    (9, 7, 7, 64, 3, 8, 1, 2, True),
-    (1, 14, 14, 96, 3, 8, 132, 3, False),
+    (9, 7, 7, 64, 3, 8, 1, 1, True),
+    (1, 14, 14, 96, 3, 8, 132, 1, False),
     (3, 13, 17, 32, 3, 16, 1, 1, True),
     (1, 9, 70, 32, 5, 8, 2, 1, True),
-    (1, 9, 13, 160, 5, 16, 132, 5, True),
+    (1, 9, 13, 160, 5, 16, 132, 1, True),
+    (2, 3, 900, 128, 3, 8, 132, 1, True),
 ]
 
 

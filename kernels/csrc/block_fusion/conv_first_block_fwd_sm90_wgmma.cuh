@@ -28,7 +28,7 @@
 
 namespace convfirst::block_fusion::sm90 {
 
-struct KernelParams : WeightRings {
+struct KernelParams : Work {
   const void* x;
   void* y;
   const void* conv_weight;
@@ -42,29 +42,34 @@ struct KernelParams : WeightRings {
   float eps;
   int has_norm;
   int batch, height, width;
-  int tile_images, tile_height, tile_width;  // tile_images * tile_height * tile_width <= 64
-  int tiles_y, tiles_x, num_tiles;
+  int tile_images, tile_height, tile_width;  // tile_images * tile_height * tile_width <= 64; tile_images == 0: flat (tile_sm90.h)
+  int tiles_y, tiles_x;
+  int pixels;  // of all images
   int x_slots;
   int x_panel_bytes, x_slot_bytes;
 };
 
-struct Barriers : WeightBarriers {
-  TransactionBarrier *x_full, *conv_full;
-  Barrier* x_empty;
-  __device__ explicit Barriers(char* base) {
-    w1_full = reinterpret_cast<TransactionBarrier*>(base);
-    w2_full = w1_full + kMaxSlots;
-    x_full = w2_full + kMaxSlots;
-    w1_empty = reinterpret_cast<Barrier*>(x_full + kMaxSlots);
-    w2_empty = w1_empty + kMaxSlots;
-    x_empty = w2_empty + kMaxSlots;
-    conv_full = reinterpret_cast<TransactionBarrier*>(x_empty + kMaxSlots);
-  }
+// One after another: full W1, W2 and x slots, then empty ones in the same order, then the convolution's weights.
+struct Barriers {
+  uint32_t base;  // address in shared memory
+  __device__ __forceinline__ uint32_t at(int group, int slot) const { return base + (group * kMaxSlots + slot) * 8; }
+  __device__ __forceinline__ uint32_t w1_full(int slot) const { return at(0, slot); }
+  __device__ __forceinline__ uint32_t w2_full(int slot) const { return at(1, slot); }
+  __device__ __forceinline__ uint32_t x_full(int slot) const { return at(2, slot); }
+  __device__ __forceinline__ uint32_t w1_empty(int slot) const { return at(3, slot); }
+  __device__ __forceinline__ uint32_t w2_empty(int slot) const { return at(4, slot); }
+  __device__ __forceinline__ uint32_t x_empty(int slot) const { return at(5, slot); }
+  __device__ __forceinline__ uint32_t conv_full() const { return at(6, 0); }
+  // The other block's slot may be written; this one's has been.
+  __device__ __forceinline__ uint32_t peer_ready(int warpgroup) const { return at(6, 1 + warpgroup); }
+  __device__ __forceinline__ uint32_t peer_sent(int warpgroup) const { return at(6, 4 + warpgroup); }
 };
 
 struct Tile {
   int image, y, x;
-  __device__ Tile(const KernelParams& p, int index) {
+  int first;  // flat: its first pixel, counted through all images
+  __device__ Tile(const KernelParams& p, int index) : image(0), y(0), x(0), first(index * kTilePixels) {
+    if (p.tile_images == 0) return;
     const int per_image = p.tiles_y * p.tiles_x;
     const int group = index / per_image;
     const int rest = index - group * per_image;
@@ -78,8 +83,12 @@ struct Tile {
 // Where pixel p of a tile lies: its row in the x tile's panels, and its offset in the image. packed = image | y | x, 8 bits each.
 struct PixelMap {
   int x_row;   // -1: this tile shape has no such pixel
-  int packed;
+  int packed;  // not of a flat tile
   __device__ PixelMap(const KernelParams& p, int pixel, int pad) {
+    if (p.tile_images == 0) {
+      x_row = pixel + pad * (p.width + 1), packed = 0;
+      return;
+    }
     const int per_image = p.tile_height * p.tile_width;
     const int image = pixel / per_image;
     const int rest = pixel - image * per_image;
@@ -107,58 +116,72 @@ __device__ void load_conv_weights(const KernelParams& p, TransactionBarrier* bar
 
 template <class Traits>
 __device__ void produce_weights(const KernelParams& p, const CUtensorMap& w1_map, const CUtensorMap& w2_map, char* smem,
-                                const SharedLayout& layout, Barriers& bar, int rounds) {
+                                const SharedLayout& layout, Barriers bar, int rounds) {
   const bool w1_resident = p.w1_slots == p.chunks, w2_resident = p.w2_slots == p.chunks;
-  RingState w1, w2;
-  w1.phase = w2.phase = 1;  // the slots start empty
-  if (Traits::kConvWeightsStay) load_conv_weights<Traits>(p, bar.conv_full, smem + layout.conv_weight, 0);
+  RingState<0> w1, w2;
+  if (Traits::kConvWeightsStay) load_conv_weights<Traits>(p, transaction_barrier(bar.conv_full()), smem + layout.conv_weight, 0);
   for (int round = 0; round < rounds; ++round) {
+    const Round work = round_of<Traits>(p, round, 0);
     if (!Traits::kConvWeightsStay) {
       for (int piece = 0; piece < Traits::kConvPieces; ++piece) {
-        bar.w1_empty[w1.slot].wait(w1.phase);
-        load_conv_weights<Traits>(p, bar.w1_full + w1.slot, smem + layout.w1 + w1.slot * Traits::kW1Bytes,
+        wait_barrier(bar.w1_empty(w1.slot()), w1.phase() ^ 1);  // the slots start empty
+        load_conv_weights<Traits>(p, transaction_barrier(bar.w1_full(w1.slot())), smem + layout.w1 + w1.slot() * Traits::kW1Bytes,
                                   piece * Traits::kConvPieceChannels);
         w1.advance(p.w1_slots, false);
       }
     }
-    for (int chunk = 0; chunk < p.chunks; ++chunk) {
+    for (int chunk = work.first; chunk < work.first + work.count; ++chunk) {
       if (!w1_resident || round == 0) {
-        bar.w1_empty[w1.slot].wait(w1.phase);
-        bar.w1_full[w1.slot].arrive_and_expect_tx(Traits::kW1Bytes);
-        char* to = smem + layout.w1 + w1.slot * Traits::kW1Bytes;
+        wait_barrier(bar.w1_empty(w1.slot()), w1.phase() ^ 1);
+        TransactionBarrier* full = transaction_barrier(bar.w1_full(w1.slot()));
+        full->arrive_and_expect_tx(Traits::kW1Bytes);
+        char* to = smem + layout.w1 + w1.slot() * Traits::kW1Bytes;
 #pragma unroll
         for (int panel = 0; panel < Traits::kPanels; ++panel) {
-          tma_load_2d(&w1_map, bar.w1_full + w1.slot, to + panel * kHiddenChunk * Traits::kRowBytes, panel * Traits::kPanel,
-                      chunk * kHiddenChunk);
+          tma_load_2d(&w1_map, full, to + panel * kHiddenChunk * Traits::kRowBytes, panel * Traits::kPanel, chunk * kHiddenChunk);
         }
         w1.advance(p.w1_slots, false);
       }
       if (!w2_resident || round == 0) {
-        bar.w2_empty[w2.slot].wait(w2.phase);
-        bar.w2_full[w2.slot].arrive_and_expect_tx(Traits::kW2Bytes);
-        tma_load_2d(&w2_map, bar.w2_full + w2.slot, smem + layout.w2 + w2.slot * Traits::kW2Bytes, chunk * kHiddenChunk, 0);
+        wait_barrier(bar.w2_empty(w2.slot()), w2.phase() ^ 1);
+        load_w2<Traits>(w2_map, transaction_barrier(bar.w2_full(w2.slot())), smem + layout.w2 + w2.slot() * Traits::kW2Bytes, chunk,
+                        work.shared && blockIdx.x % 2 == 1);
         w2.advance(p.w2_slots, false);
       }
     }
   }
 }
 
+// A tile of x with its halo; beyond the images it reads as zeros. A flat tile gets its row of zeros from beyond the tensor's end.
 template <class Traits>
-__device__ void produce_pixels(const KernelParams& p, const CUtensorMap& x_map, char* smem, const SharedLayout& layout,
-                               Barriers& bar, int tiles) {
-  RingState ring;
-  ring.phase = 1;
-  const int rows = p.tile_images * (p.tile_height + 2 * Traits::kPad) * (p.tile_width + 2 * Traits::kPad);
-  for (int i = 0; i < tiles; ++i) {
-    const Tile tile(p, blockIdx.x + i * gridDim.x);
-    bar.x_empty[ring.slot].wait(ring.phase);
-    bar.x_full[ring.slot].arrive_and_expect_tx(rows * Traits::kRowBytes * Traits::kPanels);
-    char* to = smem + layout.x + ring.slot * p.x_slot_bytes;
+__device__ void load_tile(const KernelParams& p, const CUtensorMap& x_map, const CUtensorMap& zeros_map, const Tile& tile, char* to,
+                          TransactionBarrier* full) {
+  constexpr int kPad = Traits::kPad;
+  const int halo = kPad * (p.width + 1), flat_rows = kTilePixels + 2 * halo;
+  const bool flat = p.tile_images == 0;
+  const int rows = flat ? flat_rows + 1 : p.tile_images * (p.tile_height + 2 * kPad) * (p.tile_width + 2 * kPad);
+  full->arrive_and_expect_tx(rows * Traits::kRowBytes * Traits::kPanels);
 #pragma unroll
-    for (int panel = 0; panel < Traits::kPanels; ++panel) {
-      tma_load_4d(&x_map, bar.x_full + ring.slot, to + panel * p.x_panel_bytes, panel * Traits::kPanel, tile.x - Traits::kPad,
-                  tile.y - Traits::kPad, tile.image);
+  for (int panel = 0; panel < Traits::kPanels; ++panel, to += p.x_panel_bytes) {
+    if (flat) {
+      tma_load_2d(&x_map, full, to, panel * Traits::kPanel, tile.first - halo, kEvictNormal);
+      tma_load_2d(&zeros_map, full, to + flat_rows * Traits::kRowBytes, panel * Traits::kPanel, p.pixels, kEvictNormal);
+    } else {
+      tma_load_4d(&x_map, full, to, panel * Traits::kPanel, tile.x - kPad, tile.y - kPad, tile.image);
     }
+  }
+}
+
+template <class Traits>
+__device__ void produce_pixels(const KernelParams& p, const CUtensorMap& x_map, const CUtensorMap& zeros_map, char* smem,
+                               const SharedLayout& layout, Barriers bar, int rounds) {
+  RingState<0> ring;
+  for (int i = 0; i < rounds * Traits::kWarpgroups; ++i) {
+    const int index = round_of<Traits>(p, i / Traits::kWarpgroups, i % Traits::kWarpgroups).tile;
+    if (index >= p.tiles) return;
+    wait_barrier(bar.x_empty(ring.slot()), ring.phase() ^ 1);  // the slots start empty
+    load_tile<Traits>(p, x_map, zeros_map, Tile(p, index), smem + layout.x + ring.slot() * p.x_slot_bytes,
+                      transaction_barrier(bar.x_full(ring.slot())));
     ring.advance(p.x_slots, false);
   }
 }
@@ -179,15 +202,25 @@ struct Products {
 // Shared-memory rows that this lane hands to ldmatrix, one offset a load, already swizzled for chunk 0.
 template <class Traits>
 struct TapRows {
-  static constexpr int kLoads = Products<Traits>::kCount;
+  static constexpr int kLoads = Products<Traits>::kCount, kPad = Traits::kPad;
   uint32_t offset[kLoads];
-  __device__ __forceinline__ TapRows(const KernelParams& p, const int2* pixels, int warp, int lane) {
-    const int width = p.tile_width + 2 * Traits::kPad;
-    const int center = max(pixels[warp * 16 + (lane & 15)].x, Traits::kPad * width + Traits::kPad);
+  __device__ __forceinline__ TapRows(const KernelParams& p, const int2* pixels, const Tile& tile, int warp, int lane) {
+    const int pixel = warp * 16 + (lane & 15);
+    const bool flat = p.tile_images == 0;
+    const int width = flat ? p.width : p.tile_width + 2 * kPad;
+    const int center = max(pixels[pixel].x, kPad * width + kPad);
+    int y = kPad, x = kPad, height = Traits::kKernel, columns = Traits::kKernel;  // a rectangle's taps all exist
+    if (flat) {
+      const int number = tile.first + pixel, row = number / p.width;
+      y = row % p.height, x = number - row * p.width, columns = p.width;
+      height = number < p.pixels ? p.height : 0;
+    }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int tap = Traits::kGroupWidth == 8 ? min(2 * i + (lane >> 4), Traits::kTaps - 1) : i;
-      const int row = center + (tap / Traits::kKernel - Traits::kPad) * width + tap % Traits::kKernel - Traits::kPad;
+      const int dy = tap / Traits::kKernel - kPad, dx = tap % Traits::kKernel - kPad;
+      const bool exists = y + dy >= 0 && y + dy < height && x + dx >= 0 && x + dx < columns;
+      const int row = exists ? center + dy * width + dx : kTilePixels + 2 * kPad * (p.width + 1);  // the row of zeros
       offset[i] = swizzle<Traits::kRowBytes>(row * Traits::kRowBytes);
       if (Traits::kGroupWidth == 16) offset[i] ^= (lane >> 4) << 4;
     }
@@ -251,8 +284,9 @@ __device__ __forceinline__ float quad_sum(float v) {
   return v + __shfl_xor_sync(0xffffffffu, v, 2);
 }
 
-template <int kChannels>
-__device__ __forceinline__ void layer_norm(float (&v)[kChannels / 2], bool affine, uint32_t weight, uint32_t bias, float eps, int lane) {
+// vector_at(1, c) and (2, c): the affine part's weights and biases of channels c and c + 1.
+template <int kChannels, class VectorAt>
+__device__ __forceinline__ void layer_norm(float (&v)[kChannels / 2], bool affine, float eps, int lane, const VectorAt& vector_at) {
   // Plain moments in float32: they lose what 16-bit inputs do not have (a mean 2^11 times the spread), and one pass is enough.
   float sum[2][2] = {}, square[2][2] = {}, scale[2], shift[2];
 #pragma unroll
@@ -275,8 +309,7 @@ __device__ __forceinline__ void layer_norm(float (&v)[kChannels / 2], bool affin
   }
 #pragma unroll
   for (int j = 0; j < kChannels / 8; ++j) {
-    const uint32_t offset = (8 * j + 2 * (lane % 4)) * 4;
-    const float2 w = load_shared_float2(weight + offset), b = load_shared_float2(bias + offset);
+    const float2 w = vector_at(1, 8 * j + 2 * (lane % 4)), b = vector_at(2, 8 * j + 2 * (lane % 4));
     v[4 * j] = fmaf(fmaf(v[4 * j], scale[0], shift[0]), w.x, b.x);
     v[4 * j + 1] = fmaf(fmaf(v[4 * j + 1], scale[0], shift[0]), w.y, b.y);
     v[4 * j + 2] = fmaf(fmaf(v[4 * j + 2], scale[1], shift[1]), w.x, b.x);
@@ -305,10 +338,19 @@ struct Consumer {
 
   __device__ uint32_t vector(int index) const { return smem_address(smem + layout.vectors) + index * kChannels * 4; }
 
+  // Two neighbouring channels of a vector; where shared memory has no room for it, from L1.
+  __device__ __forceinline__ float2 vector_at(int index, int channel) const {
+    if constexpr (Traits::kVectorsInShared) return load_shared_float2(vector(index) + channel * 4);
+    const float* vectors[] = {p.conv_bias, p.norm_weight, p.norm_bias, p.project_bias, p.layer_scale};
+    const float absent = index == 1 || index == 4 ? 1.f : 0.f;
+    const float* v = vectors[index];
+    return v != nullptr ? make_float2(__ldg(v + channel), __ldg(v + channel + 1)) : make_float2(absent, absent);
+  }
+
   __device__ __forceinline__ void initialise_sums(float (&sums)[kChannels / 2]) const {
 #pragma unroll
     for (int j = 0; j < kChannels / 8; ++j) {
-      const float2 b = load_shared_float2(vector(0) + (8 * j + 2 * (lane % 4)) * 4);
+      const float2 b = vector_at(0, 8 * j + 2 * (lane % 4));
       sums[4 * j] = sums[4 * j + 2] = b.x;
       sums[4 * j + 1] = sums[4 * j + 3] = b.y;
     }
@@ -316,20 +358,21 @@ struct Consumer {
 
   // The convolution of this warp's 16 pixels, all channels, in the wgmma accumulator layout: sums[4 j + i] is channel
   // 8 j + 2 (lane % 4) + i % 2 of pixel lane / 4 + 8 (i / 2). Two blocks a pass; each step's operands are loaded a step ahead.
-  __device__ __forceinline__ void convolve(float (&sums)[kChannels / 2], uint32_t slot, Barriers& bar, FeedForward<Traits>& ring) const {
+  __device__ __forceinline__ void convolve(float (&sums)[kChannels / 2], uint32_t slot, const Tile& tile, Barriers bar,
+                                           FeedForward<Traits, Barriers>& ring) const {
     constexpr int kSteps = kChannels / 16 * Products<Traits>::kCount;
-    TapRows<Traits> rows(p, reinterpret_cast<const int2*>(smem + layout.pixels), warp, lane);
+    TapRows<Traits> rows(p, reinterpret_cast<const int2*>(smem + layout.pixels), tile, warp, lane);
 #pragma unroll
     for (int i = 0; i < TapRows<Traits>::kLoads; ++i) rows.offset[i] += slot;
     uint32_t weights = smem_address(smem + layout.conv_weight);
-    if (Traits::kConvWeightsStay) bar.conv_full->wait(0);
+    if (Traits::kConvWeightsStay) wait_barrier(bar.conv_full(), 0);
     ConvStep<Traits> steps[2];
     convolve_steps(sums, rows, weights, steps, ring, std::make_index_sequence<kSteps + 1>{});
   }
 
   template <size_t... kStep>
   __device__ __forceinline__ void convolve_steps(float (&sums)[kChannels / 2], const TapRows<Traits>& rows, uint32_t& weights,
-                                                 ConvStep<Traits> (&steps)[2], FeedForward<Traits>& ring,
+                                                 ConvStep<Traits> (&steps)[2], FeedForward<Traits, Barriers>& ring,
                                                  std::index_sequence<kStep...>) const {
     (convolve_step<kStep>(sums, rows, weights, steps, ring), ...);
   }
@@ -337,7 +380,7 @@ struct Consumer {
   // Loads step kStep and multiplies step kStep - 1.
   template <int kStep>
   __device__ __forceinline__ void convolve_step(float (&sums)[kChannels / 2], const TapRows<Traits>& rows, uint32_t& weights,
-                                                ConvStep<Traits> (&steps)[2], FeedForward<Traits>& ring) const {
+                                                ConvStep<Traits> (&steps)[2], FeedForward<Traits, Barriers>& ring) const {
     constexpr int kCount = Products<Traits>::kCount, kChunks = Traits::kPanel / 8;
     constexpr int kPieceSteps = Traits::kConvPieceChannels / 16 * kCount;
     if constexpr (!Traits::kConvWeightsStay && kStep % kPieceSteps == 0) {
@@ -368,7 +411,7 @@ struct Consumer {
 
   // Normalises the sums and makes them the first product's operand.
   __device__ __forceinline__ void to_operand(float (&sums)[kChannels / 2], OperandA<Traits>& a, uint32_t slot) const {
-    if (p.has_norm) layer_norm<kChannels>(sums, p.norm_weight != nullptr || p.norm_bias != nullptr, vector(1), vector(2), p.eps, lane);
+    if (p.has_norm) layer_norm<kChannels>(sums, p.norm_weight != nullptr || p.norm_bias != nullptr, p.eps, lane, [&](int i, int c) { return vector_at(i, c); });
     if constexpr (Traits::kARegisters) {
 #pragma unroll
       for (int i = 0; i < kChannels / 4; ++i) a.fragments[i] = pack2<Element>(sums[2 * i], sums[2 * i + 1]);
@@ -382,38 +425,41 @@ struct Consumer {
   }
 
   // The warp's 16 pixels as rows of a dense tile.
+  template <int kCount = kChannels>
   __device__ __forceinline__ void store_pixels(const float (&v)[kChannels / 2], uint32_t slot) const {
 #pragma unroll
-    for (int j = 0; j < kChannels / 8; j += 2) {
+    for (int j = 0; j < kCount / 8; j += 2) {
       stmatrix_x4(matrix_address(slot, Traits::kAPanelBytes, warp * 16 + (lane & 15), j), pack2<Element>(v[4 * j], v[4 * j + 1]),
                   pack2<Element>(v[4 * j + 2], v[4 * j + 3]), pack2<Element>(v[4 * j + 4], v[4 * j + 5]),
                   pack2<Element>(v[4 * j + 6], v[4 * j + 7]));
     }
   }
 
-  // O <- (O + bias) * layer scale * sample scale.
-  __device__ __forceinline__ void scale_output(float (&o)[kChannels / 2], const Tile& tile) const {
+  // O <- (O + bias) * layer scale * sample scale, for kCount channels from `channel` on.
+  template <int kCount>
+  __device__ __forceinline__ void scale_output(float (&o)[kChannels / 2], const Tile& tile, int channel) const {
     const int2* pixels = reinterpret_cast<const int2*>(smem + layout.pixels);
     float sample[2] = {1.f, 1.f};
     if (p.sample_scale != nullptr) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int image = tile.image + (pixels[warp * 16 + lane / 4 + 8 * r].y >> 16);
+        const int pixel = warp * 16 + lane / 4 + 8 * r;
+        const int image = p.tile_images == 0 ? (tile.first + pixel) / (p.height * p.width) : tile.image + (pixels[pixel].y >> 16);
         if (image < p.batch) sample[r] = __ldg(p.sample_scale + image);
       }
     }
     if (p.layer_scale == nullptr && p.sample_scale == nullptr) {
 #pragma unroll
-      for (int j = 0; j < kChannels / 8; ++j) {
-        const float2 b = load_shared_float2(vector(3) + (8 * j + 2 * (lane % 4)) * 4);
+      for (int j = 0; j < kCount / 8; ++j) {
+        const float2 b = vector_at(3, channel + 8 * j + 2 * (lane % 4));
         o[4 * j] += b.x, o[4 * j + 1] += b.y, o[4 * j + 2] += b.x, o[4 * j + 3] += b.y;
       }
       return;
     }
 #pragma unroll
-    for (int j = 0; j < kChannels / 8; ++j) {
-      const uint32_t offset = (8 * j + 2 * (lane % 4)) * 4;
-      const float2 b = load_shared_float2(vector(3) + offset), s = load_shared_float2(vector(4) + offset);
+    for (int j = 0; j < kCount / 8; ++j) {
+      const int at = channel + 8 * j + 2 * (lane % 4);
+      const float2 b = vector_at(3, at), s = vector_at(4, at);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         o[4 * j + 2 * r] = (o[4 * j + 2 * r] + b.x) * (s.x * sample[r]);
@@ -423,9 +469,11 @@ struct Consumer {
   }
 
   // Writes O over the tile in shared memory, the residual added where the x tile is still there.
+  template <int kCount>
   __device__ __forceinline__ void stage_output(const float (&o)[kChannels / 2], uint32_t slot) const {
+    static_assert(kCount == kChannels || !Traits::kKeepsX);
     if constexpr (!Traits::kKeepsX) {
-      store_pixels(o, slot);
+      store_pixels<kCount>(o, slot);
     } else {
       // Rows of pixels that the tile shape lacks go to row 0, a corner of the halo.
       const int row = max(reinterpret_cast<const int2*>(smem + layout.pixels)[warp * 16 + (lane & 15)].x, 0);
@@ -466,8 +514,9 @@ struct Consumer {
   }
 
   // Copies the staged tile to y, 16 bytes a thread, a pixel's channels side by side; loads in batches ahead of their use.
-  __device__ __forceinline__ void store_output(uint32_t slot, const Tile& tile) const {
-    constexpr int kVectors = kChannels / 8, kChunks = Traits::kPanel / 8, kIterations = kTilePixels * kVectors / 128;
+  template <int kCount>
+  __device__ __forceinline__ void store_output(uint32_t slot, const Tile& tile, int channel) const {
+    constexpr int kVectors = kCount / 8, kChunks = Traits::kPanel / 8, kIterations = kTilePixels * kVectors / 128;
     constexpr int kBatch = batch_of(kIterations);
     const int2* pixels = reinterpret_cast<const int2*>(smem + layout.pixels);
 #pragma unroll
@@ -479,8 +528,10 @@ struct Consumer {
         const int index = (first + i) * 128 + warp * 32 + lane, pixel = index / kVectors, j = index % kVectors;
         const int2 map = pixels[pixel];
         const int image = tile.image + (map.y >> 16), y = tile.y + (map.y >> 8 & 255), x_ = tile.x + (map.y & 255);
-        const bool inside = map.x >= 0 && image < p.batch && y < p.height && x_ < p.width;
-        offset[i] = inside ? ((image * p.height + y) * p.width + x_) * kVectors + j : -1;
+        const bool flat = p.tile_images == 0;
+        const bool inside = flat ? tile.first + pixel < p.pixels : map.x >= 0 && image < p.batch && y < p.height && x_ < p.width;
+        const int number = flat ? tile.first + pixel : (image * p.height + y) * p.width + x_;
+        offset[i] = inside ? number * (kChannels / 8) + channel / 8 + j : -1;
         const int row = Traits::kKeepsX ? max(map.x, 0) : pixel;
         v[i] = load_shared_128(slot + j / kChunks * (Traits::kKeepsX ? p.x_panel_bytes : Traits::kAPanelBytes) +
                                (swizzle<Traits::kRowBytes>(row * Traits::kRowBytes) ^ (j % kChunks << 4)));
@@ -497,34 +548,45 @@ struct Consumer {
     }
   }
 
-  __device__ void run(Barriers& bar, int tiles) {
-    FeedForward<Traits> feed_forward{p, bar, smem_address(smem + layout.w1), smem_address(smem + layout.w2),
-                                     smem_address(smem + layout.expand_bias), lane, {}, {}, {}, {}};
-    const int rounds = (tiles + Traits::kWarpgroups - 1) / Traits::kWarpgroups;
+  template <int kCount>
+  __device__ __forceinline__ void finish_tile(float (&o)[kChannels / 2], uint32_t slot, const Tile& tile, int channel) const {
+    scale_output<kCount>(o, tile, channel);
+    warpgroup_barrier(1 + warpgroup);  // every warp has read its taps, A and what came from the other block
+    stage_output<kCount>(o, slot);
+    warpgroup_barrier(1 + warpgroup);
+    store_output<kCount>(slot, tile, channel);
+  }
+
+  __device__ void run(Barriers bar, int rounds) {
+    FeedForward<Traits, Barriers> feed_forward{p, bar, smem_address(smem + layout.w1), smem_address(smem + layout.w2),
+                                               smem_address(smem + layout.expand_bias), lane, 0, p.chunks, {}, {}, {}, {}};
     for (int round = 0; round < rounds; ++round) {
-      const int i = round * Traits::kWarpgroups + warpgroup;
-      if (i >= tiles) {
+      const Round work = round_of<Traits>(p, round, warpgroup);
+      if constexpr (Traits::kSharesTail) feed_forward.first = work.first, feed_forward.count = work.count;
+      if (work.tile >= p.tiles) {
         feed_forward.skip(Traits::kConvWeightsStay ? 0 : Traits::kConvPieces);
         break;
       }
-      const Tile tile(p, blockIdx.x + i * gridDim.x);
-      const int slot_index = i % p.x_slots;
+      const Tile tile(p, work.tile);
+      const int i = round * Traits::kWarpgroups + warpgroup, slot_index = i % p.x_slots;
       const uint32_t slot = smem_address(smem + layout.x + slot_index * p.x_slot_bytes);
       float sums[kChannels / 2];
       OperandA<Traits> a;
       initialise_sums(sums);
-      bar.x_full[slot_index].wait(i / p.x_slots & 1);
-      convolve(sums, slot, bar, feed_forward);
+      wait_barrier(bar.x_full(slot_index), i / p.x_slots & 1);
+      convolve(sums, slot, tile, bar, feed_forward);
       to_operand(sums, a, slot);
       feed_forward.run(sums, a);
-      scale_output(sums, tile);
-      warpgroup_barrier(1 + warpgroup);  // every warp has read its taps and A
-      stage_output(sums, slot);
-      warpgroup_barrier(1 + warpgroup);
-      store_output(slot, tile);
+      if (Traits::kSharesTail && work.shared) {
+        const int rank = static_cast<int>(blockIdx.x) % 2;
+        exchange_halves<kChannels>(sums, slot, bar.peer_ready(warpgroup), bar.peer_sent(warpgroup), rank, warp * 32 + lane);
+        finish_tile<Traits::kSharesTail ? kChannels / 2 : kChannels>(sums, slot, tile, rank * (kChannels / 2));
+        break;
+      }
+      finish_tile<kChannels>(sums, slot, tile, 0);
       fence_async_proxy();
       __syncwarp();
-      if (lane == 0) bar.x_empty[slot_index].arrive();
+      if (lane == 0) arrive_barrier(bar.x_empty(slot_index));
     }
   }
 };
@@ -536,7 +598,7 @@ template <class Traits>
 __device__ void load_vectors(const KernelParams& p, char* smem, const SharedLayout& layout) {
   constexpr int kChannels = Traits::kChannels;
   float* vectors = reinterpret_cast<float*>(smem + layout.vectors);
-  for (int i = threadIdx.x; i < kChannels; i += Traits::kThreads) {
+  for (int i = threadIdx.x; Traits::kVectorsInShared && i < kChannels; i += Traits::kThreads) {
     vectors[i] = p.conv_bias != nullptr ? p.conv_bias[i] : 0.f;
     vectors[kChannels + i] = p.norm_weight != nullptr ? p.norm_weight[i] : 1.f;
     vectors[2 * kChannels + i] = p.norm_bias != nullptr ? p.norm_bias[i] : 0.f;
@@ -560,35 +622,38 @@ __device__ void load_vectors(const KernelParams& p, char* smem, const SharedLayo
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     conv_first_block_fwd_sm90(const __grid_constant__ KernelParams p, const __grid_constant__ CUtensorMap x_map,
-                              const __grid_constant__ CUtensorMap w1_map, const __grid_constant__ CUtensorMap w2_map) {
+                              const __grid_constant__ CUtensorMap zeros_map, const __grid_constant__ CUtensorMap w1_map,
+                              const __grid_constant__ CUtensorMap w2_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char smem[];
   const SharedLayout layout =
       shared_layout<Traits>(p.w1_slots, p.w2_slots, p.x_slots, p.x_slot_bytes, p.chunks * kHiddenChunk);
-  Barriers bar(smem + layout.barriers);
+  const Barriers bar{smem_address(smem + layout.barriers)};
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  const int tiles = (p.num_tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
-  const int rounds = (tiles + Traits::kWarpgroups - 1) / Traits::kWarpgroups;
+  const int rounds = rounds_of_block<Traits>(p);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kMaxSlots; ++i) {
-      bar.w1_full[i].init(1), bar.w2_full[i].init(1), bar.x_full[i].init(1);
-      bar.w1_empty[i].init(4 * Traits::kWarpgroups), bar.w2_empty[i].init(4 * Traits::kWarpgroups), bar.x_empty[i].init(4);
+    for (int i = 0; i < 7 * kMaxSlots; ++i) {
+      const int group = i / kMaxSlots, slot = i % kMaxSlots;
+      const int arrivals = group < 3 || i == 6 * kMaxSlots ? 1 : group < 5 ? 4 * Traits::kWarpgroups : group == 5 || slot < 4 ? 4 : 128;
+      transaction_barrier(bar.at(group, slot))->init(arrivals);
     }
-    bar.conv_full->init(1);
     cutlass::arch::fence_barrier_init();
   }
   load_vectors<Traits>(p, smem, layout);
   __syncthreads();
+  if (Traits::kSharesTail && p.shared) grid::cluster_barrier();  // the other block's barriers exist
+  wait_for_previous_launch();
+  allow_next_launch();  // after the wait: the next launch may count on what came before this one
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (threadIdx.x % 32 == 0) {
       if (warp == 0) produce_weights<Traits>(p, w1_map, w2_map, smem, layout, bar, rounds);
-      if (warp == 1) produce_pixels<Traits>(p, x_map, smem, layout, bar, tiles);
+      if (warp == 1) produce_pixels<Traits>(p, x_map, zeros_map, smem, layout, bar, rounds);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     Consumer<Traits> consumer{p, smem, layout, warp / 4 - 1, warp % 4, static_cast<int>(threadIdx.x % 32)};
-    consumer.run(bar, tiles);
+    consumer.run(bar, rounds);
   }
 #endif
 }

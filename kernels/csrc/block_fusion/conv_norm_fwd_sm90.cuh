@@ -1,25 +1,24 @@
-// First launch of the split path on Hopper: A = LayerNorm(conv(x) + bias), in one pass over x, the convolution on tensor cores.
+// First launch of the split path on Hopper for depthwise 7x7 filters: A = LayerNorm(conv(x) + bias), in one pass over x, on tensor cores.
 //
 //   a cluster owns a tile of pixels, each of its blocks a slab of channels; blocks exchange only each pixel's moments.
 //
 //   x, 32 channels with halo                       convolution            staged [pixels x slab]     LayerNorm
 //   +----------------------+   +-------------+      mma.sync, fp32         +------------------+     +----------+
 //   | strips of 8 pixels,  |-->| a warp: two |--> sums of 8 rows x 8  --> | 16 bit, + bias   | --> | A, 16-byte
-//   | up to 8 of them, and |   | channels, or|     pixels x 8 strips in   |                  |     | stores   |
-//   | 8 rows of each       |   | 8 x 2 strips|     32 registers           +------------------+     +----------+
+//   | up to 8 of them, and |   | channels    |     pixels x 8 strips in   |                  |     | stores   |
+//   | 8 rows of each       |   |             |     16 registers           +------------------+     +----------+
 //   +----------------------+   +-------------+                                     ^ next slice of 32 channels
 //
-//   depthwise: x is laid out by channel. An mma multiplies 16 strips (8, and the same four rows on) of 16 inputs with a Toeplitz matrix
+//   x is laid out by channel. An mma multiplies 16 strips (8, and the same four rows on) of 16 inputs with a Toeplitz matrix
 //     of one row of the filter, which gives 8 outputs of each: 7 of 16 inputs count (1 of 8 if pixels met a diagonal matrix of 8
 //     channels). Narrow maps take 8 inputs of two rows instead. Input rows stay in registers for up to four output rows.
-//   grouped: x is laid out by pixel. An mma multiplies two strips of 8 pixels with the filter of 8 output channels.
 //   Zeros of these matrices meet neighbouring values of x: an infinity in x may spread a few pixels or channels further as NaN.
 //
 //   what                          where                                            written by          released when
-//   x                             shared, 1 (depthwise) to 3 buffers [pixel][32]   TMA, one thread     rearranged; multiplied
-//   x, depthwise                  shared, [channel][row][8-pixel unit]             all, transposed     slice multiplied
+//   x                             shared, [pixel][32 channels]                     TMA, one thread     rearranged
+//   x by channel                  shared, [channel][row][8-pixel unit]             all, transposed     slice multiplied
 //   filter                        shared, whole slab; a channel's in registers     prologue            -
-//   sums                          16 or 32 registers                               mma.sync            staged
+//   sums                          16 registers                                     mma.sync            staged
 //   convolution + bias, 16 bit    shared, staged pixels, odd number of chunks      multiply            stored
 //   moments of a pixel            shared of every block of the cluster             measure, mma.sync   two tiles later
 //   norm's vectors                shared, float32                                  prologue            -
@@ -36,18 +35,14 @@ namespace convfirst::block_fusion::sm90 {
 
 using convfirst::sm90::TransactionBarrier;
 
-template <DType kDType, int kKernel_, int kGroupWidth_, bool kNarrow_>
+template <DType kDType, bool kNarrow_>
 struct ConvNormTraits {
   using Element = std::conditional_t<kDType == DType::kHalf, __half, __nv_bfloat16>;
-  static constexpr int kKernel = kKernel_;
-  static constexpr int kGroupWidth = kGroupWidth_;
-  static constexpr bool kDepthwise = kGroupWidth == 1;
+  static constexpr int kKernel = kConvNormKernel;
   static constexpr bool kNarrow = kNarrow_;
   static constexpr int kPad = kKernel / 2;
-  static constexpr int kTaps = kKernel * kKernel;
   static constexpr int kWarps = kConvNormThreads / 32;
   static constexpr int kRows = 8;                         // output rows that a warp sums at once
-  static constexpr int kInputRows = kRows + kKernel - 1;  // even
   static constexpr int kFilterWords = 56;                 // depthwise, a channel: of each row pairs (0, w0), (w0, w1) ... (w6, 0)
 };
 
@@ -194,7 +189,7 @@ struct ToeplitzFilter {
 
 // A warp owns two channels, one after the other. The 16 rows of a product are the 8 slots, and the 8 slots four rows on.
 template <class Traits>
-__device__ __forceinline__ void multiply_depthwise(const ConvNormParams& p, unsigned char* smem, int slice) {
+__device__ __forceinline__ void multiply(const ConvNormParams& p, unsigned char* smem, int slice) {
   using Element = typename Traits::Element;
   constexpr int kK = Traits::kKernel, kHalf = Traits::kRows / 2, kStep = Traits::kNarrow ? 2 : 1;  // input rows of a product
   const ConvNormTile& t = p.plan.tile;
@@ -254,90 +249,6 @@ __device__ __forceinline__ void multiply_depthwise(const ConvNormParams& p, unsi
       *reinterpret_cast<uint32_t*>(to + pitch) = __byte_perm(a, b, 0x7632);
     }
     to += row_bytes;
-  }
-}
-
-// A warp owns 8 output channels of two slots. A product takes 16 input channels of one tap, or (group width 8) two neighbouring taps
-// of 8; the last column's taps are taken in pairs of rows. One column (pair) at a time, its filter in registers.
-template <class Traits>
-__device__ __forceinline__ void multiply_grouped(const ConvNormParams& p, uint32_t buffer, unsigned char* smem, int slice) {
-  using Element = typename Traits::Element;
-  constexpr int kK = Traits::kKernel, kRows = Traits::kRows;
-  constexpr bool kWide = Traits::kGroupWidth == 16;
-  const ConvNormTile& t = p.plan.tile;
-  const int thread = in_place(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4, q = lane % 4;
-  const int slots = warp % 4 * 2, block = warp / 4;
-  if (slots >= t.slots()) return;
-  const int channel = slice * kConvNormSlice + block * 8;  // in the slab
-  float sums[kRows][4];
-  {
-    const float2 bias = *reinterpret_cast<const float2*>(smem + p.layout.vectors + (channel + 2 * q) * 4);
-#pragma unroll
-    for (int y = 0; y < kRows; ++y) sums[y][0] = sums[y][2] = bias.x, sums[y][1] = sums[y][3] = bias.y;
-  }
-
-  const int tap_words = p.plan.slab * Traits::kGroupWidth / 2;
-  const uint32_t* taps = reinterpret_cast<const uint32_t*>(smem + p.layout.weights) + (channel + g) * (Traits::kGroupWidth / 2) + q;
-  // ldmatrix: lanes 0-7 and 8-15 address pixels of the two slots; 16-31 the same, one tap, channel half or input row on.
-  const int upper = lane >> 4;
-  const uint32_t base = buffer + reinterpret_cast<const ConvNormSlot*>(smem + p.layout.slots)[slots + (lane / 8 & 1)].unit * 512;
-  const int row_bytes = t.row_units * 512, last_row = t.rows + kK - 2;
-  const auto at = [&](int column, int chunk) {
-    const int pixel = column + lane % 8;
-    return base + pixel * 64 + ((chunk ^ (pixel >> 1 & 3)) << 4);
-  };
-#pragma unroll
-  for (int s = 0; s < (kWide ? kK : kK / 2); ++s) {
-    uint32_t filter[kK][2];
-#pragma unroll
-    for (int dy = 0; dy < kK; ++dy) {
-      const uint32_t* tap = taps + (dy * kK + (kWide ? s : 2 * s)) * tap_words;
-      filter[dy][0] = tap[0], filter[dy][1] = tap[kWide ? 4 : tap_words];
-    }
-    const uint32_t from = kWide ? at(s, block / 2 * 2 + upper) : at(2 * s + upper, block);
-#pragma unroll
-    for (int row = 0; row < Traits::kInputRows; ++row) {
-      uint32_t x[4];
-      ptx::ldmatrix_x4(x, from + min(row, last_row) * row_bytes);
-#pragma unroll
-      for (int y = 0; y < kRows; ++y) {
-        const int dy = row - y;
-        if (dy >= 0 && dy < kK) ptx::mma_16816<Element>(sums[y], x, filter[dy][0], filter[dy][1]);
-      }
-    }
-  }
-  if constexpr (!kWide) {
-    uint32_t filter[kK], before[2] = {};
-#pragma unroll
-    for (int dy = 0; dy < kK; ++dy) filter[dy] = taps[(dy * kK + kK - 1) * tap_words];
-    const uint32_t from = at(kK - 1, block);
-#pragma unroll
-    for (int step = 0; step < Traits::kInputRows; step += 2) {
-      uint32_t x[4];  // two rows
-      ptx::ldmatrix_x4(x, from + min(step + upper, last_row) * row_bytes);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const uint32_t both[4] = {h ? x[0] : before[0], h ? x[1] : before[1], x[2 * h], x[2 * h + 1]};  // rows row - 1, row
-#pragma unroll
-        for (int y = 0; y < kRows; ++y) {
-          const int dy = step + h - y;
-          if (dy == kK - 1) ptx::mma_16816<Element>(sums[y], both, 0u, filter[dy]);
-          if (dy > 0 && dy < kK - 1 && dy % 2 == 1) ptx::mma_16816<Element>(sums[y], both, filter[dy - 1], filter[dy]);
-        }
-      }
-      before[0] = x[2], before[1] = x[3];
-    }
-  }
-
-  const int staged_bytes = conv_norm_row_stride(t) * p.layout.pitch;
-  unsigned char* even = smem + p.layout.staging + (slots * 4 + g) * p.layout.pitch + channel / 8 * 16 + q * 4;
-  unsigned char* odd = even + conv_norm_odd_slots(t) * p.layout.pitch;
-  const bool both = slots + 1 < t.slots(), all = t.rows == kRows;
-#pragma unroll
-  for (int y = 0; y < kRows; ++y) {
-    if (y < 7 || all) *reinterpret_cast<uint32_t*>(even) = ptx::pack2<Element>(sums[y][0], sums[y][1]);
-    if (both && (y < 7 || all)) *reinterpret_cast<uint32_t*>(odd) = ptx::pack2<Element>(sums[y][2], sums[y][3]);
-    even += staged_bytes, odd += staged_bytes;
   }
 }
 
@@ -442,12 +353,8 @@ __device__ __forceinline__ void write(const ConvNormParams& p, unsigned char* sm
       if (2 * r >= rows) continue;
       const uint32_t* words = reinterpret_cast<const uint32_t*>(from + r * row_bytes + channel * 2);
       uint32_t w[4];
-      if constexpr (Traits::kDepthwise) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) w[j] = words[(j + lane / 8) % 4];
-      } else {
-        *reinterpret_cast<uint4*>(w) = *reinterpret_cast<const uint4*>(words);
-      }
+      for (int j = 0; j < 4; ++j) w[j] = words[(j + lane / 8) % 4];
       if (p.has_norm) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -493,28 +400,18 @@ __device__ __forceinline__ void load_parameters(const ConvNormParams& p, unsigne
     vectors[2 * channels + i] = exists && p.norm_bias != nullptr ? __ldg(p.norm_bias + c) : 0.f;
   }
   uint32_t* to = reinterpret_cast<uint32_t*>(smem + p.layout.weights);
-  if constexpr (Traits::kDepthwise) {
-    const uint16_t* taps = static_cast<const uint16_t*>(p.weight) + slab_start;
-    for (int i = thread; i < Traits::kFilterWords * slab; i += kConvNormThreads) {
-      const int word = i / slab, c = i % slab, row = word / 8, column = word % 8;
-      const uint16_t* at = taps + (row * Traits::kKernel + column) * p.channels + c;
-      const bool exists = slab_start + c < p.channels;
-      const uint32_t first = exists && column > 0 ? __ldg(at - p.channels) : 0u, second = exists && column < Traits::kKernel ? __ldg(at) : 0u;
-      to[c * Traits::kFilterWords + word] = first | second << 16;
-    }
-  } else {
-    const uint32_t* from = static_cast<const uint32_t*>(p.weight);
-    const int tap_words = slab * Traits::kGroupWidth / 2;
-    for (int i = thread; i < Traits::kTaps * tap_words; i += kConvNormThreads) {
-      const int tap = i / tap_words, word = i % tap_words;
-      const bool exists = slab_start + word / (Traits::kGroupWidth / 2) < p.channels;
-      to[i] = exists ? __ldg(from + (tap * p.channels + slab_start) * (Traits::kGroupWidth / 2) + word) : 0u;
-    }
+  const uint16_t* taps = static_cast<const uint16_t*>(p.weight) + slab_start;
+  for (int i = thread; i < Traits::kFilterWords * slab; i += kConvNormThreads) {
+    const int word = i / slab, c = i % slab, row = word / 8, column = word % 8;
+    const uint16_t* at = taps + (row * Traits::kKernel + column) * p.channels + c;
+    const bool exists = slab_start + c < p.channels;
+    const uint32_t first = exists && column > 0 ? __ldg(at - p.channels) : 0u, second = exists && column < Traits::kKernel ? __ldg(at) : 0u;
+    to[c * Traits::kFilterWords + word] = first | second << 16;
   }
 }
 
 template <class Traits>
-__device__ __forceinline__ void run_depthwise(const ConvNormParams& p, const CUtensorMap& x_map, unsigned char* smem,
+__device__ __forceinline__ void run(const ConvNormParams& p, const CUtensorMap& x_map, unsigned char* smem,
                                               TransactionBarrier* full, int slab_start, int slices) {
   SliceCursor tile(p.plan), ahead = tile;
   const PlaneWriter<Traits> planes(p, smem);
@@ -526,38 +423,9 @@ __device__ __forceinline__ void run_depthwise(const ConvNormParams& p, const CUt
     __syncthreads();
     ahead.advance(p.plan, slices);
     if (threadIdx.x == 0 && ahead.tiles > 0) load_slice<Traits>(p, x_map, smem, full, slab_start, ahead);  // under the products
-    multiply_depthwise<Traits>(p, smem, tile.slice);
+    multiply<Traits>(p, smem, tile.slice);
     __syncthreads();
     if (tile.slice + 1 == slices) normalise<Traits>(p, smem, slab_start, tile);
-    tile.advance(p.plan, slices);
-  }
-}
-
-template <class Traits>
-__device__ __forceinline__ void run_grouped(const ConvNormParams& p, const CUtensorMap& x_map, unsigned char* smem,
-                                            TransactionBarrier* full, int slab_start, int slices) {
-  SliceCursor tile(p.plan), ahead = tile;
-  const int buffers = p.plan.buffers;
-  int fill = 0, buffer = 0;
-  const auto load_next = [&] {
-    if (threadIdx.x == 0 && ahead.tiles > 0)
-      load_slice<Traits>(p, x_map, smem + fill * p.layout.buffer_bytes, full + fill, slab_start, ahead);
-    ahead.advance(p.plan, slices);
-    fill = fill + 1 == buffers ? 0 : fill + 1;
-  };
-#pragma unroll 1
-  for (int i = 0; i < buffers - 1; ++i) load_next();
-#pragma unroll 1
-  for (uint32_t phase = 0; tile.tiles > 0;) {
-    load_next();  // into the buffer that the last products released
-    full[buffer].wait(phase);
-    multiply_grouped<Traits>(p, ptx::smem_address(smem + buffer * p.layout.buffer_bytes), smem, tile.slice);
-    __syncthreads();
-    if (++buffer == buffers) buffer = 0, phase ^= 1;
-    if (tile.slice + 1 == slices) {
-      normalise<Traits>(p, smem, slab_start, tile);
-      __syncthreads();
-    }
     tile.advance(p.plan, slices);
   }
 }
@@ -581,11 +449,7 @@ __global__ void __launch_bounds__(kConvNormThreads, 1)
   grid::launch_dependents();  // after the wait: the next launch may count on what came before this one
   load_parameters<Traits>(p, smem, slab_start);
   __syncthreads();
-  if constexpr (Traits::kDepthwise) {
-    run_depthwise<Traits>(p, x_map, smem, full, slab_start, slices);
-  } else {
-    run_grouped<Traits>(p, x_map, smem, full, slab_start, slices);
-  }
+  run<Traits>(p, x_map, smem, full, slab_start, slices);
   if (p.plan.cluster > 1) grid::cluster_barrier();  // peers may still read this block's moments
 }
 

@@ -4,19 +4,12 @@
 namespace convfirst::block_fusion::sm90 {
 namespace {
 
-template <DType kDType, class Body>
-auto with_filter(const Problem& q, Body&& body) {
-  const bool three = q.kernel_size == 3;
-  if (q.group_width == 8) return three ? body(ConvNormKernel<kDType, 3, 8, false>{}) : body(ConvNormKernel<kDType, 5, 8, false>{});
-  if (q.group_width == 16) return three ? body(ConvNormKernel<kDType, 3, 16, false>{}) : body(ConvNormKernel<kDType, 5, 16, false>{});
-  return q.width <= 8 ? body(ConvNormKernel<kDType, 7, 1, true>{}) : body(ConvNormKernel<kDType, 7, 1, false>{});
-}
-
 // Calls `body` with the problem's kernel.
 template <class Body>
 auto with_kernel(const Problem& q, Body&& body) {
-  if (q.dtype == DType::kHalf) return with_filter<DType::kHalf>(q, body);
-  return with_filter<DType::kBFloat16>(q, body);
+  const bool narrow = q.width <= 8;
+  if (q.dtype == DType::kHalf) return narrow ? body(ConvNormKernel<DType::kHalf, true>{}) : body(ConvNormKernel<DType::kHalf, false>{});
+  return narrow ? body(ConvNormKernel<DType::kBFloat16, true>{}) : body(ConvNormKernel<DType::kBFloat16, false>{});
 }
 
 }  // namespace
@@ -28,7 +21,7 @@ int conv_norm_launch(const Problem& q, const Tensors& t, const ConvNormPlan& pla
   p.batch = static_cast<int>(q.batch), p.height = static_cast<int>(q.height), p.width = static_cast<int>(q.width);
   p.channels = q.channels;
   p.plan = plan;
-  p.layout = conv_norm_layout(plan.tile, plan.slab, plan.cluster, plan.buffers, q.kernel_size, q.group_width);
+  p.layout = conv_norm_layout(plan.tile, plan.slab, plan.cluster);
   return with_kernel(q, [&](auto kernel) { return kernel.launch(p, dependent, stream); });
 }
 

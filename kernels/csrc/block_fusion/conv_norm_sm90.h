@@ -1,4 +1,4 @@
-// Host face of conv_norm_fwd_sm90, the first launch of the split path on Hopper: A = LayerNorm(conv(x) + bias), a dense
+// Host face of conv_norm_fwd_sm90, the first launch of the split path on Hopper for depthwise filters: A = LayerNorm(conv(x) + bias), a dense
 // [batch * height * width, channels] matrix. Tile, cluster and shared memory are chosen here, by pure functions.
 //
 //   conv_norm_plan(problem, device, &plan)    false: not covered
@@ -22,18 +22,18 @@
 namespace convfirst::block_fusion::sm90 {
 
 constexpr int kConvNormThreads = 512;
+constexpr int kConvNormKernel = 7;
 constexpr int kConvNormSlots = 8;       // strips of 8 pixels x up to 8 rows that a tile holds
 constexpr int kConvNormSlice = 32;      // channels of x in shared memory at a time
-constexpr int kConvNormMostSlab = 512;      // channels of a block
-constexpr int kConvNormMostCluster = 8;     // what every Hopper device can place
+constexpr int kConvNormMostSlab = 512;  // channels of a block
+constexpr int kConvNormMostCluster = 8; // what every Hopper device can place
 
-
-// Depthwise: units of a slice's plane that the 16 warps rearrange, 4 (narrow) or 7 each.
+// Units of a slice's plane that the 16 warps rearrange, 4 (narrow) or 7 each.
 constexpr int conv_norm_most_units(bool narrow) { return narrow ? 64 : 112; }
 
 // A tile: `images` images x `groups` groups of `rows` rows x `strips` strips of 8 pixels. A slot is one strip of one group. x lies in
-// units of 8 pixels (of one channel: 16 bytes; of a slice: 512 bytes), rows with their halo one after another; depthwise, whole
-// images share the zero rows between them. narrow (depthwise, width <= 8): a row is one unit, without halo columns.
+// units of 8 pixels (of one channel: 16 bytes; of a slice: 512 bytes), rows with their halo one after another; whole
+// images share the zero rows between them. narrow (width <= 8): a row is one unit, without halo columns.
 struct ConvNormTile {
   int images, groups, rows, strips;
   bool narrow;
@@ -41,7 +41,7 @@ struct ConvNormTile {
   int skew;                // extra units after each group's rows: the slots then fall into different banks
   int image_units;         // from one image to the next
   int plane_units;         // all
-  int box_rows, box_cols;  // pixels that a TMA load brings, of each image; whole dimensions come without halo (depthwise)
+  int box_rows, box_cols;  // pixels that a TMA load brings, of each image; whole dimensions come without halo
   int pad_rows, pad_cols;  // halo that it leaves out: zeros
 
   CONVFIRST_CONV_NORM_HD int slots() const { return images * groups * strips; }
@@ -61,7 +61,6 @@ struct ConvNormPlan {
   int slab;      // channels of one block
   int cluster;   // blocks that share a tile
   int clusters;  // launched
-  int buffers;   // slices of x in shared memory
   int shared_memory;
   int grid() const { return clusters * cluster; }
 };
@@ -77,20 +76,17 @@ CONVFIRST_CONV_NORM_HD inline int conv_norm_row_stride(const ConvNormTile& t) {
   return 2 * conv_norm_odd_slots(t) - (t.slots() == 7 ? 9 : 1);
 }
 
-CONVFIRST_CONV_NORM_HD inline ConvNormLayout conv_norm_layout(const ConvNormTile& t, int slab, int cluster, int buffers, int kernel_size,
-                                                              int group_width) {
+CONVFIRST_CONV_NORM_HD inline ConvNormLayout conv_norm_layout(const ConvNormTile& t, int slab, int cluster) {
   ConvNormLayout s;
-  const bool depthwise = group_width == 1;
   const int chunks = (slab + 7) / 8;
   s.buffer_bytes = (t.box_bytes() + 1023) / 1024 * 1024;
   s.plane_bytes = t.plane_units * 16 + 16;  // 16 more than a multiple of 128: 8 channels of a pixel lie in different banks
-  s.planes = buffers * s.buffer_bytes;
+  s.planes = s.buffer_bytes;
   s.pitch = (chunks % 2 == 0 ? chunks + 1 : chunks) * 16;  // an odd number of 16-byte chunks: no bank conflicts
   s.staged_rows = (t.rows == 8 ? 8 : 7) * conv_norm_row_stride(t);
-  s.staging = s.planes + (depthwise ? kConvNormSlice * s.plane_bytes : 0);
+  s.staging = s.planes + kConvNormSlice * s.plane_bytes;
   s.weights = s.staging + s.staged_rows * s.pitch;
-  const int weight_bytes = depthwise ? slab * 56 * 4 : kernel_size * kernel_size * slab * group_width * 2;
-  s.vectors = s.weights + (weight_bytes + 15) / 16 * 16;
+  s.vectors = s.weights + slab * 56 * 4;
   s.slots = s.vectors + 3 * chunks * 8 * 4;
   s.zero = s.slots + kConvNormSlots * 8;
   s.barriers = s.zero + 16;
@@ -130,13 +126,12 @@ inline bool banks_differ(const ConvNormTile& t) {
 
 // Sizes in shared memory and what to load, from the tile's shape.
 inline ConvNormTile laid_out(const Problem& q, int images, int groups, int rows, int strips) {
-  const bool depthwise = q.group_width == 1;
   const int pad = q.kernel_size / 2, height = static_cast<int>(q.height), width = static_cast<int>(q.width);
   const int all_rows = groups * rows + q.kernel_size - 1;
-  const bool whole_height = depthwise && groups * rows >= height, whole_width = depthwise && strips * 8 >= width;
+  const bool whole_height = groups * rows >= height, whole_width = strips * 8 >= width;
   ConvNormTile t{};
   t.images = images, t.groups = groups, t.rows = rows, t.strips = strips;
-  t.narrow = depthwise && width <= 8;
+  t.narrow = width <= 8;
   t.row_units = t.narrow ? 1 : strips + 1;
   t.box_rows = whole_height ? height : all_rows;
   t.box_cols = whole_width ? width : 8 * t.row_units;
@@ -147,32 +142,24 @@ inline ConvNormTile laid_out(const Problem& q, int images, int groups, int rows,
     t.image_units = t.row_unit(whole_height ? height + pad : all_rows) + gap;
     t.plane_units = static_cast<int>(ceil_div((images - 1) * t.image_units + t.row_unit(all_rows - 1) + t.row_units, 8) * 8);
   };
+  ConvNormTile best{};  // the least of the layouts without bank conflicts
+  for (int skew = 0; skew < (groups > 1 ? 8 : 1); ++skew)
+    for (int gap = 0; gap < (images > 1 ? 8 : 1); ++gap) {
+      measure(skew, gap);
+      if (banks_differ(t) && (best.plane_units == 0 || t.plane_units < best.plane_units)) best = t;
+    }
+  if (best.plane_units != 0) return best;
   measure(0, 0);
-  if (depthwise) {  // the least of the layouts without bank conflicts
-    ConvNormTile best{};
-    for (int skew = 0; skew < (groups > 1 ? 8 : 1); ++skew)
-      for (int gap = 0; gap < (images > 1 ? 8 : 1); ++gap) {
-        measure(skew, gap);
-        if (banks_differ(t) && (best.plane_units == 0 || t.plane_units < best.plane_units)) best = t;
-      }
-    t = best.plane_units != 0 ? best : t;
-  }
   return t;
 }
 
-// Clocks of a block for one tile: what a warp issues, 16 warps at the 8.4 clocks an instruction of each that were measured (NOTES.md).
-inline double tile_clocks(const Problem& q, const ConvNormPlan& plan) {
+// Clocks of a block for one tile: what a warp issues, 16 warps at the 10 clocks an instruction of each that were measured (NOTES.md).
+inline double tile_clocks(const ConvNormPlan& plan) {
   const ConvNormTile& t = plan.tile;
   const int slices = static_cast<int>(ceil_div(plan.slab, kConvNormSlice));
-  const int taps = q.kernel_size * q.kernel_size;
-  double slice;
-  if (q.group_width == 1) {
-    slice = 12.0 * ceil_div(t.images * t.box_rows * t.row_units, 16) + 300 + (t.narrow ? 38 : 67);
-  } else {
-    slice = 150 + 2.2 * 8 * taps * q.group_width / 16;
-  }
+  const double slice = 12.0 * ceil_div(t.images * t.box_rows * t.row_units, 16) + 300 + (t.narrow ? 38 : 67);
   const double norm = 150.0 + 55 * ceil_div(t.rows, 2) * slices + (10.0 * slices + 30) * ceil_div(t.rows * conv_norm_row_stride(t), 256);
-  return 8.4 * (slices * slice + norm) + (plan.cluster > 1 ? 1500 : 0);
+  return 10 * (slices * slice + norm) + (plan.cluster > 1 ? 1500 : 0);
 }
 
 // Blocks of a cluster lie in one group of up to 18 multiprocessors; measured on an H200 (132), one block a multiprocessor.
@@ -183,15 +170,10 @@ inline int clusters_at_once(const Device& device, int cluster) {
 
 inline bool place(const Problem& q, const Device& device, ConvNormPlan* plan) {
   const ConvNormTile& t = plan->tile;
-  if (q.group_width == 1 && t.images * t.box_rows * t.row_units > conv_norm_most_units(t.narrow)) return false;
+  if (t.images * t.box_rows * t.row_units > conv_norm_most_units(t.narrow)) return false;
   if (t.box_rows > 256 || t.box_cols > 256 || t.images > 256) return false;
-  const int most = q.group_width == 1 ? 1 : 3;
-  const int least = q.group_width == 1 ? 1 : 2;
-  for (plan->buffers = most; plan->buffers >= least; --plan->buffers) {
-    plan->shared_memory = conv_norm_layout(t, plan->slab, plan->cluster, plan->buffers, q.kernel_size, q.group_width).total;
-    if (plan->shared_memory <= device.max_shared_memory) break;
-  }
-  if (plan->buffers < least) return false;
+  plan->shared_memory = conv_norm_layout(t, plan->slab, plan->cluster).total;
+  if (plan->shared_memory > device.max_shared_memory) return false;
   plan->tiles_y = static_cast<int>(ceil_div(q.height, t.groups * t.rows));
   plan->tiles_x = static_cast<int>(ceil_div(q.width, t.strips * 8));
   const int64_t tiles = ceil_div(q.batch, t.images) * plan->tiles_y * plan->tiles_x;
@@ -210,9 +192,7 @@ inline bool place(const Problem& q, const Device& device, ConvNormPlan* plan) {
 inline bool conv_norm_covers(const Problem& q) {
   if (q.batch <= 0 || q.height <= 0 || q.width <= 0) return false;
   if (q.batch * q.height * q.width >= (int64_t{1} << 31) / std::max(q.channels, 1) - q.width * 8) return false;
-  if (q.group_width == 1) return q.kernel_size == 7 && q.channels % 8 == 0 && q.channels >= 8 && q.channels <= 1536;
-  return (q.kernel_size == 3 || q.kernel_size == 5) && (q.group_width == 8 || q.group_width == 16) && q.channels % 32 == 0 &&
-         q.channels >= 32 && q.channels <= 1024;
+  return q.group_width == 1 && q.kernel_size == kConvNormKernel && q.channels % 8 == 0 && q.channels >= 8 && q.channels <= 1536;
 }
 
 // The tile and cluster of least estimated time; false where the kernel does not cover the problem.
@@ -235,7 +215,7 @@ inline bool conv_norm_plan(const Problem& q, const Device& device, ConvNormPlan*
             plan.tile = conv_norm::laid_out(q, images, groups, rows, strips);
             if (!conv_norm::place(q, device, &plan)) continue;
             const double rounds = static_cast<double>(conv_norm::ceil_div(plan.tiles, plan.clusters));
-            const double cost = rounds * conv_norm::tile_clocks(q, plan) + 400 * plan.cluster;
+            const double cost = rounds * conv_norm::tile_clocks(plan) + 400 * plan.cluster;
             if (cost < best_cost) best_cost = cost, *best = plan;
           }
         }
@@ -248,7 +228,7 @@ inline bool conv_norm_plan(const Problem& q, const Device& device, ConvNormPlan*
 inline double conv_norm_cost(const Problem& q, const Device&, const ConvNormPlan& plan) {
   const double rounds = static_cast<double>(conv_norm::ceil_div(plan.tiles, plan.clusters));
   const double memory = q.batch * q.height * q.width * q.channels * 4.0 / 3.5e6;
-  return 3 + std::max(memory, rounds * conv_norm::tile_clocks(q, plan) / 1770);
+  return 3 + std::max(memory, rounds * conv_norm::tile_clocks(plan) / 1770);
 }
 
 // For tests and logs.
@@ -257,13 +237,13 @@ inline std::string conv_norm_describe(const ConvNormPlan& plan) {
   const auto field = [](const char* name, int value) { return std::string(name) + " " + std::to_string(value); };
   return field("images", t.images) + field(", groups", t.groups) + field(", rows", t.rows) + field(", strips", t.strips) +
          field(", slab", plan.slab) + field(", cluster", plan.cluster) + field(", tiles", plan.tiles) +
-         field(", clusters", plan.clusters) + field(", buffers", plan.buffers) + field(", shared_memory", plan.shared_memory);
+         field(", clusters", plan.clusters) + field(", shared_memory", plan.shared_memory);
 }
 
-// The compiled kernel of one dtype, filter size and group width; defined in conv_norm_fwd_sm90.cuh, instantiated in
+// The compiled kernel of one dtype, for maps wider than 8 pixels or not; defined in conv_norm_fwd_sm90.cuh, instantiated in
 // instantiations_sm90/. launch returns cudaError_t as int. dependent: start while the kernel before in the stream still runs
 // (programmatic dependent launch); the kernel waits for its inputs itself.
-template <DType kDType, int kKernel, int kGroupWidth, bool kNarrow>
+template <DType kDType, bool kNarrow>
 struct ConvNormKernel {
   static int launch(const ConvNormParams& params, bool dependent, cudaStream_t stream);
   static const void* pointer();

@@ -15,6 +15,9 @@
 //   bias and scale vectors     shared, float32                                     prologue            -
 //   S, P, O                    32, 2 x 16, C/2 registers                           wgmma, activation   -
 //   y tile                     shared, over the x tile; TMA store                  consumer            -
+//
+//   At 256 channels, where a last round would leave half of the multiprocessors idle, two blocks of a cluster share its tiles: each sums one
+//   half of the hidden units, sends the other's half of the output channels over (A's slot, fp32), and finishes its own.
 #pragma once
 
 #include "feed_forward_sm90.cuh"
@@ -22,71 +25,75 @@
 
 namespace convfirst::block_fusion::sm90 {
 
-struct FeedForwardParams : WeightRings {
+struct FeedForwardParams : Work {
   const void* x;
   void* y;
   const float* expand_bias;
   const float* project_bias;
   const float* layer_scale;
   const float* sample_scale;
-  int pixels, image_pixels, channels, hidden, tiles, tile_slots;
+  int pixels, image_pixels, channels, hidden, tile_slots;
 };
 
-struct FeedForwardBarriers : WeightBarriers {
-  TransactionBarrier* tile_full;  // [warpgroup][slot]
-  Barrier* tile_empty;
-  template <int kWarpgroups>
-  __device__ static FeedForwardBarriers at(char* base) {
-    FeedForwardBarriers b;
-    b.w1_full = reinterpret_cast<TransactionBarrier*>(base);
-    b.w2_full = b.w1_full + kMaxSlots;
-    b.tile_full = b.w2_full + kMaxSlots;
-    b.w1_empty = reinterpret_cast<Barrier*>(b.tile_full + kWarpgroups * kMaxSlots);
-    b.w2_empty = b.w1_empty + kMaxSlots;
-    b.tile_empty = b.w2_empty + kMaxSlots;
-    return b;
-  }
+// The barriers lie one after another: full W1 slots, full W2 slots, a warpgroup's full tile slots each, then empty ones in the same order.
+template <int kWarpgroups>
+struct FeedForwardBarriers {
+  uint32_t base;  // address in shared memory
+  __device__ __forceinline__ uint32_t at(int group, int slot) const { return base + (group * kMaxSlots + slot) * 8; }
+  __device__ __forceinline__ uint32_t w1_full(int slot) const { return at(0, slot); }
+  __device__ __forceinline__ uint32_t w2_full(int slot) const { return at(1, slot); }
+  __device__ __forceinline__ uint32_t tile_full(int warpgroup, int slot) const { return at(2 + warpgroup, slot); }
+  __device__ __forceinline__ uint32_t w1_empty(int slot) const { return at(2 + kWarpgroups, slot); }
+  __device__ __forceinline__ uint32_t w2_empty(int slot) const { return at(3 + kWarpgroups, slot); }
+  __device__ __forceinline__ uint32_t tile_empty(int warpgroup, int slot) const { return at(4 + kWarpgroups + warpgroup, slot); }
+  // The other block's slot may be written; this one's has been.
+  __device__ __forceinline__ uint32_t peer_ready(int warpgroup) const { return at(4 + 2 * kWarpgroups, warpgroup); }
+  __device__ __forceinline__ uint32_t peer_sent(int warpgroup) const { return at(4 + 2 * kWarpgroups, kWarpgroups + warpgroup); }
 };
 
 template <class Traits>
 __device__ void produce_chunks(const FeedForwardParams& p, const CUtensorMap& w1_map, const CUtensorMap& w2_map, char* smem,
-                               const FeedForwardLayout& layout, WeightBarriers& bar, int rounds) {
+                               const FeedForwardLayout& layout, FeedForwardBarriers<Traits::kWarpgroups> bar, int rounds) {
   const bool resident = p.w1_slots == p.chunks && p.w2_slots == p.chunks;
-  RingState w1, w2;
-  w1.phase = w2.phase = 1;  // the slots start empty
-  const int steps = resident ? p.chunks : rounds * p.chunks;
-  for (int step = 0, chunk = 0; step < steps; ++step, chunk = chunk + 1 == p.chunks ? 0 : chunk + 1) {
-    bar.w1_empty[w1.slot].wait(w1.phase);
-    bar.w1_full[w1.slot].arrive_and_expect_tx(Traits::kW1Bytes);
+  RingState<Traits::kFixedSlots> w1, w2;
+  for (int round = 0; round < (resident ? 1 : rounds); ++round) {
+    const Round work = round_of<Traits>(p, round, 0);
+    for (int chunk = work.first; chunk < work.first + work.count; ++chunk) {
+      wait_barrier(bar.w1_empty(w1.slot()), w1.phase() ^ 1);  // the slots start empty
+      TransactionBarrier* w1_full = transaction_barrier(bar.w1_full(w1.slot()));
+      w1_full->arrive_and_expect_tx(Traits::kW1Bytes);
 #pragma unroll
-    for (int panel = 0; panel < Traits::kPanels; ++panel) {
-      tma_load_2d(&w1_map, bar.w1_full + w1.slot, smem + layout.w1 + w1.slot * Traits::kW1Bytes + panel * kHiddenChunk * Traits::kRowBytes,
-                  panel * Traits::kPanel, chunk * kHiddenChunk);
+      for (int panel = 0; panel < Traits::kPanels; ++panel) {
+        tma_load_2d(&w1_map, w1_full, smem + layout.w1 + w1.slot() * Traits::kW1Bytes + panel * kHiddenChunk * Traits::kRowBytes,
+                    panel * Traits::kPanel, chunk * kHiddenChunk);
+      }
+      w1.advance(p.w1_slots, false);
+      wait_barrier(bar.w2_empty(w2.slot()), w2.phase() ^ 1);  // the slots start empty
+      load_w2<Traits>(w2_map, transaction_barrier(bar.w2_full(w2.slot())), smem + layout.w2 + w2.slot() * Traits::kW2Bytes, chunk,
+                      work.shared && blockIdx.x % 2 == 1);
+      w2.advance(p.w2_slots, false);
     }
-    w1.advance(p.w1_slots, false);
-    bar.w2_empty[w2.slot].wait(w2.phase);
-    bar.w2_full[w2.slot].arrive_and_expect_tx(Traits::kW2Bytes);
-    tma_load_2d(&w2_map, bar.w2_full + w2.slot, smem + layout.w2 + w2.slot * Traits::kW2Bytes, chunk * kHiddenChunk, 0);
-    w2.advance(p.w2_slots, false);
   }
 }
 
 template <class Traits>
 __device__ void produce_tiles(const FeedForwardParams& p, const CUtensorMap& a_map, const CUtensorMap& x_map, char* slots,
-                              TransactionBarrier* full, Barrier* empty, int first) {
-  RingState ring;
-  ring.phase = 1;
+                              FeedForwardBarriers<Traits::kWarpgroups> bar, int warpgroup, int rounds) {
+  RingState<0> ring;
   const auto load = [&](const CUtensorMap& map, int tile) {
-    empty[ring.slot].wait(ring.phase);
-    full[ring.slot].arrive_and_expect_tx(Traits::kSlotBytes);
+    wait_barrier(bar.tile_empty(warpgroup, ring.slot()), ring.phase() ^ 1);  // the slots start empty
+    TransactionBarrier* full = transaction_barrier(bar.tile_full(warpgroup, ring.slot()));
+    full->arrive_and_expect_tx(Traits::kSlotBytes);
 #pragma unroll
     for (int panel = 0; panel < Traits::kPanels; ++panel) {
-      tma_load_2d(&map, full + ring.slot, slots + ring.slot * Traits::kSlotBytes + panel * Traits::kAPanelBytes, panel * Traits::kPanel,
+      tma_load_2d(&map, full, slots + ring.slot() * Traits::kSlotBytes + panel * Traits::kAPanelBytes, panel * Traits::kPanel,
                   tile * kTilePixels, kEvictNormal);
     }
     ring.advance(p.tile_slots, false);
   };
-  for (int tile = first; tile < p.tiles; tile += gridDim.x * Traits::kWarpgroups) {
+  for (int round = 0; round < rounds; ++round) {
+    const int tile = round_of<Traits>(p, round, warpgroup).tile;
+    if (tile >= p.tiles) return;
     load(a_map, tile);
     if (Traits::kXShared) load(x_map, tile);
   }
@@ -97,16 +104,15 @@ struct FeedForwardConsumer {
   using Element = ElementOf<Traits>;
   static constexpr int kChannels = Traits::kChannels;
   const FeedForwardParams& p;
+  const FeedForwardBarriers<Traits::kWarpgroups> bar;
   uint32_t slots, vectors;
-  TransactionBarrier* full;
-  Barrier* empty;
   int warpgroup, warp, lane;
-  RingState ring;
+  RingState<Traits::kFixedSlots == 0 ? 0 : Traits::kLeastSlots> ring;
 
-  __device__ uint32_t wait_slot(int* slot) {
-    *slot = ring.slot;
-    full[ring.slot].wait(ring.phase);
-    const uint32_t address = slots + ring.slot * Traits::kSlotBytes;
+  __device__ __forceinline__ uint32_t wait_slot(int* slot) {
+    *slot = ring.slot();
+    wait_barrier(bar.tile_full(warpgroup, ring.slot()), ring.phase());
+    const uint32_t address = slots + ring.slot() * Traits::kSlotBytes;
     ring.advance(p.tile_slots, false);
     return address;
   }
@@ -129,8 +135,9 @@ struct FeedForwardConsumer {
     }
   }
 
-  // O <- (O + bias) * layer scale * sample scale.
-  __device__ __forceinline__ void scale_output(float (&o)[kChannels / 2], int tile) const {
+  // O <- (O + bias) * layer scale * sample scale, for kCount channels from `channel` on.
+  template <int kCount = kChannels>
+  __device__ __forceinline__ void scale_output(float (&o)[kChannels / 2], int tile, int channel = 0) const {
     float sample[2] = {1.f, 1.f};
     if (p.sample_scale != nullptr) {
 #pragma unroll
@@ -141,8 +148,8 @@ struct FeedForwardConsumer {
     }
     const bool scaled = p.layer_scale != nullptr || p.sample_scale != nullptr;
 #pragma unroll
-    for (int j = 0; j < kChannels / 8; ++j) {
-      const uint32_t offset = vectors + (8 * j + 2 * (lane % 4)) * 4;
+    for (int j = 0; j < kCount / 8; ++j) {
+      const uint32_t offset = vectors + (channel + 8 * j + 2 * (lane % 4)) * 4;
       const float2 b = load_shared_float2(offset);
       o[4 * j] += b.x, o[4 * j + 1] += b.y, o[4 * j + 2] += b.x, o[4 * j + 3] += b.y;
       if (scaled) {
@@ -173,19 +180,21 @@ struct FeedForwardConsumer {
     }
   }
 
+  template <int kCount = kChannels>
   __device__ __forceinline__ void stage_output(const float (&o)[kChannels / 2], uint32_t slot) const {
 #pragma unroll
-    for (int j = 0; j < kChannels / 8; j += 2) {
+    for (int j = 0; j < kCount / 8; j += 2) {
       stmatrix_x4(matrix_address(slot, j), pack2<Element>(o[4 * j], o[4 * j + 1]), pack2<Element>(o[4 * j + 2], o[4 * j + 3]),
                   pack2<Element>(o[4 * j + 4], o[4 * j + 5]), pack2<Element>(o[4 * j + 6], o[4 * j + 7]));
     }
   }
 
   // y = x + staged tile, 16 bytes a thread, a pixel's channels side by side; loads in batches ahead of their use.
-  __device__ __forceinline__ void store_with_residual(uint32_t slot, int tile) const {
-    constexpr int kBlocks = Traits::kPanel / 8, kVectors = kChannels / 8, kIterations = kTilePixels * kVectors / 128, kBatch = 8;
+  template <int kCount = kChannels>
+  __device__ __forceinline__ void store_with_residual(uint32_t slot, int tile, int channel = 0) const {
+    constexpr int kBlocks = Traits::kPanel / 8, kVectors = kCount / 8, kIterations = kTilePixels * kVectors / 128, kBatch = 8;
     static_assert(kIterations % kBatch == 0);
-    const int row_vectors = p.channels / 8;
+    const int row_vectors = p.channels / 8, first_vector = channel / 8;
 #pragma unroll
     for (int first = 0; first < kIterations; first += kBatch) {
       uint4 x[kBatch];
@@ -194,7 +203,7 @@ struct FeedForwardConsumer {
       for (int i = 0; i < kBatch; ++i) {
         const int index = (first + i) * 128 + warp * 32 + lane, row = index / kVectors, j = index % kVectors;
         const int pixel = tile * kTilePixels + row;
-        offset[i] = pixel < p.pixels && j < row_vectors ? pixel * row_vectors + j : -1;
+        offset[i] = pixel < p.pixels && first_vector + j < row_vectors ? pixel * row_vectors + first_vector + j : -1;
         if (offset[i] >= 0) x[i] = __ldg(static_cast<const uint4*>(p.x) + offset[i]);
       }
 #pragma unroll
@@ -217,11 +226,22 @@ struct FeedForwardConsumer {
 
   __device__ void release(int slot) {
     __syncwarp();
-    if (lane == 0) empty[slot].arrive();
+    if (lane == 0) arrive_barrier(bar.tile_empty(warpgroup, slot));
   }
 
-  __device__ void run(WeightBarriers& bar, uint32_t w1, uint32_t w2, uint32_t expand_bias, const CUtensorMap& y_map, int rounds) {
-    FeedForward<Traits> feed_forward{p, bar, w1, w2, expand_bias, lane, {}, {}, {}, {}};
+  // From A's slot, where x has none: through registers, `kCount` channels from `channel` on.
+  template <int kCount>
+  __device__ __forceinline__ void finish_tile(float (&o)[kChannels / 2], uint32_t slot, int tile, int channel) const {
+    scale_output<kCount>(o, tile, channel);
+    warpgroup_barrier(1 + warpgroup);  // every warp's products have read A
+    stage_output<kCount>(o, slot);
+    warpgroup_barrier(1 + warpgroup);
+    store_with_residual<kCount>(slot, tile, channel);
+    fence_async_proxy();
+  }
+
+  __device__ void run(uint32_t w1, uint32_t w2, uint32_t expand_bias, const CUtensorMap& y_map, int rounds) {
+    FeedForward<Traits, FeedForwardBarriers<Traits::kWarpgroups>> feed_forward{p, bar, w1, w2, expand_bias, lane, 0, p.chunks, {}, {}, {}, {}};
     int stored_slot = -1;  // of the last y tile, while TMA may still read it
     const auto release_stored = [&] {
       if (stored_slot < 0) return;
@@ -229,9 +249,11 @@ struct FeedForwardConsumer {
       release(stored_slot);
     };
     for (int round = 0; round < rounds; ++round) {
-      const int tile = blockIdx.x + (round * Traits::kWarpgroups + warpgroup) * gridDim.x;
+      const Round work = round_of<Traits>(p, round, warpgroup);
+      const int tile = work.tile;
+      if constexpr (Traits::kSharesTail) feed_forward.first = work.first, feed_forward.count = work.count;
       if (tile >= p.tiles) {
-        feed_forward.skip(0);
+        feed_forward.skip();
         break;
       }
       int a_slot, x_slot;
@@ -242,8 +264,8 @@ struct FeedForwardConsumer {
       if (Traits::kARegisters) release(a_slot);
       if (Traits::kXShared) release_stored();
       feed_forward.run(o, a);
-      scale_output(o, tile);
       if constexpr (Traits::kXShared) {
+        scale_output(o, tile);
         if (!Traits::kARegisters) release(a_slot);
         slot = wait_slot(&x_slot);
         add_residual(o, slot);
@@ -258,12 +280,12 @@ struct FeedForwardConsumer {
           cute::tma_store_arrive();
         }
         stored_slot = x_slot;
+      } else if (Traits::kSharesTail && work.shared) {
+        const int rank = static_cast<int>(blockIdx.x) % 2;
+        exchange_halves<kChannels>(o, slot, bar.peer_ready(warpgroup), bar.peer_sent(warpgroup), rank, warp * 32 + lane);
+        finish_tile<kChannels / 2>(o, slot, tile, rank * (kChannels / 2));
       } else {
-        warpgroup_barrier(1 + warpgroup);  // every warp's products have read A
-        stage_output(o, slot);
-        warpgroup_barrier(1 + warpgroup);
-        store_with_residual(slot, tile);
-        fence_async_proxy();
+        finish_tile<kChannels>(o, slot, tile, 0);
         release(a_slot);
       }
     }
@@ -295,21 +317,24 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                           const __grid_constant__ CUtensorMap w1_map, const __grid_constant__ CUtensorMap w2_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char smem[];
-  const FeedForwardLayout layout = feed_forward_layout<Traits>({p.w1_slots, p.w2_slots, p.tile_slots}, p.chunks);
-  auto bar = FeedForwardBarriers::at<Traits::kWarpgroups>(smem + layout.barriers);
+  constexpr int kFixed = Traits::kFixedSlots;
+  const FeedForwardLayout layout = feed_forward_layout<Traits>(
+      kFixed > 0 ? FeedForwardRings{kFixed, kFixed, Traits::kLeastSlots} : FeedForwardRings{p.w1_slots, p.w2_slots, p.tile_slots}, p.chunks);
+  const FeedForwardBarriers<Traits::kWarpgroups> bar{smem_address(smem + layout.barriers)};
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  const int rounds = (p.tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) * Traits::kWarpgroups - 1) /
-                     (static_cast<int>(gridDim.x) * Traits::kWarpgroups);
+  const int rounds = rounds_of_block<Traits>(p);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kMaxSlots; ++i) {
-      bar.w1_full[i].init(1), bar.w2_full[i].init(1);
-      bar.w1_empty[i].init(4 * Traits::kWarpgroups), bar.w2_empty[i].init(4 * Traits::kWarpgroups);
+    for (int i = 0; i < Traits::kBarriers; ++i) {
+      const int group = i / kMaxSlots;
+      const bool full = group < 2 + Traits::kWarpgroups, weights = group < 4 + Traits::kWarpgroups, peer = group == 4 + 2 * Traits::kWarpgroups;
+      const int arrivals = full ? 1 : weights ? 4 * Traits::kWarpgroups : !peer || i % kMaxSlots < Traits::kWarpgroups ? 4 : 128;
+      transaction_barrier(bar.at(group, i % kMaxSlots))->init(arrivals);
     }
-    for (int i = 0; i < Traits::kWarpgroups * kMaxSlots; ++i) bar.tile_full[i].init(1), bar.tile_empty[i].init(4);
     cutlass::arch::fence_barrier_init();
   }
   load_feed_forward_vectors<Traits>(p, smem, layout);
   __syncthreads();
+  if (Traits::kSharesTail && p.shared) grid::cluster_barrier();  // the other block's barriers exist
   wait_for_previous_launch();
   allow_next_launch();  // after the wait: the next launch may count on what came before this one
   if (warp < 4) {
@@ -319,24 +344,22 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         produce_chunks<Traits>(p, w1_map, w2_map, smem, layout, bar, rounds);
       } else if (warp <= Traits::kWarpgroups) {
         const int consumer = warp - 1;
-        produce_tiles<Traits>(p, a_map, x_map, smem + layout.slots + consumer * p.tile_slots * Traits::kSlotBytes,
-                              bar.tile_full + consumer * kMaxSlots, bar.tile_empty + consumer * kMaxSlots,
-                              blockIdx.x + consumer * gridDim.x);
+        produce_tiles<Traits>(p, a_map, x_map, smem + layout.slots + consumer * p.tile_slots * Traits::kSlotBytes, bar, consumer, rounds);
       }
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     const int consumer = warp / 4 - 1;
+    const int tile_slots = kFixed > 0 ? Traits::kLeastSlots : p.tile_slots;
     FeedForwardConsumer<Traits> worker{p,
-                                       smem_address(smem + layout.slots) + consumer * p.tile_slots * Traits::kSlotBytes,
+                                       bar,
+                                       smem_address(smem + layout.slots) + consumer * tile_slots * Traits::kSlotBytes,
                                        smem_address(smem + layout.vectors),
-                                       bar.tile_full + consumer * kMaxSlots,
-                                       bar.tile_empty + consumer * kMaxSlots,
                                        consumer,
                                        warp % 4,
                                        static_cast<int>(threadIdx.x % 32),
                                        {}};
-    worker.run(bar, smem_address(smem + layout.w1), smem_address(smem + layout.w2), smem_address(smem + layout.expand_bias), y_map, rounds);
+    worker.run(smem_address(smem + layout.w1), smem_address(smem + layout.w2), smem_address(smem + layout.expand_bias), y_map, rounds);
   }
 #endif
 }

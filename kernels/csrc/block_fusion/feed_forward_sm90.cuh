@@ -1,29 +1,94 @@
 // The feed-forward half of a block for one warpgroup's 64 pixels: O = act(A W1^T + b1) W2^T, the hidden tensor in registers.
 #pragma once
 
+#include "../common/grid_sm90.cuh"
 #include "activation_sm90.cuh"
 
 namespace convfirst::block_fusion::sm90 {
 
-// Rings of the two weights; w*_slots == chunks: the weights are loaded once and stay.
-struct WeightRings {
+// Rings of the two weights (w*_slots == chunks: they are loaded once and stay), and how the tiles are shared out.
+struct Work {
   int chunks;  // hidden / kHiddenChunk
   int w1_slots, w2_slots;
+  int tiles;
+  int full_rounds;  // of the warpgroups, each with a tile of its own
+  int shared;       // a last round follows, of tiles that two blocks share
 };
 
-struct WeightBarriers {
-  TransactionBarrier *w1_full, *w2_full;
-  Barrier *w1_empty, *w2_empty;
+// What a warpgroup does in one round.
+struct Round {
+  int tile;          // none from `tiles` on
+  int first, count;  // chunks
+  bool shared;
 };
 
-// A position in a ring of slots; `resident` rings are filled once and never turn.
+template <class Traits>
+__device__ __forceinline__ Round round_of(const Work& p, int round, int warpgroup) {
+  const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  if (Traits::kSharesTail && round == p.full_rounds) {
+    const int half = p.chunks / 2;
+    return {p.full_rounds * blocks * Traits::kWarpgroups + block / 2 * Traits::kWarpgroups + warpgroup, block % 2 * half, half, true};
+  }
+  return {block + (round * Traits::kWarpgroups + warpgroup) * blocks, 0, p.chunks, false};
+}
+
+template <class Traits>
+__device__ __forceinline__ int rounds_of_block(const Work& p) {
+  const int rounds = p.full_rounds + p.shared;
+  return round_of<Traits>(p, rounds - 1, 0).tile < p.tiles ? rounds : rounds - 1;
+}
+
+// One chunk of W2 into its slot. A block that shares its tiles has the output channels that it finishes first.
+template <class Traits>
+__device__ __forceinline__ void load_w2(const CUtensorMap& w2_map, TransactionBarrier* full, char* slot, int chunk, bool swapped) {
+  full->arrive_and_expect_tx(Traits::kW2Bytes);
+#pragma unroll
+  for (int part = 0; part < Traits::kW2Parts; ++part) {
+    tma_load_2d(&w2_map, full, slot + part * (Traits::kW2Bytes / Traits::kW2Parts), chunk * kHiddenChunk,
+                (swapped ? part ^ 1 : part) * (Traits::kChannels / Traits::kW2Parts));
+  }
+}
+
+// Half of the sums, over the other half of the hidden units, go to the cluster's other block and come from there, thread to thread,
+// through 64 x kChannels / 2 floats of shared memory at `slot` that nobody reads any more once every warp has arrived.
+template <int kChannels>
+__device__ __forceinline__ void exchange_halves(float (&o)[kChannels / 2], uint32_t slot, uint32_t ready, uint32_t sent, int rank, int thread) {
+  constexpr int kVectors = kChannels / 16;  // of four sums
+  __syncwarp();
+  if (thread % 32 == 0) grid::arrive_at_peer(ready, rank ^ 1);
+  grid::wait_for_peer(ready, 0);
+  const uint32_t own = slot + thread * 16, there = grid::peer_address(own, rank ^ 1);
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) grid::store_peer(there + i * 2048, o + kChannels / 4 + 4 * i);
+  grid::arrive_at_peer(sent, rank ^ 1);
+  grid::wait_for_peer(sent, 0);
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const uint4 v = load_shared_128(own + i * 2048);
+    o[4 * i] += __uint_as_float(v.x), o[4 * i + 1] += __uint_as_float(v.y);
+    o[4 * i + 2] += __uint_as_float(v.z), o[4 * i + 3] += __uint_as_float(v.w);
+  }
+}
+
+// A position in a ring of slots; `resident` rings are filled once and never turn. kSlots: where their number is fixed, else 0.
+template <int kSlots>
 struct RingState {
-  int slot = 0;
-  uint32_t phase = 0;
-  __device__ void advance(int slots, bool resident) {
-    if (++slot == slots) {
-      slot = 0;
-      if (!resident) phase ^= 1;
+  uint32_t index = 0;
+  __device__ __forceinline__ int slot() const { return index % kSlots; }
+  __device__ __forceinline__ uint32_t phase() const { return index / kSlots & 1; }
+  __device__ __forceinline__ int before() const { return (index - 1) % kSlots; }  // the slot passed last
+  __device__ __forceinline__ void advance(int, bool) { ++index; }
+};
+template <>
+struct RingState<0> {
+  int place = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ int slot() const { return place; }
+  __device__ __forceinline__ uint32_t phase() const { return parity; }
+  __device__ __forceinline__ void advance(int slots, bool resident) {
+    if (++place == slots) {
+      place = 0;
+      if (!resident) parity ^= 1;
     }
   }
 };
@@ -80,40 +145,51 @@ __device__ __forceinline__ void issue_project(float (&o)[Traits::kChannels / 2],
   }
 }
 
-template <class Traits>
+// Bars: the addresses of the weights' barriers, w*_full(slot) and w*_empty(slot).
+template <class Traits, class Bars>
 struct FeedForward {
   using Sums = float[kHiddenChunk / 2];
   using Hidden = uint32_t[kHiddenChunk / 4];
   using Output = float[Traits::kChannels / 2];
-  const WeightRings& p;
-  WeightBarriers& bar;
+  static constexpr int kFixed = Traits::kFixedSlots;
+  static_assert(kFixed == 0 || Traits::kSchedule == Schedule::kDrain);  // what is released is what was waited for last
+  const Work& p;
+  const Bars bar;
   uint32_t w1_base, w2_base, bias_base;
   int lane;
-  RingState w1, w1_free, w2, w2_free;  // next to wait for, next to release: products trail waits
+  int first, count;  // chunks of hidden units that the next run sums
+  RingState<kFixed> w1, w2;                               // next to wait for
+  RingState<kFixed> w1_free, w2_free;                     // next to release: products trail waits
 
-  __device__ bool w1_resident() const { return p.w1_slots == p.chunks; }
-  __device__ bool w2_resident() const { return p.w2_slots == p.chunks; }
-  __device__ uint32_t wait_w1() {
-    bar.w1_full[w1.slot].wait(w1.phase);
-    const uint32_t address = w1_base + w1.slot * Traits::kW1Bytes;
+  __device__ bool w1_resident() const { return kFixed == 0 && p.w1_slots == p.chunks; }
+  __device__ bool w2_resident() const { return kFixed == 0 && p.w2_slots == p.chunks; }
+  __device__ __forceinline__ uint32_t wait_w1() {
+    wait_barrier(bar.w1_full(w1.slot()), w1.phase());
+    const uint32_t address = w1_base + w1.slot() * Traits::kW1Bytes;
     w1.advance(p.w1_slots, w1_resident());
     return address;
   }
-  __device__ uint32_t wait_w2() {
-    bar.w2_full[w2.slot].wait(w2.phase);
-    const uint32_t address = w2_base + w2.slot * Traits::kW2Bytes;
+  __device__ __forceinline__ uint32_t wait_w2() {
+    wait_barrier(bar.w2_full(w2.slot()), w2.phase());
+    const uint32_t address = w2_base + w2.slot() * Traits::kW2Bytes;
     w2.advance(p.w2_slots, w2_resident());
     return address;
   }
-  __device__ void release_w1() {
-    if (w1_resident()) return;
-    if (lane == 0) bar.w1_empty[w1_free.slot].arrive();
-    w1_free.advance(p.w1_slots, false);
+  __device__ __forceinline__ void release_w1() {
+    if constexpr (kFixed > 0) {
+      if (lane == 0) arrive_barrier(bar.w1_empty(w1.before()));
+    } else if (!w1_resident()) {
+      if (lane == 0) arrive_barrier(bar.w1_empty(w1_free.slot()));
+      w1_free.advance(p.w1_slots, false);
+    }
   }
-  __device__ void release_w2() {
-    if (w2_resident()) return;
-    if (lane == 0) bar.w2_empty[w2_free.slot].arrive();
-    w2_free.advance(p.w2_slots, false);
+  __device__ __forceinline__ void release_w2() {
+    if constexpr (kFixed > 0) {
+      if (lane == 0) arrive_barrier(bar.w2_empty(w2.before()));
+    } else if (!w2_resident()) {
+      if (lane == 0) arrive_barrier(bar.w2_empty(w2_free.slot()));
+      w2_free.advance(p.w2_slots, false);
+    }
   }
 
   __device__ __forceinline__ void expand(Sums& s, OperandA<Traits>& a) {
@@ -131,7 +207,7 @@ struct FeedForward {
   }
   __device__ __forceinline__ void activate_chunk(Sums& s, Hidden& h, int chunk) {
     fence_operands(s);
-    activate<Traits>(s, h, bias_base + chunk * kHiddenChunk * Traits::kExpandBiasBytes, lane);
+    activate<Traits>(s, h, bias_base + (first + chunk) * kHiddenChunk * Traits::kExpandBiasBytes, lane);
   }
 
   // One set of S: the next chunk's first product goes before this chunk's second one, which runs under the activation. Products
@@ -161,11 +237,11 @@ struct FeedForward {
     activate_chunk(s, h[0], 0);
     int chunk = 0;
 #pragma unroll 1
-    for (; chunk + 2 < p.chunks; chunk += 2) {
+    for (; chunk + 2 < count; chunk += 2) {
       step(o, s, a, h[0], h[1], chunk);
       step(o, s, a, h[1], h[0], chunk + 1);
     }
-    if (chunk + 2 == p.chunks) {
+    if (chunk + 2 == count) {
       step(o, s, a, h[0], h[1], chunk);
       finish(o, h[1]);
     } else {
@@ -194,11 +270,11 @@ struct FeedForward {
     activate_chunk(s[0], h[0], 0);
     int chunk = 0;
 #pragma unroll 1
-    for (; chunk + 3 < p.chunks; chunk += 2) {
+    for (; chunk + 3 < count; chunk += 2) {
       step_two<true>(o, s[0], s[1], a, h[0], h[1], chunk);
       step_two<true>(o, s[1], s[0], a, h[1], h[0], chunk + 1);
     }
-    if (chunk + 3 == p.chunks) {
+    if (chunk + 3 == count) {
       step_two<true>(o, s[0], s[1], a, h[0], h[1], chunk);
       step_two<false>(o, s[1], s[0], a, h[1], h[0], chunk + 1);
       finish(o, h[0]);
@@ -209,11 +285,11 @@ struct FeedForward {
   }
 
   __device__ __forceinline__ void finish(Output& o, Hidden& h) {
-    project(o, h, p.chunks > 1);
+    project(o, h, count > 1);
     cute::warpgroup_wait<0>();
     fence_operands(o);
     release_w2();
-    if (Traits::kSchedule != Schedule::kDrain && p.chunks > 1) release_w2();
+    if (Traits::kSchedule != Schedule::kDrain && count > 1) release_w2();
   }
 
   __device__ __forceinline__ void run(Output& o, OperandA<Traits>& a) {
@@ -226,11 +302,11 @@ struct FeedForward {
   }
 
   // A warpgroup without a tile in the last round still turns the rings for the others; W1's carried `pieces` of other weights first.
-  __device__ void skip(int pieces) {
-    for (int i = 0; i < p.chunks + pieces; ++i) {
+  __device__ void skip(int pieces = 0) {
+    for (int i = 0; i < count + pieces; ++i) {
       wait_w1();
       release_w1();
-      if (i < p.chunks) {
+      if (i < count) {
         wait_w2();
         release_w2();
       }

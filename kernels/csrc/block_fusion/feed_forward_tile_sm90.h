@@ -52,12 +52,17 @@ struct FeedForwardTraits {
   static constexpr int kAPanelBytes = kTilePixels * kRowBytes;
   static constexpr int kSlotBytes = kTilePixels * kChannels * 2;
   static constexpr int kLeastSlots = kXShared ? 2 : 1;  // a warpgroup's slots of A and x
+  static constexpr bool kSharesTail = kChannels == 256;  // two blocks may share the tiles of a last round
+  static constexpr int kW2Parts = kSharesTail ? 2 : 1;
+  static constexpr int kFixedSlots = kSharesTail ? 2 : 0;  // of both weights, where no more fit: spares the registers of counting them
+  static_assert(!kSharesTail || (!kXShared && !kARegisters && kSlotBytes == kTilePixels * kChannels / 2 * 4));
+  static constexpr int kBarriers = (5 + 2 * kWarpgroups) * kMaxSlots;  // weights' and tiles' slots, full and empty; a peer's
   static constexpr bool kHalfActivation = kDType == DType::kHalf;
   static constexpr int kExpandBiasBytes = kHalfActivation ? 2 : 4;
 };
 
 struct FeedForwardLayout {
-  int w1, w2, slots, vectors, expand_bias, barriers, total;
+  int w1, w2, slots, vectors, barriers, expand_bias, total;
 };
 
 struct FeedForwardRings {
@@ -71,9 +76,9 @@ CONVFIRST_HOST_DEVICE inline FeedForwardLayout feed_forward_layout(const FeedFor
   s.w2 = s.w1 + r.w1 * Traits::kW1Bytes;
   s.slots = s.w2 + r.w2 * Traits::kW2Bytes;
   s.vectors = s.slots + Traits::kWarpgroups * r.tile * Traits::kSlotBytes;  // project bias, layer scale
-  s.expand_bias = s.vectors + 2 * Traits::kChannels * 4;
-  s.barriers = s.expand_bias + chunks * kHiddenChunk * Traits::kExpandBiasBytes;
-  s.total = s.barriers + (4 * kMaxSlots + 2 * Traits::kWarpgroups * kMaxSlots) * 8;
+  s.barriers = s.vectors + 2 * Traits::kChannels * 4;
+  s.expand_bias = s.barriers + Traits::kBarriers * 8;
+  s.total = s.expand_bias + chunks * kHiddenChunk * Traits::kExpandBiasBytes;
   return s;
 }
 
@@ -84,6 +89,10 @@ bool choose_rings(int hidden, int max_shared_memory, FeedForwardRings* rings) {
   const auto fits = [&](const FeedForwardRings& r) {
     return std::max({r.w1, r.w2, r.tile}) <= kMaxSlots && feed_forward_layout<Traits>(r, chunks).total <= max_shared_memory;
   };
+  if (Traits::kFixedSlots > 0) {
+    *rings = {Traits::kFixedSlots, Traits::kFixedSlots, Traits::kLeastSlots};
+    return fits(*rings);
+  }
   *rings = {chunks, chunks, Traits::kLeastSlots};
   if (!fits(*rings)) {
     *rings = {2, 2, Traits::kLeastSlots};

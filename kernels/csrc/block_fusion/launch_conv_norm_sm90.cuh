@@ -8,9 +8,9 @@
 
 namespace convfirst::block_fusion::sm90 {
 
-template <DType kDType, int kKernel, int kGroupWidth, bool kNarrow>
-int ConvNormKernel<kDType, kKernel, kGroupWidth, kNarrow>::launch(const ConvNormParams& params, bool dependent, cudaStream_t stream) {
-  const auto kernel = &conv_norm_fwd_sm90<ConvNormTraits<kDType, kKernel, kGroupWidth, kNarrow>>;
+template <DType kDType, bool kNarrow>
+int ConvNormKernel<kDType, kNarrow>::launch(const ConvNormParams& params, bool dependent, cudaStream_t stream) {
+  const auto kernel = &conv_norm_fwd_sm90<ConvNormTraits<kDType, kNarrow>>;
   const ConvNormTile& t = params.plan.tile;
   CUtensorMap x_map;
   const int64_t sizes[] = {params.channels, params.width, params.height, params.batch};
@@ -41,9 +41,9 @@ int ConvNormKernel<kDType, kKernel, kGroupWidth, kNarrow>::launch(const ConvNorm
   return cudaLaunchKernelEx(&config, kernel, params, x_map);
 }
 
-template <DType kDType, int kKernel, int kGroupWidth, bool kNarrow>
-const void* ConvNormKernel<kDType, kKernel, kGroupWidth, kNarrow>::pointer() {
-  return reinterpret_cast<const void*>(&conv_norm_fwd_sm90<ConvNormTraits<kDType, kKernel, kGroupWidth, kNarrow>>);
+template <DType kDType, bool kNarrow>
+const void* ConvNormKernel<kDType, kNarrow>::pointer() {
+  return reinterpret_cast<const void*>(&conv_norm_fwd_sm90<ConvNormTraits<kDType, kNarrow>>);
 }
 
 }  // namespace convfirst::block_fusion::sm90

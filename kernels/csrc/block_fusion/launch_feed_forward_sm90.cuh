@@ -26,11 +26,13 @@ int FeedForwardKernel<Traits>::launch(const FeedForwardProblem& q, const Tensors
   const bool encoded =
       encode_pixels(&a_map, a) && encode_pixels(&x_map, t.x) && encode_pixels(&y_map, t.y) &&
       encode_map<2>(&w1_map, q.dtype, t.expand_weight, {q.channels, q.hidden}, {Traits::kPanel, kHiddenChunk}, Traits::kRowBytes) &&
-      encode_map<2>(&w2_map, q.dtype, t.project_weight, {q.hidden, q.channels}, {kHiddenChunk, Traits::kChannels}, 128);
+      encode_map<2>(&w2_map, q.dtype, t.project_weight, {q.hidden, q.channels}, {kHiddenChunk, Traits::kChannels / Traits::kW2Parts}, 128);
   if (!encoded) return cudaErrorInvalidValue;
   const int grid = static_cast<int>(std::min<int64_t>(p.tiles, multiprocessors));
-  return start_dependent_kernel(feed_forward_fwd_sm90<Traits>, grid, Traits::kThreads,
-                                feed_forward_layout<Traits>(rings, p.chunks).total, stream, p, a_map, x_map, y_map, w1_map, w2_map);
+  const Rounds rounds = share_out<Traits>(p.tiles, p.chunks, grid);
+  p.full_rounds = rounds.full, p.shared = rounds.shared;
+  return start_dependent_clusters(feed_forward_fwd_sm90<Traits>, p.shared ? 2 : 1, grid, Traits::kThreads,
+                                  feed_forward_layout<Traits>(rings, p.chunks).total, stream, p, a_map, x_map, y_map, w1_map, w2_map);
 }
 
 template <class Traits>

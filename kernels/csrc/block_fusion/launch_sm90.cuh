@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "../common/launch.cuh"
 #include "conv_first_block_fwd_sm90_wgmma.cuh"
 #include "tensor_map_sm90.h"
 
@@ -18,8 +19,10 @@ KernelParams kernel_params(const Problem& q, const Tensors& t, const Plan& plan)
   p.tile_images = plan.tile.images, p.tile_height = plan.tile.height, p.tile_width = plan.tile.width;
   p.tiles_y = static_cast<int>(ceil_div(q.height, plan.tile.height));
   p.tiles_x = static_cast<int>(ceil_div(q.width, plan.tile.width));
-  p.num_tiles = static_cast<int>(tile_count(q, plan.tile));
-  p.chunks = q.hidden / kHiddenChunk;
+  p.pixels = static_cast<int>(q.batch * q.height * q.width);
+  p.chunks = q.hidden / kHiddenChunk, p.tiles = static_cast<int>(tile_count(q, plan.tile));
+  const Rounds rounds = share_out<Traits>(p.tiles, p.chunks, plan.grid);
+  p.full_rounds = rounds.full, p.shared = rounds.shared;
   p.w1_slots = plan.slots.w1, p.w2_slots = plan.slots.w2, p.x_slots = plan.slots.x;
   p.x_panel_bytes = x_panel_bytes<Traits>(plan.tile), p.x_slot_bytes = x_slot_bytes<Traits>(plan.tile);
   return p;
@@ -28,17 +31,22 @@ KernelParams kernel_params(const Problem& q, const Tensors& t, const Plan& plan)
 template <class Traits>
 int Kernel<Traits>::launch(const Problem& q, const Tensors& t, const Plan& plan, int shared_memory, cudaStream_t stream) {
   const TileShape& tile = plan.tile;
-  CUtensorMap x_map, w1_map, w2_map;
+  constexpr int kPad = Traits::kPad;
+  CUtensorMap x_map, zeros_map, w1_map, w2_map;
+  const int64_t pixels = q.batch * q.height * q.width;
+  const int flat_rows = tile.flat() ? tile.staged(kPad) - 1 : 1;
+  const bool encoded_x =
+      tile.flat() ? encode_map<2>(&x_map, q.dtype, t.x, {q.channels, pixels}, {Traits::kPanel, flat_rows}, Traits::kRowBytes)
+                  : encode_map<4>(&x_map, q.dtype, t.x, {q.channels, q.width, q.height, q.batch},
+                                  {Traits::kPanel, tile.width + 2 * kPad, tile.height + 2 * kPad, tile.images}, Traits::kRowBytes);
   const bool encoded =
-      encode_map<4>(&x_map, q.dtype, t.x, {q.channels, q.width, q.height, q.batch},
-                    {Traits::kPanel, tile.width + 2 * Traits::kPad, tile.height + 2 * Traits::kPad, tile.images}, Traits::kRowBytes) &&
+      encoded_x && encode_map<2>(&zeros_map, q.dtype, t.x, {q.channels, pixels}, {Traits::kPanel, 1}, Traits::kRowBytes) &&
       encode_map<2>(&w1_map, q.dtype, t.expand_weight, {q.channels, q.hidden}, {Traits::kPanel, kHiddenChunk}, Traits::kRowBytes) &&
-      encode_map<2>(&w2_map, q.dtype, t.project_weight, {q.hidden, q.channels}, {kHiddenChunk, Traits::kChannels}, 128);
+      encode_map<2>(&w2_map, q.dtype, t.project_weight, {q.hidden, q.channels}, {kHiddenChunk, Traits::kChannels / Traits::kW2Parts}, 128);
   if (!encoded) return cudaErrorInvalidValue;
-  const auto kernel = &conv_first_block_fwd_sm90<Traits>;
-  if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory)) return e;
-  kernel<<<plan.grid, Traits::kThreads, shared_memory, stream>>>(kernel_params<Traits>(q, t, plan), x_map, w1_map, w2_map);
-  return cudaGetLastError();
+  const KernelParams params = kernel_params<Traits>(q, t, plan);
+  return start_dependent_clusters(&conv_first_block_fwd_sm90<Traits>, params.shared ? 2 : 1, plan.grid, Traits::kThreads, shared_memory, stream,
+                                  params, x_map, zeros_map, w1_map, w2_map);
 }
 
 template <class Traits>

@@ -75,7 +75,7 @@ struct Variant {
   // Returns cudaError_t as int. workspace may be nullptr when Config::workspace is 0. Never synchronises.
   int (*launch)(const Problem&, const Tensors&, const Config&, void* workspace, cudaStream_t);
   const void* (*kernel)(const Problem&);  // for cudaFuncGetAttributes
-  bool tested = true;                     // on a GPU, whole; false: runs only where its path or its name is asked for
+  bool tested = true;                     // false: did not pass its GPU tests; runs only where its path or name is asked for
 };
 
 // Each path contributes its rows; `count` receives how many.

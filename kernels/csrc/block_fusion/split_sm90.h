@@ -7,23 +7,52 @@
 #include "block_fusion/plan.h"
 #include "conv_norm_sm90.h"
 #include "feed_forward_tile_sm90.h"
+#include "grouped_conv_norm_sm90.h"
 #include "linear_sm90.h"
 
 namespace convfirst::block_fusion::sm90 {
 
 inline Device device_of(const Config& c) { return {90, c.multiprocessors, 232448}; }
 
-// The plan of the first launch; searched for once a problem and device.
-inline const ConvNormPlan* remembered_conv_norm_plan(const Problem& q, const Device& device) {
+// How the first launch is done.
+struct FirstPlan {
+  bool covered;
+  ConvNormPlan depthwise;
+  GroupedPlan grouped;  // of groups wider than a channel
+};
+
+inline FirstPlan first_plan(const Problem& q, const Device& device) {
+  FirstPlan plan{};
+  plan.covered = q.group_width == 1 ? conv_norm_plan(q, device, &plan.depthwise) : grouped_plan(q, device, &plan.grouped);
+  return plan;
+}
+
+// Searched for once a problem and device.
+inline const FirstPlan& remembered_first_plan(const Problem& q, const Device& device) {
   static std::mutex mutex;
-  static std::map<Fields, std::pair<bool, ConvNormPlan>> known;
+  static std::map<Fields, FirstPlan> known;
   Fields key = fields(q);
   key.push_back(device.capability);
   key.push_back(device.multiprocessors);
   const std::lock_guard<std::mutex> lock(mutex);
   auto [entry, missing] = known.try_emplace(key);
-  if (missing) entry->second.first = conv_norm_plan(q, device, &entry->second.second);
-  return entry->second.first ? &entry->second.second : nullptr;
+  if (missing) entry->second = first_plan(q, device);
+  return entry->second;
+}
+
+inline double first_cost(const Problem& q, const Device& device) {
+  const FirstPlan& plan = remembered_first_plan(q, device);
+  return q.group_width == 1 ? conv_norm_cost(q, device, plan.depthwise) : grouped_cost(q, device, plan.grouped);
+}
+
+inline int launch_first(const Problem& q, const Tensors& t, const Device& device, void* a, cudaStream_t stream) {
+  const FirstPlan& plan = remembered_first_plan(q, device);
+  if (q.group_width == 1) return conv_norm_launch(q, t, plan.depthwise, a, true, stream);
+  return grouped_launch(q, t, plan.grouped, a, true, stream);
+}
+
+inline const void* first_pointer(const Problem& q) {
+  return q.group_width == 1 ? conv_norm_pointer(q) : grouped_pointer(q, GroupedPlan{{4}});
 }
 
 inline int64_t pixels_of(const Problem& q) { return q.batch * q.height * q.width; }
@@ -32,7 +61,7 @@ inline int64_t normalised_bytes(const Problem& q) { return ceil_div(pixels_of(q)
 
 inline bool split_covers(const Problem& q, const Device& device) {
   return device.max_shared_memory >= 232448 && pixels_of(q) <= (int64_t{1} << 31) / q.channels &&
-         remembered_conv_norm_plan(q, device) != nullptr;
+         remembered_first_plan(q, device).covered;
 }
 
 // ---- feed-forward in one launch: the hidden tensor stays on the chip ----
@@ -81,22 +110,23 @@ struct SplitRow {
     });
   }
 
-  // Rounds of the warpgroups at 75 % of the tensor cores' rate, each with a fixed part (NOTES.md).
+  // Rounds of the warpgroups at 75 % of the tensor cores' rate, each with a fixed part (NOTES.md); a shared one takes somewhat more than half.
   static double cost(const Problem& q, const Device& device, const Config&) {
     return with_kernel(q, [&](auto traits) {
       using Traits = decltype(traits);
       const int chunks = static_cast<int>(ceil_div(q.hidden, kHiddenChunk));
-      const int64_t tiles = ceil_div(pixels_of(q), kTilePixels), workers = int64_t{device.multiprocessors} * Traits::kWarpgroups;
+      const int64_t tiles = ceil_div(pixels_of(q), kTilePixels);
+      const Rounds share = share_out<Traits>(tiles, chunks, static_cast<int>(std::min<int64_t>(tiles, device.multiprocessors)));
       // One warpgroup alone leaves the tensor cores idle half of the time.
       const int busy = static_cast<int>(std::clamp<int64_t>(tiles / device.multiprocessors, 2, Traits::kWarpgroups));
       const double products = busy * kTilePixels * 2.0 * chunks * kHiddenChunk * kWidth / (2048 * 0.75);
-      return conv_norm_cost(q, device, *remembered_conv_norm_plan(q, device)) + 2 + ceil_div(tiles, workers) * (products + 2000) / 1600;
+      return first_cost(q, device) + 2 + (share.full + (share.shared ? 0.6 : 0)) * (products + 2000) / 1600;
     });
   }
 
   static int launch(const Problem& q, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
     const Device device = device_of(c);
-    const int error = conv_norm_launch(q, t, *remembered_conv_norm_plan(q, device), workspace, true, stream);
+    const int error = launch_first(q, t, device, workspace, stream);
     if (error != 0) return error;
     return with_kernel(q, [&](auto traits) {
       const FeedForwardProblem problem{pixels_of(q), q.channels, q.hidden, q.dtype, q.activation};
@@ -109,7 +139,9 @@ struct SplitRow {
     return with_kernel(q, [&](auto traits) { return FeedForwardKernel<decltype(traits)>::pointer(); });
   }
 
-  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, false}; }
+  static constexpr Variant row(const char* name, bool tested = true) {
+    return {name, 90, 90, supports, configure, cost, launch, kernel, tested};
+  }
 };
 
 // ---- feed-forward as two matrix products: the hidden tensor goes through memory ----
@@ -143,14 +175,14 @@ struct SplitLinearRow {
   }
 
   static double cost(const Problem& q, const Device& device, const Config&) {
-    return conv_norm_cost(q, device, *remembered_conv_norm_plan(q, device)) + plan_linear(expansion(q), device).cost +
+    return first_cost(q, device) + plan_linear(expansion(q), device).cost +
            plan_linear(projection(q), device).cost;
   }
 
   static int launch(const Problem& q, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
     const Device device = device_of(c);
     void* hidden = static_cast<char*>(workspace) + normalised_bytes(q);
-    int error = conv_norm_launch(q, t, *remembered_conv_norm_plan(q, device), workspace, true, stream);
+    int error = launch_first(q, t, device, workspace, stream);
     if (error != 0) return error;
     const LinearProblem expand = expansion(q), project = projection(q);
     error = launch_linear(expand, {workspace, t.expand_weight, t.expand_bias, hidden, nullptr, nullptr, nullptr},
@@ -160,9 +192,9 @@ struct SplitLinearRow {
                          plan_linear(project, device), true, stream);
   }
 
-  static const void* kernel(const Problem& q) { return conv_norm_pointer(q); }
+  static const void* kernel(const Problem& q) { return first_pointer(q); }
 
-  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, false}; }
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
 }  // namespace convfirst::block_fusion::sm90

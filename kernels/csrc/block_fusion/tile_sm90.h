@@ -55,6 +55,9 @@ struct BlockTraits {
   static constexpr bool kARegisters = kChoice.a_registers;
   static constexpr bool kConvWeightsStay = kChoice.conv_weights_stay;
   static constexpr Schedule kSchedule = kChoice.schedule;
+  static constexpr bool kSharesTail = kChannels == 256;  // two blocks may share the tiles of a last round
+  static constexpr int kW2Parts = kSharesTail ? 2 : 1;
+  static constexpr int kFixedSlots = kSharesTail ? 2 : 0;  // of both weights, where no more fit: spares the registers of counting them
   static constexpr int kPanel = kChannels % 64 == 0 ? 64 : 32;  // channels of one swizzled panel
   static constexpr int kRowBytes = kPanel * 2;
   static constexpr int kPanels = kChannels / kPanel;
@@ -71,6 +74,7 @@ struct BlockTraits {
   static constexpr int kConvPieces = kConvWeightsStay ? 1 : (kConvWeightBytes + kW1Bytes - 1) / kW1Bytes;
   static constexpr int kConvPieceChannels = kChannels / kConvPieces;
   static constexpr int kVectors = 5;  // convolution bias, norm weight, norm bias, project bias, layer scale
+  static constexpr bool kVectorsInShared = kChannels < 256;
   static constexpr bool kHalfActivation = kDType == DType::kHalf;
   static constexpr int kExpandBiasBytes = kHalfActivation ? 2 : 4;
   static_assert(kChannels % 32 == 0 && kChannels <= 256 && kConvPieceChannels % 32 == 0);
@@ -89,23 +93,30 @@ CONVFIRST_HOST_DEVICE inline SharedLayout shared_layout(int w1_slots, int w2_slo
   s.x = s.w2 + w2_slots * Traits::kW2Bytes;
   s.conv_weight = s.x + x_slots * x_slot_bytes;
   s.vectors = s.conv_weight + (Traits::kConvWeightsStay ? Traits::kConvWeightBytes : 0);
-  s.expand_bias = s.vectors + Traits::kVectors * Traits::kChannels * 4;
+  s.expand_bias = s.vectors + (Traits::kVectorsInShared ? Traits::kVectors * Traits::kChannels * 4 : 0);
   s.pixels = s.expand_bias + hidden * Traits::kExpandBiasBytes;
   s.barriers = s.pixels + kTilePixels * 8;
-  s.total = s.barriers + (6 * kMaxSlots + 1) * 8;
+  s.total = s.barriers + 7 * kMaxSlots * 8;
   return s;
 }
 
+// A rectangle of pixels of `images` images; or, with images == 0, a flat tile: 64 pixels in a row through all images, whose rows of
+// `width` pixels (the image's) lie one after another, so that a tap is masked where it leaves its image.
 struct TileShape {
   int images, height, width;
+
+  bool flat() const { return images == 0; }
+  // Pixels of x in shared memory; of the flat tile one more, of zeros.
+  int staged(int pad) const {
+    return flat() ? kTilePixels + 2 * pad * (width + 1) + 1 : images * (height + 2 * pad) * (width + 2 * pad);
+  }
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class Traits>
 int x_panel_bytes(const TileShape& t) {
-  const int rows = t.images * (t.height + 2 * Traits::kPad) * (t.width + 2 * Traits::kPad);
-  return static_cast<int>(ceil_div(rows * Traits::kRowBytes, 1024) * 1024);
+  return static_cast<int>(ceil_div(t.staged(Traits::kPad) * Traits::kRowBytes, 1024) * 1024);
 }
 
 // The x tile, or what is written over it: A and the staged output.
@@ -116,7 +127,21 @@ int x_slot_bytes(const TileShape& t) {
 }
 
 inline int64_t tile_count(const Problem& q, const TileShape& t) {
+  if (t.flat()) return ceil_div(q.batch * q.height * q.width, kTilePixels);
   return ceil_div(q.batch, t.images) * ceil_div(q.height, t.height) * ceil_div(q.width, t.width);
+}
+
+// How the warpgroups of `blocks` blocks share the tiles out: rounds of a tile each, then perhaps one of tiles that two blocks share.
+struct Rounds {
+  int full;
+  bool shared;
+};
+
+template <class Traits>
+Rounds share_out(int64_t tiles, int chunks, int blocks) {
+  const int64_t workers = int64_t{blocks} * Traits::kWarpgroups, rest = tiles % workers;
+  const bool shared = Traits::kSharesTail && rest > 0 && rest <= workers / 2 && tiles > workers / 2 && chunks % 2 == 0 && blocks % 2 == 0;
+  return {static_cast<int>(tiles / workers) + (rest > 0 && !shared ? 1 : 0), shared};
 }
 
 // Slots of the three rings that fit beside everything else; false if not even the least does.
@@ -133,6 +158,12 @@ bool choose_slots(const Problem& q, const Device& device, const TileShape& t, Sl
            shared_layout<Traits>(w1, w2, x, x_bytes, q.hidden).total <= device.max_shared_memory;
   };
   const int least_x = Traits::kWarpgroups;
+  if (Traits::kFixedSlots > 0) {
+    *slots = {Traits::kFixedSlots, Traits::kFixedSlots, least_x};
+    if (!fits(slots->w1, slots->w2, least_x)) return false;
+    if (fits(slots->w1, slots->w2, least_x + 1)) slots->x = least_x + 1;  // a spare x tile: the next load runs under this tile's work
+    return true;
+  }
   if (chunks <= kMaxSlots && fits(chunks, chunks, least_x)) {  // all weights stay
     *slots = {chunks, chunks, least_x};
     while (slots->x < 2 * Traits::kWarpgroups && fits(chunks, chunks, slots->x + 1)) ++slots->x;
@@ -149,27 +180,37 @@ bool choose_slots(const Problem& q, const Device& device, const TileShape& t, Sl
   return true;
 }
 
+// Rounds of a tile with its halo; a last round that blocks share takes somewhat more than half.
+template <class Traits>
+double tile_cost(const Problem& q, const Device& device, const TileShape& t) {
+  const int64_t tiles = tile_count(q, t), workers = static_cast<int64_t>(device.multiprocessors) * Traits::kWarpgroups;
+  const Rounds share = share_out<Traits>(tiles, q.hidden / kHiddenChunk, device.multiprocessors);
+  const double rounds = tiles <= 4 * workers ? share.full + (share.shared ? 0.7 : 0) : static_cast<double>(tiles) / workers;
+  const double halo = static_cast<double>(x_panel_bytes<Traits>(t)) / (kTilePixels * Traits::kRowBytes);
+  return rounds * (8.0 + halo) - 1e-3 * (t.flat() ? 0 : t.width);  // long rows: fewer bank conflicts
+}
+
 // The tile of at most 64 pixels that covers the map in the fewest rounds, then with the least halo.
 template <class Traits>
 bool choose_tile(const Problem& q, const Device& device, TileShape* best, Slots* best_slots) {
-  const int64_t workers = static_cast<int64_t>(device.multiprocessors) * Traits::kWarpgroups;
   double best_cost = 1e30;
+  const auto consider = [&](const TileShape& t) {
+    Slots slots;
+    if (t.staged(Traits::kPad) * Traits::kRowBytes > device.max_shared_memory || !choose_slots<Traits>(q, device, t, &slots)) return;
+    const double cost = tile_cost<Traits>(q, device, t);
+    if (cost < best_cost) best_cost = cost, *best = t, *best_slots = slots;
+  };
   const int most_images = static_cast<int>(std::min<int64_t>(q.batch, kTilePixels));
   for (int height = 1; height <= std::min<int64_t>(q.height, kTilePixels); ++height) {
     for (int width = 1; width <= std::min<int64_t>(q.width, kTilePixels / height); ++width) {
       const bool whole = height == q.height && width == q.width;  // several images a tile only if each is whole
       for (int images = 1; images <= (whole ? std::min(most_images, kTilePixels / (height * width)) : 1); ++images) {
-        const TileShape t{images, height, width};
-        Slots slots;
-        if (!choose_slots<Traits>(q, device, t, &slots)) continue;
-        const int64_t tiles = tile_count(q, t);
-        const double rounds = tiles <= 4 * workers ? static_cast<double>(ceil_div(tiles, workers)) : static_cast<double>(tiles) / workers;
-        const double halo = static_cast<double>(x_panel_bytes<Traits>(t)) / (kTilePixels * Traits::kRowBytes);
-        const double cost = rounds * (8.0 + halo) - 1e-3 * width;  // long rows: fewer bank conflicts
-        if (cost < best_cost) best_cost = cost, *best = t, *best_slots = slots;
+        consider({images, height, width});
       }
     }
   }
+  // TMA boxes have at most 256 rows.
+  if (kTilePixels + 2 * Traits::kPad * (q.width + 1) <= 256) consider({0, 1, static_cast<int>(q.width)});
   return best_cost < 1e30;
 }
 

@@ -61,7 +61,8 @@ struct Row {
       using Traits = decltype(traits);
       Plan plan;
       make_plan<Traits>(q, device, &plan);
-      const int64_t rounds = ceil_div(tile_count(q, plan.tile), device.multiprocessors * Traits::kWarpgroups);
+      const Rounds share = share_out<Traits>(tile_count(q, plan.tile), q.hidden / kHiddenChunk, plan.grid);
+      const double rounds = share.full + (share.shared ? 0.75 : 0);
       const double products = Traits::kWarpgroups * kTilePixels * 2.0 * q.hidden * kChannels / 2048;
       return 2 + rounds * (1.63 * products + 4300) / 1600;
     });
@@ -87,7 +88,9 @@ constexpr Variant kVariants[] = {
     Row<32>::row("sm90_conv_first_c32"),   Row<64>::row("sm90_conv_first_c64"),   Row<96>::row("sm90_conv_first_c96"),
     Row<128>::row("sm90_conv_first_c128"), Row<192>::row("sm90_conv_first_c192"), Row<256>::row("sm90_conv_first_c256"),
     SplitRow<64>::row("sm90_split_c64"),         SplitRow<96>::row("sm90_split_c96"),
-    SplitRow<128>::row("sm90_split_c128"),       SplitRow<192>::row("sm90_split_c192"),
+    SplitRow<128>::row("sm90_split_c128"),
+    // float16 differed from run to run in its last GPU test, on maps of several rounds (NOTES.md)
+    SplitRow<192>::row("sm90_split_c192", false),
     SplitRow<256>::row("sm90_split_c256"),       SplitLinearRow::row("sm90_split_linear"),
 };
 

@@ -95,7 +95,7 @@ std::string refusal_of(const Variant& variant, const Problem& problem, const Dev
     }
     why << ", the device has " << device.capability;
   } else if (!variant.tested && path.empty()) {
-    why << "has not been tested on a GPU yet; it runs where its path is asked for";
+    why << "has not passed its GPU tests; it runs where its path is asked for";
   } else if (!variant.supports(problem, device)) {
     why << "does not cover this width, filter, group width, expansion or norm";
   }

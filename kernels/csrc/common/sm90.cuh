@@ -79,6 +79,34 @@ __device__ __forceinline__ void bulk_load(const void* from, TransactionBarrier* 
                : "memory");
 }
 
+// The same from shared memory, and the wait until all that this thread began have been read from there.
+__device__ __forceinline__ void bulk_store(void* to, const void* smem, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(smem_address(smem)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void bulk_store_wait() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// A barrier in this block's shared memory, by address.
+__device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t phase) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "wait:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra wait;\n}" ::"r"(barrier),
+      "r"(phase)
+      : "memory");
+}
+
+__device__ __forceinline__ TransactionBarrier* transaction_barrier(uint32_t address) {
+  return static_cast<TransactionBarrier*>(__cvta_shared_to_generic(address));
+}
+
+__device__ __forceinline__ void arrive_barrier(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 __device__ __forceinline__ uint32_t load_shared_32(uint32_t address) {
   uint32_t value;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");

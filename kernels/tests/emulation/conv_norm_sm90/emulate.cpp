@@ -120,18 +120,31 @@ struct IndexInBlock {
   } x;
 } index_in_block;
 
+struct BlockSize {
+  struct {
+    operator int() const { return block_threads; }
+  } x;
+} block_size;
+
 }  // namespace emulation
 
 #undef threadIdx
 #define threadIdx emulation::index_in_block
+#define blockDim emulation::block_size
+#define __maxnreg__(registers)
 
 #include "block_fusion/conv_norm_fwd_sm90.cuh"
 #include "block_fusion/conv_norm_sm90.cpp"
 
+#define with_kernel with_grouped_kernel
+#include "block_fusion/grouped_conv_norm_fwd_sm90.cuh"
+#include "block_fusion/grouped_conv_norm_sm90.cpp"
+#undef with_kernel
+
 namespace convfirst::block_fusion::sm90 {
 
-template <DType kDType, int kKernel, int kGroupWidth, bool kNarrow>
-int ConvNormKernel<kDType, kKernel, kGroupWidth, kNarrow>::launch(const ConvNormParams& p, bool, cudaStream_t) {
+template <DType kDType, bool kNarrow>
+int ConvNormKernel<kDType, kNarrow>::launch(const ConvNormParams& p, bool, cudaStream_t) {
   const ConvNormTile& t = p.plan.tile;
   const emulation::TensorMap map{static_cast<const char*>(p.x),
                                  {p.channels, p.width, p.height, p.batch},
@@ -139,13 +152,26 @@ int ConvNormKernel<kDType, kKernel, kGroupWidth, kNarrow>::launch(const ConvNorm
   CUtensorMap x_map;
   std::memcpy(&x_map, &map, sizeof(map));
   emulation::run_clusters(p.plan.grid(), p.plan.cluster, kConvNormThreads, p.layout.total, [&] {
-    conv_norm_fwd_sm90<ConvNormTraits<kDType, kKernel, kGroupWidth, kNarrow>>(p, x_map);
+    conv_norm_fwd_sm90<ConvNormTraits<kDType, kNarrow>>(p, x_map);
   });
   return 0;
 }
 
-template <DType kDType, int kKernel, int kGroupWidth, bool kNarrow>
-const void* ConvNormKernel<kDType, kKernel, kGroupWidth, kNarrow>::pointer() {
+template <DType kDType, bool kNarrow>
+const void* ConvNormKernel<kDType, kNarrow>::pointer() {
+  return nullptr;
+}
+
+template <DType kDType, int kKernel, int kGroupWidth, int kMTiles>
+int GroupedKernel<kDType, kKernel, kGroupWidth, kMTiles>::launch(const GroupedParams& p, bool, cudaStream_t) {
+  emulation::run_clusters(p.plan.tiles, 1, p.plan.threads, p.layout.total, [&] {
+    grouped_conv_norm_fwd_sm90<GroupedTraits<kDType, kKernel, kGroupWidth, kMTiles>>(p);
+  });
+  return 0;
+}
+
+template <DType kDType, int kKernel, int kGroupWidth, int kMTiles>
+const void* GroupedKernel<kDType, kKernel, kGroupWidth, kMTiles>::pointer() {
   return nullptr;
 }
 
@@ -156,8 +182,13 @@ const void* ConvNormKernel<kDType, kKernel, kGroupWidth, kNarrow>::pointer() {
 extern "C" int run(const convfirst::block_fusion::Problem* problem, const convfirst::block_fusion::Tensors* tensors, void* a,
                    int multiprocessors, int backwards) {
   using namespace convfirst::block_fusion::sm90;
+  emulation::backwards = backwards;
+  if (problem->group_width > 1) {
+    GroupedPlan plan;
+    if (!grouped_plan(*problem, {90, multiprocessors, 232448}, &plan)) return 0;
+    return grouped_launch(*problem, *tensors, plan, a, true, nullptr) == 0 ? 1 : 0;
+  }
   ConvNormPlan plan;
   if (!conv_norm_plan(*problem, {90, multiprocessors, 232448}, &plan)) return 0;
-  emulation::backwards = backwards;
   return conv_norm_launch(*problem, *tensors, plan, a, true, nullptr) == 0 ? plan.cluster : 0;
 }

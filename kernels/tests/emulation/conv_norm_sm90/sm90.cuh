@@ -3,6 +3,8 @@
 
 #include <cuda.h>
 
+#include <map>
+
 #include "ptx.cuh"
 
 namespace emulation {
@@ -18,14 +20,46 @@ static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 
 namespace convfirst::sm90 {
 
+// Completes when its arrivals have come and the bytes that they announced too.
 struct TransactionBarrier {
-  uint64_t phases;
-  void init(int) { phases = 0; }
-  void arrive_and_expect_tx(int) {}
+  uint16_t phases, expected, arrived, unused;
+  static inline std::map<const void*, int64_t> bytes;  // announced and not there yet
+  void init(int arrivals) { phases = 0, expected = static_cast<uint16_t>(arrivals), arrived = 0, bytes[this] = 0; }
+  void complete() {
+    if (arrived == expected && bytes[this] == 0) arrived = 0, ++phases;
+  }
+  void arrive_and_expect_tx(int count) {
+    bytes[this] += count;
+    ++arrived;
+    complete();
+  }
+  void deliver(int count) {
+    bytes[this] -= count;
+    complete();
+  }
   void wait(uint32_t phase) const {
-    while ((phases & 1) == phase) emulation::yield();
+    while ((phases & 1u) == phase) emulation::yield();
   }
 };
+static_assert(sizeof(TransactionBarrier) == 8);
+
+inline void bulk_load(const void* from, TransactionBarrier* barrier, void* to, uint32_t bytes) {
+  const uint32_t start = ptx::smem_address(to);
+  if (start % 16 != 0 || bytes % 16 != 0) emulation::fail("bulk copy misaligned", start);
+  emulation::check_shared(start, bytes);
+  std::memcpy(to, from, bytes);
+  barrier->deliver(bytes);
+}
+
+inline void bulk_store(void* to, const void* from, uint32_t bytes) {
+  const uint32_t start = ptx::smem_address(from);
+  if (start % 16 != 0 || bytes % 16 != 0) emulation::fail("bulk copy misaligned", start);
+  emulation::check_shared(start, bytes);
+  std::memcpy(to, from, bytes);
+}
+
+inline void bulk_store_wait() {}
+inline void fence_async_proxy() {}
 
 // 64-byte rows of 16-bit elements, swizzled; zeros outside the tensor.
 inline void tma_load_4d(const void* map, TransactionBarrier* barrier, unsigned char* to, int c0, int c1, int c2, int c3) {
@@ -46,7 +80,7 @@ inline void tma_load_4d(const void* map, TransactionBarrier* barrier, unsigned c
             std::memcpy(emulation::smem + at, m.data + element * 2, 2);
           }
         }
-  ++barrier->phases;
+  barrier->deliver(row * 64);
 }
 
 }  // namespace convfirst::sm90

@@ -3,6 +3,7 @@
 
 namespace convfirst::block_fusion::sm90 {
 
-template struct ConvNormKernel<DType::kHalf, 5, 8, false>;
+template struct ConvNormKernel<DType::kBFloat16, false>;
+template struct ConvNormKernel<DType::kBFloat16, true>;
 
 }  // namespace convfirst::block_fusion::sm90

@@ -3,6 +3,7 @@
 
 namespace convfirst::block_fusion::sm90 {
 
-template struct ConvNormKernel<DType::kBFloat16, 3, 16, false>;
+template struct ConvNormKernel<DType::kHalf, false>;
+template struct ConvNormKernel<DType::kHalf, true>;
 
 }  // namespace convfirst::block_fusion::sm90
