@@ -14,6 +14,8 @@ from convfirst_kernels.blocks import Unsupported, _activation, _after_affine, _s
 from convfirst_kernels.planner import Device
 
 operators = torch.ops.convfirst
+# One H200, 64 channels: 7.8 us against 5.2 in two launches at 784 rows, 42 against 65 at 100352. In between: a guess.
+FUSED_ROWS = 16384
 
 
 def centred(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,11 +145,16 @@ class DownsampleParts:
     def tensors(self) -> list[Tensor]:
         return _tensors(self.conv, self.batch_norm, self.layer_norm)
 
-    def fused(self, index: int) -> bool:
-        return not _uncovered("downsample", self.conv.in_channels, self.conv.out_channels, index)
-
     def uncovered(self, index: int) -> str:
-        return "" if self.fused(index) else _uncovered("normalised_patches", self.conv.in_channels, 0, index)
+        return _uncovered("normalised_patches", self.conv.in_channels, 0, index)
+
+    def fused(self, x: Tensor) -> bool:
+        """Whether one kernel computes it. It loads the whole matrix first, which few rows don't repay."""
+        if x.device.type != "cuda":
+            return True
+        rows = x.shape[0] * (x.shape[2] // 2) * (x.shape[3] // 2)
+        shape = self.conv.in_channels, self.conv.out_channels, x.device.index or 0
+        return rows >= FUSED_ROWS and not _uncovered("downsample", *shape)
 
     def pack(self, dtype: torch.dtype, absorb: bool = True) -> tuple:
         conv = self.conv
@@ -164,7 +171,7 @@ class DownsampleParts:
     def launch(self, x: Tensor, packed: tuple) -> Tensor:
         weight, bias, rounded, eps, has_norm = packed
         x = x.contiguous(memory_format=torch.channels_last)
-        if x.device.type != "cuda" or self.fused(x.device.index or 0):
+        if self.fused(x):
             return operators.downsample(x, weight, bias, eps, has_norm)
         rows = torch.addmm(rounded, operators.normalised_patches(x, eps, has_norm), weight.t())
         return rows.view(x.shape[0], x.shape[2] // 2, x.shape[3] // 2, -1).permute(0, 3, 1, 2)

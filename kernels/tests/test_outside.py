@@ -107,6 +107,14 @@ def test_uncovered_says_what_is():
     with pytest.raises(RuntimeError, match="op is 'pool'; known are 'stem'"):
         operators.patch_refusal("pool", 3, 64, 90, 232448)
     assert "no such kernels for compute capability 75" in operators.patch_refusal("stem", 3, 64, 75, 65536)
+    assert operators.patch_refusal("downsample", 64, 128, 90, 232448) == ""
+    assert "from 96 to 192 channels" in operators.patch_refusal("downsample", 96, 192, 90, 232448)
+
+
+def test_kernels_that_have_not_run_on_a_gpu_are_asked_for_by_name():
+    assert "force_path('sm80') asks for them" in operators.patch_refusal("stem", 3, 64, 80, 166912)
+    with ck.force_path("sm80"):
+        assert operators.patch_refusal("stem", 3, 64, 80, 166912) == ""
 
 
 NETWORKS = {

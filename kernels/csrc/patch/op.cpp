@@ -15,13 +15,15 @@ using torch::headeronly::MemoryFormat;
 constexpr int64_t kMaxElements = int64_t{1} << 31;
 constexpr int kGatherWidest = 768;
 
-// The path that runs on such a device, where the build has it; a restriction to one of the two is kept.
+// The path that runs on such a device, where the build has it; a restriction to one of the two is kept, and one that has not been
+// tested on a GPU runs only by its name.
 const Path* path_for(int capability) {
   const std::string forced = forced_path();
   for (const Path* path : {sm90_path(), sm80_path()}) {
     if (path == nullptr || capability < path->min_capability) continue;
     if (path->max_capability != 0 && capability > path->max_capability) continue;
     if ((forced == "sm80" || forced == "sm90") && forced != path->name) continue;
+    if (!path->tested && forced != path->name) continue;
     return path;
   }
   return nullptr;
@@ -234,7 +236,11 @@ std::string downsample_check(const Tensor& x, const Tensor& weight, const Tensor
 std::string refusal(const std::string& op, int64_t channels, int64_t columns, int64_t capability, int64_t max_shared_memory) {
   const Path* path = path_for(static_cast<int>(capability));
   if (path == nullptr) {
-    return "this build has no such kernels for compute capability " + std::to_string(capability);
+    const Path* portable = sm80_path();
+    const bool gated = portable != nullptr && capability >= portable->min_capability && forced_path().empty();
+    return gated ? "its kernels have not been tested on a GPU of compute capability " + std::to_string(capability) +
+                       " yet; force_path('sm80') asks for them"
+                 : "this build has no such kernels for compute capability " + std::to_string(capability);
   }
   const auto shared = [&](int64_t bytes) {
     return bytes <= max_shared_memory ? std::string()
@@ -255,12 +261,11 @@ std::string refusal(const std::string& op, int64_t channels, int64_t columns, in
     return "its width is " + std::to_string(columns) + "; supported are 48, 64, 80, 96 and 128";
   }
   if (op == "downsample") {
-    for (int known : {32, 64, 96}) {
-      if (known != channels || columns != 2 * channels) continue;
-      return shared(hopper ? hopper_downsample_layout(known).end(1, hopper_downsample_tile(known).slots) : downsample_layout(known).end);
+    if (columns != 2 * channels || (channels != 32 && channels != 64)) {
+      return "it goes from " + std::to_string(channels) + " to " + std::to_string(columns) +
+             " channels; supported are 32 and 64 to twice as many";
     }
-    return "it goes from " + std::to_string(channels) + " to " + std::to_string(columns) +
-           " channels; supported are 32, 64 and 96 to twice as many";
+    return shared(downsample_layout(static_cast<int>(channels)).end);
   }
   if (op == "normalised_patches") {
     if (channels % 8 == 0 && channels >= 8 && channels <= kGatherWidest) return "";

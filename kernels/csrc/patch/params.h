@@ -86,6 +86,7 @@ struct Path {
   const char* name;
   int min_capability;
   int max_capability;  // 0: no upper bound
+  bool tested;         // on a GPU; where not, only force_path(name) asks for it
   int (*stem)(const Stem&, const Device&, cudaStream_t);
   int (*patch_stem)(const PatchStem&, const Device&, cudaStream_t);
   int (*downsample)(const Downsample&, const Device&, cudaStream_t);
