@@ -176,12 +176,11 @@ class Report:
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False) -> Report:
+def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, winograd: bool = False) -> Report:
     """Make the residual blocks of ConvFirst and of timm's ConvNeXt run as fused kernels, in place.
 
     So do, in inference, their stems and downsampling layers; where a gradient may be asked for, those run their own
-    code. Dense 3x3 convolutions of stride 1 elsewhere in the model, as VGG's and ResNet's, run as Winograd's in calls
-    of a size where that was measured to be faster than cuDNN, in inference and without TF32.
+    code.
     Parameters, buffers, state_dict, hooks on blocks, training, deepcopy and pickle stay as they were. Batch norms fold
     in evaluation mode. Put the model in channels_last: a fused block converts its input otherwise.
 
@@ -191,6 +190,9 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False) ->
             "required" raises instead, for residual blocks; "off" takes fused forwards away again.
         frozen: the weights will not change: pack them once and never look again. Under torch.compile it keeps the
             packing out of the compiled program.
+        winograd: also dense 3x3 convolutions of stride 1 elsewhere in the model, as VGG's and ResNet's: as Winograd's,
+            in calls of a size where that was measured to be faster than cuDNN, in inference, float32 and without TF32.
+            Its kernels ran on a GPU; put into a model they have not yet.
 
     Returns:
         A report of every block and layer that was found: swapped or not, and why.
@@ -204,7 +206,8 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False) ->
     found = [(name, module, *_examine(module)) for name, module in model.named_modules()]
     found = [entry for entry in found if entry[2] is not None or entry[3] is not None]
     layers = [(name, module, *_examine_outside(module)) for name, module in outside.find_outside(model)]
-    convolutions = find_convolutions(model, [name for name, *_ in found + layers])
+    taken = [name for name, *_ in found + layers]
+    convolutions = find_convolutions(model, taken) if winograd or kernels == "off" else []
     if kernels == "off":
         for _, module, _, _ in found + layers + convolutions:
             _restore(module)

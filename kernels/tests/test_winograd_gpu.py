@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import convfirst_kernels as ck
 from convfirst_kernels import winograd_conv2d
 from convfirst_kernels.winograd import kernels, operators, reference
 
@@ -30,7 +31,8 @@ ACTIVATE = {"none": lambda y: y, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 @pytest.fixture(autouse=True)
 def true_float32():
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        yield
+        with ck.force_path("sm80"):  # asks for the kernels of 16 bits too
+            yield
 
 
 def inputs(shape: tuple, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -158,6 +160,12 @@ def test_cuda_graph_and_compile(seed):
     assert torch.equal(y, expected)
     compiled = torch.compile(lambda *t: winograd_conv2d(*t, kernels="required"), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, weight, bias), expected)
+
+
+def test_16_bits_must_be_asked_for(seed):
+    x, weight, bias = inputs(SHAPES[1], torch.float16, seed)
+    with ck.force_path(""), pytest.raises(RuntimeError, match="force_path\\('sm80'\\) asks for them"):
+        winograd_conv2d(x, weight, bias, kernels="required")
 
 
 def test_float64_and_f4_in_16_bits_run_the_reference(seed):

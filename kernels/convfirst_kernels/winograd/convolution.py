@@ -27,8 +27,8 @@ def winograd_conv2d(
 ) -> Tensor:
     """``act(conv2d(x, weight, bias, padding=padding))`` by Winograd's minimal filtering (Lavin & Gray, 1509.09308).
 
-    CUDA kernels compute it in float32 (true float32, no TF32), and by "f2" in float16 and bfloat16; elsewhere the
-    operator runs its definition in PyTorch, `winograd.reference`, which is there for its numbers and not for speed.
+    CUDA kernels compute it in float32 (true float32, no TF32), and under `force_path`("sm80") by "f2" in float16 and
+    bfloat16; elsewhere the operator runs its definition, `winograd.reference`, there for its numbers and not for speed.
     Differentiable once: the gradient of x by the same algorithm, that of weight by F(3x3, 2x2).
 
     Args:

@@ -15,12 +15,22 @@ def refusal(x: Tensor, outputs: int, padding: int, algorithm: str) -> str | None
         return f"x is on {x.device.type}; the kernels run on CUDA devices"
     if x.dtype not in _DTYPES:
         return f"x is {x.dtype}; the kernels take torch.float32, torch.float16 and torch.bfloat16"
+    if x.dtype != torch.float32 and not _asked_for():
+        return f"its {x.dtype} kernels are not tested in full on a GPU yet; force_path('sm80') asks for them"
     if x.dtype != torch.float32 and algorithm != "f2":
         return f"algorithm is {algorithm!r}; in {x.dtype} the kernels know 'f2'"
     height, width = (size + 2 * padding - 2 for size in x.shape[2:])
     if max(x.numel(), x.shape[0] * outputs * height * width) >= _LIMIT:
         return f"x has shape {list(x.shape)}; the kernels take fewer than 2^31 elements of x and of the result"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _asked_for() -> bool:
+    """Whether `force_path` names the portable path, the only one there is."""
+    forced = torch.ops.convfirst.force_path("")
+    torch.ops.convfirst.force_path(forced)
+    return forced == "sm80"
 
 
 def forward(

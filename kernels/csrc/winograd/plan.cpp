@@ -9,7 +9,7 @@ namespace {
 
 // Larger chunks are faster as far as they were measured, also past the L2 cache: fewer launches, fewer ragged last rounds.
 constexpr int64_t kWorkspaceBytes = int64_t{256} << 20;
-constexpr int kMaxSplits = 8;
+constexpr int kMaxSplits = 4;  // as many as were measured
 
 struct Tile {
   int rows, columns;
@@ -17,11 +17,11 @@ struct Tile {
 
   constexpr int warps() const { return rows * columns / 2048; }
 };
-constexpr Tile kTiles[] = {{128, 128, 1.15}, {128, 64, 1.03}, {64, 64, 1.0}, {32, 64, 1.06}};
+constexpr Tile kTiles[] = {{128, 128, 1.15}, {128, 64, 1.0}, {64, 64, 1.03}, {32, 64, 1.16}};
 
 // Measured on an H200 in float32 (NOTES.md): clocks of a warp for a slice where three warps of a scheduler share it, and what
 // fewer of them get done.
-constexpr double kSliceClocks = 1480, kBlockClocks = 3000, kLaunchClocks = 4000;
+constexpr double kSliceClocks = 1480, kBlockClocks = 3000, kLaunchClocks = 4000, kSplitClocks = 4500;
 constexpr double kBytesAClock = 13;  // of a multiprocessor, in the transforms
 double efficiency(double warps) { return warps >= 3 ? 1 : warps >= 2 ? 0.8 + 0.2 * (warps - 2) : 0.5 + 0.3 * (warps - 1); }
 
@@ -42,7 +42,7 @@ SplitPlan plan_split(const Problem& p, int m, int multiprocessors) {
       const double warps = double(ceil_div(blocks, multiprocessors)) * tile.warps() / 4;  // of a scheduler
       const double slice = kSliceClocks * tile.penalty / 3 * std::max(1.0, warps) / efficiency(std::max(1.0, warps));
       const double inverse = double(splits) * chunk * p.output_pitch() * points * 4 / multiprocessors / kBytesAClock;
-      const double cost = chunks * (slice * ceil_div(slices, splits) + kBlockClocks + kLaunchClocks + inverse);
+      const double cost = chunks * (slice * ceil_div(slices, splits) + kBlockClocks + kLaunchClocks + (splits - 1) * kSplitClocks + inverse);
       if (best_cost == 0 || cost < best_cost) best = {tile.rows, tile.columns, splits, chunk}, best_cost = cost;
     }
   }
@@ -69,8 +69,8 @@ int64_t workspace_bytes(const Problem& p, int m, const Plan& plan) {
 
 GradientPlan plan_weight_gradient(const Problem& p, int multiprocessors) {
   const int64_t outputs = p.output_pitch(), channels = GradientPlan{}.channels(p);
-  const bool large = outputs % 128 == 0;
-  const int64_t blocks = 16 * outputs * channels / (large ? 128 * 64 : 64 * 64), resident = large ? 3 : 6;
+  const bool large = outputs % 128 == 0 && channels % 128 == 0;
+  const int64_t blocks = 16 * outputs * channels / (large ? 128 * 128 : 64 * 64), resident = large ? 2 : 6;
   const int64_t tiles = p.tiles(2);
   // Enough splits to fill the device, but slices enough in each to pay for its epilogue.
   const int64_t wanted = ceil_div(multiprocessors * resident, blocks), longest = std::max<int64_t>(1, tiles / (8 * kSlice));

@@ -140,30 +140,32 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int lane_n = lane % 2 + lane / 4 % 4 * 2, lane_m = lane / 2 % 2 + lane / 16 * 2;
   const int warp_column = warp % (Tile::kColumns / 64) * 64, warp_row = warp / (Tile::kColumns / 64) * 32;
-  // This lane's first rows, chunks 0 and 1 of a slice; with 8 flipped chunks 2 and 3, and the rows of the other swizzle.
-  const int v_place[2] = {chunk_address(warp_row + lane_m, 0), chunk_address(warp_row + lane_m, 1)};
-  const int u_place[2] = {chunk_address(Tile::kRows + warp_column + lane_n, 0), chunk_address(Tile::kRows + warp_column + lane_n, 1)};
+  int v_place[kSlice / 4], u_place[kSlice / 4];  // of this lane's first rows, by chunk
+#pragma unroll
+  for (int chunk = 0; chunk < kSlice / 4; ++chunk) {
+    v_place[chunk] = chunk_address(warp_row + lane_m, chunk);
+    u_place[chunk] = chunk_address(Tile::kRows + warp_column + lane_n, chunk);
+  }
   float sums[8][8] = {};
   float4 a[2][8];
   ptx::cp_async_wait<Tile::kStages - 2>();
   __syncthreads();
-  read_rows(a[0], stages + v_place[0], stages + (v_place[0] ^ 8));
-  // Half a slice an iteration: a whole one is more code than the instruction cache of a scheduler holds.
-#pragma unroll 1
-  for (int half = 0; half < 2 * at.steps; ++half) {
-    const int flip = half % 2 * 8;
-    const float* stage = stages + half / 2 % Tile::kStages * Tile::kStageFloats;
-    read_rows(a[1], stage + (v_place[1] ^ flip), stage + (v_place[1] ^ flip ^ 8));
-    multiply_chunk(sums, a[0], stage + (u_place[0] ^ flip));
-    const float* next = stage;
-    if (flip != 0) {
-      ptx::cp_async_wait<Tile::kStages - 3>();
-      __syncthreads();  // the next slice is there, and everyone has left the one before this, whose slot is filled now
-      copy.start(half / 2 + Tile::kStages - 1);
-      next = stages + (half / 2 + 1) % Tile::kStages * Tile::kStageFloats;
+  read_rows(a[0], stages + v_place[0], stages + v_place[2]);
+  for (int step = 0; step < at.steps; ++step) {
+    const float* stage = stages + step % Tile::kStages * Tile::kStageFloats;
+#pragma unroll
+    for (int chunk = 0; chunk < kSlice / 4; ++chunk) {
+      if (chunk + 1 < kSlice / 4) {
+        read_rows(a[(chunk + 1) % 2], stage + v_place[chunk + 1], stage + v_place[(chunk + 1) ^ 2]);
+      } else {
+        ptx::cp_async_wait<Tile::kStages - 3>();
+        __syncthreads();  // the next slice is there, and everyone has left the one before this, whose slot is filled now
+        copy.start(step + Tile::kStages - 1);
+        const float* next = stages + (step + 1) % Tile::kStages * Tile::kStageFloats;
+        read_rows(a[0], next + v_place[0], next + v_place[2]);
+      }
+      multiply_chunk(sums, a[chunk % 2], stage + u_place[chunk]);
     }
-    read_rows(a[0], next + (v_place[0] ^ flip ^ 8), next + (v_place[0] ^ flip));
-    multiply_chunk(sums, a[1], stage + (u_place[1] ^ flip));
   }
 
   float* out = p.out + at.split * p.out_split + at.point * p.out_point + (at.row + warp_row + lane_m) * p.out_pitch + at.column + warp_column;

@@ -15,8 +15,6 @@ int filter_transform(const FilterView& view, void* filter, cudaStream_t stream) 
                       static_cast<T*>(filter), outputs, channels);
 }
 
-constexpr int64_t kManyThreads = 1 << 15;
-
 // A chunk of tiles, rounded up to whole blocks, and strides of the workspace that holds it.
 struct Chunk {
   int64_t first;
@@ -74,11 +72,9 @@ int split(const Problem& p, const SplitPlan& plan, const Tensors& t, void* works
     const int rows = static_cast<int>(round_up(tiles, plan.block_rows));
     const Chunk chunk{first, tiles, rows, int64_t{rows} * p.channel_pitch(), int64_t{rows} * p.output_pitch(),
                       int64_t{points} * rows * p.output_pitch()};
-    // Few threads with little to do each are better than fewer with more.
-    const auto in_vectors = [&](int count) { return count % kVector == 0 && int64_t{tiles} * count / kVector >= kManyThreads; };
     float* const out = reinterpret_cast<float*>(v + points * chunk.v_point);
-    const auto transform = in_vectors(p.channels) ? input_transform<M, T, kVector> : input_transform<M, T, 1>;
-    const auto inverse = in_vectors(p.outputs) ? output_transform<M, T, kVector> : output_transform<M, T, 1>;
+    const auto transform = p.channels % kVector == 0 ? input_transform<M, T, kVector> : input_transform<M, T, 1>;
+    const auto inverse = p.outputs % kVector == 0 ? output_transform<M, T, kVector> : output_transform<M, T, 1>;
     int error = transform(p, t, v, chunk, stream);
     if (error == 0) error = products<T>(p, plan, v, t.filter, out, points, chunk, stream);
     if (error == 0) error = inverse(p, t, out, chunk, plan.splits, stream);

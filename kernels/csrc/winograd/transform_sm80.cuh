@@ -64,25 +64,6 @@ __global__ void __launch_bounds__(kTransformThreads) input_transform_sm80(const 
                                 [&](int point, const float(&value)[kCount]) { store<T, kCount>(to + point * point_stride, value); });
 }
 
-// The sums of all points over the splits, in order. All loads of a split are in flight at once.
-template <int kPoints, int kCount>
-__device__ __forceinline__ void add_parts(float (&sums)[kPoints][kCount], const float* from, int splits, int64_t point_stride,
-                                          int64_t split_stride) {
-#pragma unroll
-  for (int point = 0; point < kPoints; ++point) load<float, kCount>(sums[point], from + point * point_stride);
-#pragma unroll 1
-  for (int split = 1; split < splits; ++split) {
-    from += split_stride;
-#pragma unroll
-    for (int point = 0; point < kPoints; ++point) {
-      float part[kCount];
-      load<float, kCount>(part, from + point * point_stride);
-#pragma unroll
-      for (int q = 0; q < kCount; ++q) sums[point][q] += part[q];
-    }
-  }
-}
-
 template <int M, typename T, int kCount>
 __global__ void __launch_bounds__(kTransformThreads) output_transform_sm80(const Problem p, const float* products, const float* bias, T* y,
                                                                            int64_t first, int tiles, int splits, int64_t point_stride,
@@ -96,11 +77,15 @@ __global__ void __launch_bounds__(kTransformThreads) output_transform_sm80(const
   float shift[kCount];
 #pragma unroll
   for (int q = 0; q < kCount; ++q) shift[q] = bias != nullptr ? bias[output + q] : 0.f;
-  float sums[(M + 2) * (M + 2)][kCount];
-  add_parts(sums, from, splits, point_stride, split_stride);
   auto take = [&](int point, float(&sum)[kCount]) {
+    load<float, kCount>(sum, from + point * point_stride);
+#pragma unroll 1
+    for (int split = 1; split < splits; ++split) {
+      float part[kCount];
+      load<float, kCount>(part, from + split * split_stride + point * point_stride);
 #pragma unroll
-    for (int q = 0; q < kCount; ++q) sum[q] = sums[point][q];
+      for (int q = 0; q < kCount; ++q) sum[q] += part[q];
+    }
   };
   const int height = p.out_height(), width = p.out_width();
   transform_output<M, 3, kCount>(take, [&](int i, int j, float(&value)[kCount]) {

@@ -36,8 +36,8 @@ int run_weight_gradient(const Problem& p, const GradientPlan& plan, const void* 
     }
     const GradientParams params{g, v, part, 0, 0, rows / kSlice, 0, chunk * outputs, chunk * channels, outputs, channels, first > 0};
     if (error == 0) {
-      error = outputs % 128 == 0 ? products<GradientTile<128, 64>>(params, plan.splits, stream)
-                                 : products<GradientTile<64, 64>>(params, plan.splits, stream);
+      error = outputs % 128 == 0 && channels % 128 == 0 ? products<GradientTile<128, 128>>(params, plan.splits, stream)
+                                                        : products<GradientTile<64, 64>>(params, plan.splits, stream);
     }
     if (error != 0) return error;
   }

@@ -77,7 +77,7 @@ struct GradientTile {
   static constexpr int kRows = kBlockRows, kColumns = kBlockColumns;
   static constexpr int kThreads = kRows * kColumns / 64;
   static constexpr int kTiles = 16;  // of a slice
-  static constexpr int kBlocksPerMultiprocessor = 384 / kThreads;
+  static constexpr int kBlocksPerMultiprocessor = (kThreads == 64 ? 384 : 512) / kThreads;
   static constexpr int kStages = 4;
   static constexpr int kStageFloats = (kRows + kColumns) * kTiles;
   static constexpr int kSharedBytes = kStages * kStageFloats * 4;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor
     copy_step(step + Tile::kStages - 1);
     const float* a_slice = stages + step % Tile::kStages * Tile::kStageFloats + my_row;
     const float* b_slice = stages + step % Tile::kStages * Tile::kStageFloats + Tile::kRows * Tile::kTiles + my_column;
-#pragma unroll 4
+#pragma unroll 2
     for (int tile = 0; tile < Tile::kTiles; ++tile) {
       float a[8], b[8];
 #pragma unroll
@@ -166,10 +166,12 @@ __global__ void __launch_bounds__(kTransformThreads) gradient_inverse_sm80(const
   const int k = index / p.channels, c = index % p.channels;
   const int64_t point_stride = int64_t{padded_outputs} * padded_channels;
   const float* from = part + int64_t{k} * padded_channels + c;
-  float sums[16][1];
-  add_parts(sums, from, splits, point_stride, 16 * point_stride);
   transform_output<3, 2, 1>(
-      [&](int point, float(&sum)[1]) { sum[0] = sums[point][0]; },
+      [&](int point, float(&sum)[1]) {
+        sum[0] = from[point * point_stride];
+#pragma unroll 1
+        for (int split = 1; split < splits; ++split) sum[0] += from[(int64_t{split} * 16 + point) * point_stride];
+      },
       [&](int i, int j, float(&value)[1]) { to[int64_t{index} * 9 + i * 3 + j] = value[0]; });
 }
 
