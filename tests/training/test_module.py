@@ -7,6 +7,7 @@ import torch
 from convfirst.training import ClassificationModule
 from convfirst.training.flops import forward_flops
 from convfirst.training.module import _hits
+from convfirst.training.seeding import step_seed
 
 
 def module(**kwargs):
@@ -75,3 +76,23 @@ def test_hits_count_single_and_multiple_labels():
 def test_flops_do_not_depend_on_the_models_dtype(dtype):
     model = timm.create_model("convfirst_atto")
     assert forward_flops(copy.deepcopy(model).to(dtype), 3, 64) == forward_flops(model, 3, 64) > 0
+
+
+def test_a_steps_random_numbers_follow_from_where_it_stands():
+    def draw(*place):
+        step_seed(*place)
+        return torch.rand(4).tolist()
+
+    places = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    first = [draw(*place) for place in places]
+    assert len({tuple(numbers) for numbers in first}) == len(places)
+    assert [draw(*place) for place in reversed(places)] == first[::-1]
+
+
+@pytest.mark.gpu
+def test_a_steps_seed_reaches_the_gpu():
+    torch.cuda.init()
+    step_seed(0, 1, 2, 3)
+    first = torch.rand(4, device="cuda")
+    step_seed(0, 1, 2, 3)
+    assert torch.equal(torch.rand(4, device="cuda"), first)
