@@ -183,13 +183,16 @@ PLANS = [
     ((8, 64, 14, 14), (128, 64, 1, 1), {}, "sm90_gemm"),
     ((128, 3, 227, 227), (64, 3, 11, 11), {"stride": 4}, "sm90_first_layer"),
     ((128, 3, 224, 224), (96, 3, 4, 4), {"stride": 4}, "sm90_first_layer"),
-    ((128, 3, 128, 128), (96, 3, 11, 11), {}, "sm90_first_layer"),
+    ((128, 3, 128, 128), (96, 3, 11, 11), {}, "sm80_forward"),  # its Hopper kernel has not run on a GPU
     ((8, 20, 14, 14), (30, 20, 3, 3), {}, "sm80_forward"),
     ((8, 64, 14, 14), (30, 64, 3, 3), {}, "sm80_forward"),
     ((8, 64, 400, 400), (32, 64, 3, 3), {"dilation": 150}, "sm80_forward"),
     ((8, 64, 14, 14), (64, 64, 3, 3), {"dtype": "float32"}, "sm80_forward"),
     ((128, 64, 56, 56), (64, 64, 3, 3), {"direction": "dgrad", "stride": 2}, "sm90_dgrad"),
     ((8, 64, 14, 14), (64, 64, 3, 3), {"direction": "dgrad", "stride": 2, "dilation": 2}, "sm80_dgrad"),
+    ((128, 96, 24, 24), (256, 96, 5, 5), {"direction": "wgrad"}, "sm90_wgrad"),
+    ((8, 20, 14, 14), (30, 20, 3, 3), {"direction": "wgrad"}, "sm80_wgrad"),
+    ((8, 64, 14, 14), (64, 64, 3, 3), {"direction": "wgrad", "dtype": "float32"}, "sm80_wgrad"),
 ]
 
 
@@ -206,3 +209,36 @@ def test_plan(shape, weight, options, variant):
     for name in ("a100", "rtx3090"):
         chosen = plan_direct(shape, weight, device=name, **options)["chosen"]
         assert chosen == f"sm80_{options.get('direction', 'forward')}"
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "options", "variant"),
+    [
+        ((128, 3, 128, 128), (96, 3, 11, 11), {}, "sm90_first_layer_any"),
+        ((8, 1, 64, 64), (32, 1, 5, 5), {"stride": 2}, "sm90_first_layer_any"),
+        ((8, 64, 14, 14), (64, 64, 3, 3), {"direction": "wgrad"}, "sm90_wgrad_ahead"),
+    ],
+    ids=str,
+)
+def test_what_has_not_run_on_a_gpu_runs_where_it_is_asked_for(shape, weight, options, variant):
+    answer = plan_direct(shape, weight, device="h100", **options)
+    if variant not in [row["name"] for row in answer["candidates"]]:
+        pytest.skip("a build without the Hopper path")
+    assert answer["chosen"] != variant
+    assert plan_direct(shape, weight, device="h100", path=variant, **options)["chosen"] == variant
+
+
+# What the H200 measured to be the best tile (NOTES.md), or within 3 % of it.
+TILES = [
+    ((128, 64, 27, 27), (192, 64, 5, 5), 2, {"192x192"}),
+    ((128, 384, 13, 13), (256, 384, 3, 3), 1, {"192x128", "128x128"}),
+    ((128, 96, 24, 24), (256, 96, 5, 5), 0, {"256x128", "128x256"}),
+]
+
+
+@pytest.mark.parametrize(("shape", "weight", "padding", "tiles"), TILES, ids=str)
+def test_the_planner_takes_the_tile_that_was_measured_best(shape, weight, padding, tiles):
+    chosen = plan_direct(shape, weight, padding=padding, device="h200")["chosen"]
+    if chosen == "sm80_forward":
+        pytest.skip("a build without the Hopper path")
+    assert chosen.removeprefix("sm90_gemm_") in tiles

@@ -10,9 +10,11 @@ namespace convfirst::direct::sm90 {
 int launch_gemm(const GemmProblem&, const GemmTensors&, const GemmPlan&, cudaStream_t);
 int launch_first(const Problem&, const Tensors&, const FirstPlan&, void* workspace, cudaStream_t);
 int launch_dgrad(const Problem&, const Tensors&, const Device&, void* workspace, cudaStream_t);
+int launch_wgrad(const Problem&, const Tensors&, const Device&, bool ahead, void* workspace, cudaStream_t);
 
 const void* gemm_kernel(DType dtype, int tile);
 const void* first_kernel(DType dtype, int columns);
+const void* wgrad_kernel(const Problem&, const Device&, bool ahead);
 
 // Of one dtype, defined in instantiations_sm90/.
 template <DType kDType>

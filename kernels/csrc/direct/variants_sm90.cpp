@@ -4,6 +4,7 @@
 #include "dgrad_sm90.h"
 #include "first_layer_sm90.h"
 #include "launch_sm90.h"
+#include "wgrad_sm90.h"
 
 namespace convfirst::direct {
 namespace sm90 {
@@ -49,8 +50,13 @@ struct GemmRow {
   static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
+// kRgb: three channels and stride 2 or 4, which is what ran on a GPU; else whatever more the kernel takes.
+template <bool kRgb>
 struct FirstRow {
-  static bool supports(const Problem& q, const Device& d) { return first_supports(q, d); }
+  static bool supports(const Problem& q, const Device& d) {
+    const bool rgb = q.channels == 3 && (q.stride_w == 2 || q.stride_w == 4);
+    return rgb == kRgb && first_supports(q, d);
+  }
   static Config configure(const Problem& q, const Device& d) {
     const FirstPlan plan = plan_first(q, d);
     Config c{};
@@ -64,7 +70,7 @@ struct FirstRow {
     return launch_first(q, t, plan_first(q, device_of(c)), workspace, stream);
   }
   static const void* kernel(const Problem& q) { return first_kernel(q.dtype, 64); }
-  static constexpr Variant row() { return {"sm90_first_layer", 90, 90, supports, configure, cost, launch, kernel}; }
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, kRgb}; }
 };
 
 struct DgradRow {
@@ -104,12 +110,33 @@ struct DgradRow {
   static constexpr Variant row() { return {"sm90_dgrad", 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
+// kAhead: the producer's divisions are made once a piece; has not run on a GPU.
+template <bool kAhead>
+struct WgradRow {
+  static bool supports(const Problem& q, const Device& d) { return wgrad_supports(q) && d.max_shared_memory >= kWgradSharedMemory; }
+  static Config configure(const Problem& q, const Device& d) {
+    const WgradPlan plan = plan_wgrad(q, d);
+    const WgradTile& t = kWgradTiles[plan.tile];
+    Config c{};
+    c.tile_pixels = kWgradPixels, c.hidden_chunk = t.columns(), c.stages = t.slots(), c.threads = t.threads(), c.grid = plan.grid;
+    c.shared_memory = t.shared_bytes(), c.launches = 1 + (plan.grid > 1), c.workspace = plan.workspace, c.multiprocessors = d.multiprocessors;
+    return c;
+  }
+  static double cost(const Problem& q, const Device& d, const Config&) { return plan_wgrad(q, d).cost; }
+  static int launch(const Problem& q, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
+    return launch_wgrad(q, t, device_of(c), kAhead, workspace, stream);
+  }
+  static const void* kernel(const Problem& q) { return wgrad_kernel(q, {90, 132, kSharedMemory}, kAhead); }
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, !kAhead}; }
+};
+
 constexpr Variant kTable[] = {
     GemmRow<0>::row("sm90_gemm_192x128"), GemmRow<1>::row("sm90_gemm_128x128"), GemmRow<2>::row("sm90_gemm_192x192"),
     GemmRow<3>::row("sm90_gemm_256x128"), GemmRow<4>::row("sm90_gemm_128x256"), GemmRow<5>::row("sm90_gemm_192x64"),
-    FirstRow::row(), DgradRow::row(),
+    FirstRow<true>::row("sm90_first_layer"), FirstRow<false>::row("sm90_first_layer_any"), DgradRow::row(),
+    WgradRow<false>::row("sm90_wgrad"), WgradRow<true>::row("sm90_wgrad_ahead"),
 };
-static_assert(std::size(kTable) == kGemmTileCount + 2);
+static_assert(std::size(kTable) == kGemmTileCount + 5);
 
 }  // namespace
 }  // namespace sm90
