@@ -79,8 +79,8 @@ __device__ __forceinline__ void normalise(uint4 (&chunks)[kChunks], int channels
 }
 
 template <typename T, int kC, bool kHopper>
-__global__ void __launch_bounds__(downsample_tile().threads(), 1) downsample_fwd(const __grid_constant__ DownsampleParams p) {
-  constexpr DownsampleTile kTile = downsample_tile();
+__global__ void __launch_bounds__(downsample_tile(kC).threads(), 1) downsample_fwd(const __grid_constant__ DownsampleParams p) {
+  constexpr DownsampleTile kTile = downsample_tile(kC);
   constexpr DownsampleLayout kLayout = downsample_layout(kC);
   constexpr int kThreads = kTile.threads(), kColumns = 2 * kC, kBlocks = kColumns / kTile.warps_n / 8, kVector = vector_blocks(kBlocks);
   constexpr int kPitch = row_bytes(kC), kWeightPitch = row_bytes(4 * kC), kPieces = kC / 8;

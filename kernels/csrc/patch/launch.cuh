@@ -94,7 +94,7 @@ int patch_stem(const PatchStem& s, const Device& device, cudaStream_t stream) {
 
 template <bool kHopper, int kC>
 int launch_downsample(const Downsample& d, const Device& device, cudaStream_t stream) {
-  constexpr DownsampleTile kTile = downsample_tile();
+  constexpr DownsampleTile kTile = downsample_tile(kC);
   constexpr DownsampleLayout kLayout = downsample_layout(kC);
   if (kLayout.end > device.max_shared_memory) return kNotCovered;
   const int height = d.height / 2, width = d.width / 2;
@@ -143,16 +143,15 @@ int gather(const Gather& s, const Device&, cudaStream_t stream) {
 }
 
 template <bool kHopper>
-const Path* make_path(const char* name, int min_capability, int max_capability, bool tested) {
-  static const Path path{name,
-                         min_capability,
-                         max_capability,
-                         tested,
-                         &stem<kHopper>,
-                         &patch_stem<kHopper>,
-                         &downsample<kHopper>,
-                         &gather<kHopper>};
-  return &path;
+Path make_path(const char* name, int min_capability, int max_capability, bool tested) {
+  return {name,
+          min_capability,
+          max_capability,
+          tested,
+          &stem<kHopper>,
+          &patch_stem<kHopper>,
+          &downsample<kHopper>,
+          &gather<kHopper>};
 }
 
 }  // namespace convfirst::patch

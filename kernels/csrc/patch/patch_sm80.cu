@@ -3,6 +3,9 @@
 
 namespace convfirst::patch {
 
-const Path* sm80_path() { return make_path<false>("sm80", 80, 0, false); }
+const Path* sm80_path() {
+  static const Path path = make_path<false>("sm80", 80, 0, false);
+  return &path;
+}
 
 }  // namespace convfirst::patch

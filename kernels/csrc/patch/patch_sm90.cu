@@ -3,6 +3,9 @@
 
 namespace convfirst::patch {
 
-const Path* sm90_path() { return make_path<true>("sm90", 90, 90, true); }
+const Path* sm90_path() {
+  static const Path path = make_path<true>("sm90", 90, 90, true);
+  return &path;
+}
 
 }  // namespace convfirst::patch

@@ -112,15 +112,15 @@ struct DownsampleTile {
   CONVFIRST_HOST_DEVICE constexpr int threads() const { return 32 * warps_m * warps_n; }
 };
 
-// Of 32 and 64 channels. With 96, and a tile of 64 rows, it was no faster than two launches.
-CONVFIRST_HOST_DEVICE constexpr DownsampleTile downsample_tile() { return {128, 4, 2, 5}; }
+// The same for 32 and 64 channels. With 96, and tiles of 64 rows, one launch was no faster than two.
+CONVFIRST_HOST_DEVICE constexpr DownsampleTile downsample_tile(int /* channels */) { return {128, 4, 2, 5}; }
 
 struct DownsampleLayout {
   int weight, bias, ring, slot, end;
 };
 
 CONVFIRST_HOST_DEVICE constexpr DownsampleLayout downsample_layout(int channels) {
-  const DownsampleTile tile = downsample_tile();
+  const DownsampleTile tile = downsample_tile(channels);
   DownsampleLayout l{};
   l.bias = l.weight + 2 * channels * row_bytes(4 * channels);
   l.ring = l.bias + 2 * channels * 4;
