@@ -64,8 +64,9 @@ extern "C" int grouped(const int* shape, int multiprocessors, int shared_memory,
   if (!grouped_plan(q, {90, multiprocessors, shared_memory}, &p)) return 0;
   const GroupedTile& t = p.tile;
   const int taps_reach = (q.kernel_size - 1) * (t.row_stride() + 1);  // from a pixel's corner to its last tap
-  const int values[] = {t.m_tiles, t.warps_pixels, t.columns, t.pixels(), t.rows(), t.staged(), p.tiles, p.threads, p.resident,
-                        p.shared_memory, grouped_layout(t, q.channels, q.kernel_size).total, t.corner(t.pixels() - 1) + taps_reach};
+  const int total = grouped_layout(t, q.channels, q.kernel_size).total;
+  const int values[] = {t.m_tiles, t.warps_pixels, t.columns, t.pixels(), t.rows(), t.staged(), p.tiles, p.threads,
+                        p.resident, p.shared_memory, total, t.corner(t.pixels() - 1) + taps_reach};
   std::copy(std::begin(values), std::end(values), out);
   grouped_describe(p).copy(text, 511);
   return 1;
