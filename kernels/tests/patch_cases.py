@@ -83,6 +83,18 @@ def parts_of(network: nn.Module, dtype: torch.dtype) -> tuple[OutsideParts, tupl
     return parts, parts.pack(dtype)
 
 
+def run(case: Patch, parts: OutsideParts, packed: tuple, x: Tensor, one_launch: bool = False) -> Tensor:
+    """What `accelerate` would run, or of downsampling the kernel that does it in one launch, whatever the size."""
+    if case.kind == "downsample" and one_launch:
+        return torch.ops.convfirst.downsample(x, *packed[:2], *packed[3:])
+    return parts.launch(x, packed)
+
+
+def in_one_launch() -> list[Patch]:
+    """The downsampling layers of `patch_cases` that one kernel does."""
+    return [case for case in patch_cases() if case.kind == "downsample" and case.channels in (32, 64)]
+
+
 def patch_cases() -> list[Patch]:
     """Every width, with sizes on either side of the tiles'."""
     cases = []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import guards_intact, worst_ratio
-from patch_cases import Patch, module, network_cases, patch_cases, patch_inputs
+from patch_cases import Patch, in_one_launch, module, network_cases, patch_cases, patch_inputs, run
 from torch import Tensor
 
 import convfirst_kernels as ck
@@ -12,7 +12,7 @@ from convfirst_kernels import outside
 pytestmark = pytest.mark.gpu
 
 
-def computed(case: Patch, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def computed(case: Patch, seed: int, one_launch: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, the kernels' result, float64's and PyTorch's; memory that the kernels get was NaN before."""
     x, network = patch_inputs(case, seed), module(case, seed + 1).cuda()
     images = max(1, (1 << 24) // x[0].numel())
@@ -25,8 +25,8 @@ def computed(case: Patch, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     packed, peer = parts.pack(x.dtype), network(x)
     poison = [torch.full_like(peer, float("nan")) for _ in range(2)]
     del poison
-    result = parts.launch(x, packed)
-    assert torch.equal(result, parts.launch(x, packed))
+    result = run(case, parts, packed, x, one_launch)
+    assert torch.equal(result, run(case, parts, packed, x, one_launch))
     return x, result, truth, peer
 
 
@@ -38,10 +38,17 @@ def test_error(case, seed):
         assert guards_intact(x)
 
 
+@pytest.mark.parametrize("case", in_one_launch(), ids=str)
+def test_downsampling_in_one_launch(case, seed):
+    x, result, truth, peer = computed(case, seed, one_launch=True)
+    assert worst_ratio(result, truth, peer) <= 1
+    assert guards_intact(x)
+
+
 @pytest.mark.parametrize("case", [Patch("stem", 64, 2, 33, 40), Patch("downsample", 64, 3, 9, 14)], ids=str)
 def test_portable_kernels_on_this_device(case, seed):
     with ck.force_path("sm80"):
-        _, result, truth, peer = computed(case, seed)
+        _, result, truth, peer = computed(case, seed, one_launch=True)
     assert worst_ratio(result, truth, peer) <= 1
 
 
