@@ -120,7 +120,7 @@ def test_library_loads_without_a_driver_or_python():
 
 
 def test_kernels_do_not_spill():
-    """The wide Hopper kernels may, as CMakeLists.txt says: scalars, so many bytes at most."""
+    """Those that CMakeLists.txt exempts may: scalars and addresses, so many bytes at most."""
     table = library.resource_table()
     if not table:
         pytest.skip("built without kernels")
@@ -128,6 +128,7 @@ def test_kernels_do_not_spill():
         r"conv_first_block_fwd_sm90.*Li192E": 256,
         r"conv_first_block_fwd_sm90.*Li256E": 384,
         r"feed_forward_fwd_sm90.*Li256E": 192,
+        r"winograd.*(fused_fwd|products_fwd|output_transform)_sm80": 24,
     }
     for name, rows in table.items():
         bound = next((size for pattern, size in exempt.items() if re.search(pattern, name)), 0)

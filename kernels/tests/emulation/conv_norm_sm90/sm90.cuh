@@ -43,18 +43,23 @@ struct TransactionBarrier {
 };
 static_assert(sizeof(TransactionBarrier) == 8);
 
+// Of a bulk copy: whole and aligned to 16 bytes.
+inline void check_bulk(uint32_t start, uint32_t bytes) {
+  if (bytes % 16 != 0) emulation::fail("bulk copy of a broken size", bytes);
+  emulation::check_shared(start, 16);
+  emulation::check_shared(start + bytes - 16, 16);
+}
+
 inline void bulk_load(const void* from, TransactionBarrier* barrier, void* to, uint32_t bytes) {
   const uint32_t start = ptx::smem_address(to);
-  if (start % 16 != 0 || bytes % 16 != 0) emulation::fail("bulk copy misaligned", start);
-  emulation::check_shared(start, bytes);
+  check_bulk(start, bytes);
   std::memcpy(to, from, bytes);
   barrier->deliver(bytes);
 }
 
 inline void bulk_store(void* to, const void* from, uint32_t bytes) {
   const uint32_t start = ptx::smem_address(from);
-  if (start % 16 != 0 || bytes % 16 != 0) emulation::fail("bulk copy misaligned", start);
-  emulation::check_shared(start, bytes);
+  check_bulk(start, bytes);
   std::memcpy(to, from, bytes);
 }
 
