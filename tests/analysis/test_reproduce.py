@@ -106,6 +106,12 @@ def test_winograd_without_results(folders):
     assert text.count("not measured") >= 4
 
 
+def test_results_of_a_suite_whose_name_begins_the_same_are_left_alone(folders, tmp_path):
+    error = {**ABOUT, "suite": "winograd-error", "rows": [{"precision": "float32"}]}
+    (tmp_path / "results/winograd-error.json").write_text(json.dumps(error))
+    assert run("paper=winograd", *folders).count("not measured") >= 4
+
+
 def test_winograd_results_are_picked_up_when_they_appear(folders, tmp_path):
     common = {"N": 8, "peer": "cudnn", "speedup": 2.0, "effective_tflops": 1.0}
     rows = [

@@ -45,8 +45,9 @@ class Findings:
         return sorted(found.values(), key=lambda path: (path.stem != f"{suite}-{self.slug}", path.name))
 
     def results(self, suite: str) -> list[tuple[Path, dict]]:
-        """Contents of `files`."""
-        return [(path, json.loads(path.read_text())) for path in self.files(suite)]
+        """Contents of `files`, less those of another suite whose name only begins the same."""
+        contents = ((path, json.loads(path.read_text())) for path in self.files(suite))
+        return [(path, result) for path, result in contents if result.get("suite", suite) == suite]
 
     def knows(self, slug: str) -> bool:
         """Whether a device's ceilings are shipped or measured."""
