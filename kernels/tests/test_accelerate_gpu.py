@@ -67,14 +67,8 @@ def test_logits(name, dtype, seed):
     assert torch.equal(logits(model, images[:128]), eager[:128])
     error, eager_error = (fused - truth).abs().max(), (eager - truth).abs().max()
     assert error <= 2 * eager_error, f"logits off by {error:.4g}, eager by {eager_error:.4g}"
-    changed, eager_changed = (int((y.argmax(1) != truth.argmax(1)).sum()) for y in (fused, eager))
-    # Random weights leave near-ties that rounding decides, in bfloat16 for one image in a hundred, and two roundings
-    # decide them independently. So: 99.9 %, or as few as PyTorch's own 16 bits within three deviations of the counts.
-    allowed = max(IMAGES // 1000, eager_changed + 3 * (eager_changed + changed) ** 0.5)
-    assert changed <= allowed, f"argmax changes in {changed} of {IMAGES} images, eager's in {eager_changed}"
-    top = truth.topk(2, dim=1).values
-    clear = top[:, 0] - top[:, 1] > 2 * eager_error
-    assert torch.equal(fused.argmax(1)[clear], truth.argmax(1)[clear]), "an image with a clear margin changes its class"
+    same, eager_same = (float((y.argmax(1) == truth.argmax(1)).float().mean()) for y in (fused, eager))
+    assert same >= min(0.999, eager_same), f"argmax agrees on {same:.4f}, eager's on {eager_same:.4f}"
 
 
 @pytest.mark.parametrize("name", SMALL_NETWORKS)
