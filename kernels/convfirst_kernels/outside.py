@@ -174,7 +174,7 @@ class DownsampleParts:
         if self.fused(x):
             return operators.downsample(x, weight, bias, eps, has_norm)
         rows = torch.addmm(rounded, operators.normalised_patches(x, eps, has_norm), weight.t())
-        return rows.view(x.shape[0], x.shape[2] // 2, x.shape[3] // 2, -1).permute(0, 3, 1, 2)
+        return rows.view(x.shape[0], x.shape[2] // 2, x.shape[3] // 2, rows.shape[-1]).permute(0, 3, 1, 2)
 
     def describe(self) -> str:
         name = "layernorm" if self.layer_norm is not None else "batchnorm" if self.batch_norm is not None else "no norm"

@@ -18,12 +18,13 @@ NETWORKS = {
 }
 SMALL_NETWORKS = {"convfirst_atto": {}, "convfirst_atto-batchnorm": {"norm": "batchnorm"}, "convnext_atto": {}}
 IMAGES = 1024
+CLASSES = 100
 
 
 def build(name: str, options: dict, dtype: torch.dtype, seed: int) -> torch.nn.Module:
     """A network with weights that let its blocks matter, exact in ``dtype``, in evaluation mode."""
     torch.manual_seed(seed)
-    model = timm.create_model(name.split("-")[0], num_classes=100, ls_init_value=0.5, **options)
+    model = timm.create_model(name.split("-")[0], num_classes=CLASSES, ls_init_value=0.5, **options)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
@@ -47,6 +48,31 @@ def pictures(count: int, side: int, seed: int) -> torch.Tensor:
     return image.contiguous(memory_format=torch.channels_last)
 
 
+def pictures_of_classes(count: int, side: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random images of CLASSES classes: four parts of the class's own picture, one part of another."""
+    labels = torch.arange(count, device="cuda") % CLASSES
+    own, other = pictures(CLASSES, side, seed=1)[labels], pictures(count, side, seed)
+    return (0.8**0.5 * own + 0.2**0.5 * other).contiguous(memory_format=torch.channels_last), labels
+
+
+@torch.no_grad()
+def give_margins(model: torch.nn.Module, dtype: torch.dtype, seed: int) -> None:
+    """Make the head the nearest class mean of the float32 network's features.
+
+    Random heads leave so many near-ties among their classes that PyTorch's own 16-bit path misses 99.9 %; a trained
+    network has margins, and so does this.
+    """
+    images, labels = pictures_of_classes(4 * CLASSES, 224, seed)
+    wide = copy.deepcopy(model).float()
+    parts = images.to(dtype).float().split(CLASSES)
+    features = torch.cat([wide.forward_head(wide.forward_features(part), pre_logits=True) for part in parts])
+    means = torch.stack([features[labels == label].mean(0) for label in range(CLASSES)])
+    centred = means - means.mean(0)
+    classifier = model.get_classifier()
+    classifier.weight.copy_(centred)
+    classifier.bias.copy_(-(centred * (means + means.mean(0))).sum(1) / 2)
+
+
 @torch.no_grad()
 def logits(model: torch.nn.Module, images: torch.Tensor, batch: int = 128) -> torch.Tensor:
     dtype = next(model.parameters()).dtype
@@ -57,7 +83,9 @@ def logits(model: torch.nn.Module, images: torch.Tensor, batch: int = 128) -> to
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits(name, dtype, seed):
     model = build(name, NETWORKS[name], dtype, seed)
-    images = pictures(IMAGES, 224, seed).to(dtype).float()
+    give_margins(model, dtype, seed + 1)
+    images, _ = pictures_of_classes(IMAGES, 224, seed + 2)
+    images = images.to(dtype).float()
     truth = logits(copy.deepcopy(model).float(), images)
     eager = logits(model, images)
     report = ck.accelerate(model, kernels="required")
@@ -68,7 +96,7 @@ def test_logits(name, dtype, seed):
     error, eager_error = (fused - truth).abs().max(), (eager - truth).abs().max()
     assert error <= 2 * eager_error, f"logits off by {error:.4g}, eager by {eager_error:.4g}"
     same, eager_same = (float((y.argmax(1) == truth.argmax(1)).float().mean()) for y in (fused, eager))
-    assert same >= min(0.999, eager_same), f"argmax agrees on {same:.4f}, eager's on {eager_same:.4f}"
+    assert same >= 0.999, f"argmax agrees on {same:.4f}, eager's on {eager_same:.4f}"
 
 
 @pytest.mark.parametrize("name", SMALL_NETWORKS)
@@ -126,7 +154,7 @@ class TestSmall:
 def test_training_step(seed):
     """A step under autocast: loss and gradients near those of the plain network."""
     model = build("convfirst_atto", {"drop_path_rate": 0.0}, torch.float32, seed).train()
-    images, labels = pictures(8, 64, seed), torch.randint(0, 100, (8,), device="cuda")
+    images, labels = pictures(8, 64, seed), torch.randint(0, CLASSES, (8,), device="cuda")
 
     def step():
         model.zero_grad()
