@@ -27,7 +27,8 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="folder that holds train and val")
     parser.add_argument("out", type=Path, help="folder for the .beton files")
     lines = (
-        f"{name}: short side {p.short_side}, {p.jpeg:.0%} JPEG of quality {p.quality}" for name, p in PRESETS.items()
+        f"{name}: short side {preset.short_side}, {100 * preset.jpeg:.0f} %% JPEG of quality {preset.quality}"
+        for name, preset in PRESETS.items()
     )
     parser.add_argument("--preset", choices=PRESETS, default="mixed", help=f"of train: {'; '.join(lines)}")
     parser.add_argument("--eval-preset", choices=PRESETS, default="eval", help="of val and test")

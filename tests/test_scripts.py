@@ -1,6 +1,7 @@
 """The scripts around results/: README's figures are those measured, and the GPU tests are counted right."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,12 @@ def test_gpu_tests_need_a_gpu(tmp_path):
     assert done.returncode == 1
     assert "no CUDA device" in done.stderr
     assert not (tmp_path / "gpu-tests.json").exists()
+
+
+@pytest.mark.parametrize("script", ["make_sample_imagenet.py", "write_ffcv.py"])
+def test_scripts_say_what_they_take(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(REPOSITORY / "scripts" / script), run_name="__main__")
+    assert ended.value.code == 0
+    assert "--workers" in capsys.readouterr().out
