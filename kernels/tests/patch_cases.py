@@ -92,7 +92,7 @@ def run(case: Patch, parts: OutsideParts, packed: tuple, x: Tensor, one_launch: 
 
 def in_one_launch() -> list[Patch]:
     """The downsampling layers of `patch_cases` that one kernel does."""
-    return [case for case in patch_cases() if case.kind == "downsample" and case.channels in (32, 64)]
+    return [case for case in patch_cases() if case.kind == "downsample" and case.channels in (32, 64, 96)]
 
 
 def patch_cases() -> list[Patch]:

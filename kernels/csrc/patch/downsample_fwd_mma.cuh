@@ -17,6 +17,7 @@
 
 #include "../block_fusion/matmul_stage_sm80.cuh"
 #include "../common/ptx.cuh"
+#include "fragments.cuh"
 #include "sync.cuh"
 #include "tile.h"
 
@@ -27,6 +28,7 @@ struct DownsampleParams {
   int rows;  // pixels of y
   Divider by_image, by_row;
   int tiles, blocks;
+  int teams;  // of a block, on Hopper
 };
 
 struct GatherParams {
@@ -197,19 +199,13 @@ __global__ void __launch_bounds__(downsample_tile(kC).threads(), 1) downsample_f
 #pragma unroll
         for (int n = 0; n < kBlocks; n += kVector) {
           const int column = warp_n * kBlocks * 8 + n * 8 + t * 2 * kVector;
-          uint32_t packed[4];
+          float b[2 * kVector];
+          load_floats(b, bias + column);
+          uint32_t packed[kVector];
 #pragma unroll
-          for (int j = 0; j < kVector; ++j) {
-            const float2 b = *reinterpret_cast<const float2*>(bias + column + 2 * j);
-            packed[j] = ptx::pack2<T>(acc[m][n + j][2 * half] + b.x, acc[m][n + j][2 * half + 1] + b.y);
-          }
-          if (row < p.rows) {
-            if constexpr (kVector == 4) {
-              *reinterpret_cast<uint4*>(y + column) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-            } else {
-              *reinterpret_cast<uint2*>(y + column) = make_uint2(packed[0], packed[1]);
-            }
-          }
+          for (int j = 0; j < kVector; ++j)
+            packed[j] = ptx::pack2<T>(acc[m][n + j][2 * half] + b[2 * j], acc[m][n + j][2 * half + 1] + b[2 * j + 1]);
+          if (row < p.rows) store_words<kVector>(y + column, packed);
         }
       }
   }

@@ -8,6 +8,9 @@
 #include "downsample_fwd_mma.cuh"
 #include "patch_stem_fwd_mma.cuh"
 #include "stem_fwd_mma.cuh"
+#if defined(CONVFIRST_PATCH_SM90)
+#include "downsample_fwd_sm90_wgmma.cuh"
+#endif
 
 namespace convfirst::patch {
 
@@ -110,14 +113,43 @@ int launch_downsample(const Downsample& d, const Device& device, cudaStream_t st
   });
 }
 
+#if defined(CONVFIRST_PATCH_SM90)
+template <int kC>
+int launch_hopper_downsample(const Downsample& d, const Device& device, cudaStream_t stream) {
+  constexpr HopperDownsampleTile kTile = hopper_downsample_tile(kC);
+  constexpr HopperDownsampleLayout kLayout = hopper_downsample_layout(kC);
+  const int height = d.height / 2, width = d.width / 2;
+  DownsampleParams p{};
+  p.d = d;
+  p.rows = d.batch * height * width;
+  p.by_image = divider(height * width), p.by_row = divider(width);
+  p.tiles = ceil_divide(p.rows, 64);
+  p.teams = std::min(kTile.teams, ceil_divide(p.tiles, device.multiprocessors));
+  p.blocks = std::min(device.multiprocessors, ceil_divide(p.tiles, p.teams));
+  return with_element(d.dtype, [&](auto element) {
+    return start<true>(&sm90::downsample_fwd_sm90<decltype(element), kC>, p.blocks, p.teams * kTeamThreads,
+                       kLayout.end(p.teams, kTile.slots), stream, p);
+  });
+}
+#endif
+
 template <bool kHopper>
 int downsample(const Downsample& d, const Device& device, cudaStream_t stream) {
   if (d.columns != 2 * d.channels) return kNotCovered;
+#if defined(CONVFIRST_PATCH_SM90)
+  switch (d.channels) {
+    case 32: return launch_hopper_downsample<32>(d, device, stream);
+    case 64: return launch_hopper_downsample<64>(d, device, stream);
+    case 96: return launch_hopper_downsample<96>(d, device, stream);
+    default: return kNotCovered;
+  }
+#else
   switch (d.channels) {
     case 32: return launch_downsample<kHopper, 32>(d, device, stream);
     case 64: return launch_downsample<kHopper, 64>(d, device, stream);
     default: return kNotCovered;
   }
+#endif
 }
 
 template <bool kHopper, int kChunks>

@@ -261,11 +261,12 @@ std::string refusal(const std::string& op, int64_t channels, int64_t columns, in
     return "its width is " + std::to_string(columns) + "; supported are 48, 64, 80, 96 and 128";
   }
   if (op == "downsample") {
-    if (columns != 2 * channels || (channels != 32 && channels != 64)) {
-      return "it goes from " + std::to_string(channels) + " to " + std::to_string(columns) +
-             " channels; supported are 32 and 64 to twice as many";
+    for (int known : {32, 64, 96}) {
+      if (known != channels || columns != 2 * channels || (known == 96 && !hopper)) continue;
+      return shared(hopper ? hopper_downsample_layout(known).end(1, hopper_downsample_tile(known).slots) : downsample_layout(known).end);
     }
-    return shared(downsample_layout(static_cast<int>(channels)).end);
+    return "it goes from " + std::to_string(channels) + " to " + std::to_string(columns) +
+           " channels; supported are 32, 64 and, on compute capability 9.0, 96 to twice as many";
   }
   if (op == "normalised_patches") {
     if (channels % 8 == 0 && channels >= 8 && channels <= kGatherWidest) return "";

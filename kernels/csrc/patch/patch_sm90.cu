@@ -1,4 +1,5 @@
 // The same kernels for compute capability 9.0: the stem by wgmma, and a launch may begin before the one ahead of it has ended.
+#define CONVFIRST_PATCH_SM90
 #include "launch.cuh"
 
 namespace convfirst::patch {

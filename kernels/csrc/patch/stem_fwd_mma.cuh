@@ -62,11 +62,20 @@ __device__ __forceinline__ void load_input(const StemParams& p, const StemTile& 
   const int first_row = 4 * tile.row - 3, first = 12 * tile.column - 16, width = 3 * x.width;
   if (p.aligned) {
     const uint32_t base = ptx::smem_address(to);
+    int row = first_row + thread / kInputPieces, piece = thread % kInputPieces;
 #pragma unroll
-    for (int i = thread; i < kInputRows * kInputPieces; i += kTeamThreads) {
-      const int row = first_row + i / kInputPieces, element = first + i % kInputPieces * 8;
-      const bool valid = row >= 0 && row < x.height && element >= 0 && element < width;
-      ptx::cp_async16(base + i * 16, valid ? image + row * x.stride_h + element : image, valid);
+    for (int i = 0; i < kInputRows * kInputPieces; i += kTeamThreads) {
+      const int element = first + piece * 8;
+      // Below zero is above every size.
+      const bool valid = static_cast<uint32_t>(row) < static_cast<uint32_t>(x.height) && static_cast<uint32_t>(element) < static_cast<uint32_t>(width);
+      if (i + thread < kInputRows * kInputPieces)
+        ptx::cp_async16(base + (i + thread) * 16, image + (valid ? row * static_cast<int>(x.stride_h) + element : 0), valid);
+      row += kTeamThreads / kInputPieces;
+      piece += kTeamThreads % kInputPieces;
+      if (piece >= kInputPieces) {
+        piece -= kInputPieces;
+        ++row;
+      }
     }
   } else {
 #pragma unroll 8
@@ -256,6 +265,8 @@ template <typename T, int kMid>
 __device__ __forceinline__ void conv2_wgmma(float (&acc)[1][kMid / 4][4], uint32_t mid, uint32_t weight) {
   constexpr MidLayout kLayout = mid_layout(kMid, true);
   constexpr int kBlocks = kMid / 4, kPiece = 2 * kMid * 16;
+  const uint64_t a_base = plain_descriptor(warp_uniform(mid), kLayout.piece, 2 * kLayout.row_slots * 16);
+  const uint64_t b_base = plain_descriptor(weight, kPiece, 128);
   wgmma_begin();
 #pragma unroll
   for (int dy = 0; dy < 3; ++dy)
@@ -264,16 +275,15 @@ __device__ __forceinline__ void conv2_wgmma(float (&acc)[1][kMid / 4][4], uint32
 #pragma unroll
       for (int k = 0; k < kMid / 16; ++k) {
         const int slot = dy * kLayout.row_slots + (dx == 1 ? kLayout.odd_slot : dx / 2);
-        const uint64_t a = plain_descriptor(mid + slot * 16 + 2 * k * kLayout.piece, kLayout.piece, 2 * kLayout.row_slots * 16);
-        const uint32_t b = weight + ((dy * 3 + dx) * kMid / 8 + 2 * k) * kPiece;
+        const uint64_t a = advanced(a_base, slot * 16 + 2 * k * kLayout.piece);
+        const uint64_t b = advanced(b_base, ((dy * 3 + dx) * kMid / 8 + 2 * k) * kPiece);
 #pragma unroll
-        for (int n = 0; n + 8 <= kBlocks; n += 8)
-          wgmma<T, 8>(&acc[0][n], a, plain_descriptor(b + n * 128, kPiece, 128), dy + dx + k > 0);
+        for (int n = 0; n + 8 <= kBlocks; n += 8) wgmma<T, 8>(&acc[0][n], a, advanced(b, n * 128), dy + dx + k > 0);
         if constexpr (kBlocks % 8 != 0)
-          wgmma<T, 4>(&acc[0][kBlocks / 8 * 8], a, plain_descriptor(b + kBlocks / 8 * 1024, kPiece, 128), dy + dx + k > 0);
+          wgmma<T, 4>(&acc[0][kBlocks / 8 * 8], a, advanced(b, kBlocks / 8 * 1024), dy + dx + k > 0);
       }
   wgmma_commit();
-  wgmma_wait();
+  wgmma_wait<0>();
 }
 
 template <typename T, int kMid, bool kHopper>

@@ -129,6 +129,28 @@ CONVFIRST_HOST_DEVICE constexpr DownsampleLayout downsample_layout(int channels)
   return l;
 }
 
+struct HopperDownsampleTile {
+  int teams;  // of four warps, 64 rows
+  int slots;  // ring of taps of a warp
+};
+
+CONVFIRST_HOST_DEVICE constexpr HopperDownsampleTile hopper_downsample_tile(int channels) {
+  return channels <= 64 ? HopperDownsampleTile{3, 5} : HopperDownsampleTile{2, 3};
+}
+
+struct HopperDownsampleLayout {
+  int weight, bias, ring, slot;
+  CONVFIRST_HOST_DEVICE constexpr int end(int teams, int slots) const { return ring + teams * 4 * slots * slot; }
+};
+
+CONVFIRST_HOST_DEVICE constexpr HopperDownsampleLayout hopper_downsample_layout(int channels) {
+  HopperDownsampleLayout l{};
+  l.bias = l.weight + 2 * channels * 4 * channels * 2;
+  l.ring = l.bias + 2 * channels * 4;
+  l.slot = 16 * row_bytes(channels);
+  return l;
+}
+
 // ---- patch stem: warps of their own, 16 pixels of y each ---------------------------------------------------------------------
 
 constexpr int kPatchValues = 48;  // 4 x 4 pixels of 3 channels
