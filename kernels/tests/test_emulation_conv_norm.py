@@ -39,7 +39,8 @@ def emulator(tmp_path_factory):
     folder = tmp_path_factory.mktemp("conv_norm")
     (folder / "common").mkdir()
     (folder / "block_fusion").mkdir()
-    shutil.copy(KERNELS / "csrc/block_fusion/params.h", folder / "block_fusion")
+    for header in ("params.h", "conv_norm_extras.h"):
+        shutil.copy(KERNELS / "csrc/block_fusion" / header, folder / "block_fusion")
     for name in ("conv_norm", "grouped_conv_norm"):
         for end in ("sm90.h", "sm90.cpp", "fwd_sm90.cuh"):
             shutil.copy(KERNELS / f"csrc/block_fusion/{name}_{end}", folder / "block_fusion")

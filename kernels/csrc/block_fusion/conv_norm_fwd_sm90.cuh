@@ -309,6 +309,12 @@ __device__ __forceinline__ float2 gather(const ConvNormParams& p, uint32_t momen
   return scale_and_shift(p, sum, square);
 }
 
+template <class Element>
+__device__ __forceinline__ uint32_t add2(uint32_t a, uint32_t b) {
+  const float2 u = ptx::unpack2<Element>(a), v = ptx::unpack2<Element>(b);
+  return ptx::pack2<Element>(u.x + v.x, u.y + v.y);
+}
+
 // Normalises and stores. Four lanes share a pixel; a warp has eight pixels (lane / 8: slot / 2; lane / 4 % 2: four pixels on) of every
 // second row.
 template <class Traits>
@@ -332,12 +338,14 @@ __device__ __forceinline__ void write(const ConvNormParams& p, unsigned char* sm
     for (int r = 0; r < kRows; ++r) {
       const float2* own = moments + staged + min(r, max(last, 0)) * two_rows;
       norm[r] = p.plan.cluster > 1 ? gather(p, ptx::smem_address(own), lane) : *own;
+      if (p.rstd != nullptr && slab_start == 0 && lane % 4 == 0 && 2 * r < rows)
+        p.rstd[(image * p.height + y + 2 * r) * p.width + x] = norm[r].x;
     }
   }
   const int slab = min(p.plan.slab, p.channels - slab_start), channels = (p.plan.slab + 7) / 8 * 8;
   const unsigned char* from = smem + p.layout.staging + staged * p.layout.pitch;
   Element* out = static_cast<Element*>(p.a) + static_cast<int64_t>((image * p.height + y) * p.width + x) * p.channels + slab_start;
-  const int64_t two_rows_out = 2 * static_cast<int64_t>(p.width) * p.channels;
+  const int64_t two_rows_out = 2 * static_cast<int64_t>(p.width) * p.channels, from_a = out - static_cast<Element*>(p.a);
   const int row_bytes = two_rows * p.layout.pitch;
 #pragma unroll 1
   for (int channel = lane % 4 * 8; channel < slab; channel += 32) {
@@ -362,6 +370,10 @@ __device__ __forceinline__ void write(const ConvNormParams& p, unsigned char* sm
           w[j] = ptx::pack2<Element>(fmaf(fmaf(v.x, norm[r].x, norm[r].y), weight[2 * j], bias[2 * j]),
                                      fmaf(fmaf(v.y, norm[r].x, norm[r].y), weight[2 * j + 1], bias[2 * j + 1]));
         }
+      } else if (p.residual != nullptr) {
+        const Element* residual = static_cast<const Element*>(p.residual) + from_a + r * two_rows_out + channel;
+        const uint4 v = __ldg(reinterpret_cast<const uint4*>(residual));
+        w[0] = add2<Element>(w[0], v.x), w[1] = add2<Element>(w[1], v.y), w[2] = add2<Element>(w[2], v.z), w[3] = add2<Element>(w[3], v.w);
       }
       *reinterpret_cast<uint4*>(out + r * two_rows_out + channel) = make_uint4(w[0], w[1], w[2], w[3]);
     }

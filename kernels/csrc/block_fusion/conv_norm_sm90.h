@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <string>
 
+#include "conv_norm_extras.h"
 #include "params.h"
 
 #ifdef __CUDACC__
@@ -102,7 +103,9 @@ struct ConvNormParams {
   const float* bias;
   const float* norm_weight;
   const float* norm_bias;
+  const void* residual;  // added to the convolution where there is no norm, or nullptr
   void* a;
+  float* rstd;  // of each pixel, or nullptr
   float eps;
   int has_norm, batch, height, width, channels;
   ConvNormPlan plan;
@@ -251,8 +254,9 @@ struct ConvNormKernel {
 
 // a: [batch * height * width, channels] of the problem's dtype, 16-byte aligned. Of the tensors only x, conv_weight, conv_bias,
 // norm_weight, norm_bias and eps are read; with has_norm false the norm's vectors are ignored. Returns cudaError_t as int; never
-// synchronises. dependent: see ConvNormKernel.
-int conv_norm_launch(const Problem& q, const Tensors& t, const ConvNormPlan& plan, void* a, bool dependent, cudaStream_t stream);
+// synchronises. dependent: see ConvNormKernel; extras: see conv_norm_extras.h.
+int conv_norm_launch(const Problem& q, const Tensors& t, const ConvNormPlan& plan, void* a, bool dependent, cudaStream_t stream,
+                     const ConvNormExtras& extras = {});
 
 // The kernel's entry point, for cudaFuncGetAttributes.
 const void* conv_norm_pointer(const Problem& q);

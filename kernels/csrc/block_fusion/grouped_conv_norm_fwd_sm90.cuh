@@ -68,6 +68,14 @@ __device__ __forceinline__ int grouped_source(const GroupedParams& p, const Grou
   return inside ? (origin.image * p.height + y) * p.width + x : -1;
 }
 
+// The tile's pixel's number among all pixels, or -1 where there is none.
+__device__ __forceinline__ int grouped_target(const GroupedParams& p, const GroupedOrigin& origin, int pixel) {
+  const GroupedTile& t = p.plan.tile;
+  if (t.columns == 0) return origin.pixel + pixel < p.batch * p.height * p.width ? origin.pixel + pixel : -1;
+  const int y = origin.y + pixel / t.columns, x = origin.x + pixel % t.columns;
+  return y < p.height && x < p.width ? (origin.image * p.height + y) * p.width + x : -1;
+}
+
 // x into shared memory, a pixel a copy, by one warp; what lies outside is never read.
 __device__ __forceinline__ void grouped_load(const GroupedParams& p, const GroupedOrigin& origin, unsigned char* smem, TransactionBarrier* full) {
   const int lane = threadIdx.x, pixels = p.plan.tile.staged(), bytes = p.channels * 2;
@@ -189,6 +197,22 @@ struct GroupedWarp {
     }
   }
 
+  // The residual's values of the warp's pixels.
+  __device__ __forceinline__ void add_residual(const GroupedOrigin& origin) {
+    const Element* residual = static_cast<const Element*>(p.residual) + channel + 2 * q;
+#pragma unroll
+    for (int r = 0; r < 2 * kMTiles; ++r) {
+      const int from = grouped_target(p, origin, pixel + r * 8 + g);
+      if (from < 0) continue;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        const float2 v =
+            ptx::unpack2<Element>(__ldg(reinterpret_cast<const uint32_t*>(residual + static_cast<int64_t>(from) * p.channels + 8 * b)));
+        sums[r / 2][b][r % 2 * 2] += v.x, sums[r / 2][b][r % 2 * 2 + 1] += v.y;
+      }
+    }
+  }
+
   // Normalised and rounded, over x.
   template <bool kAffine>
   __device__ __forceinline__ void stage() const {
@@ -214,7 +238,7 @@ struct GroupedWarp {
 };
 
 // The moments of all warps -> the norm's scale and shift. Plain moments in float32.
-__device__ __forceinline__ void grouped_scales(const GroupedParams& p, unsigned char* smem) {
+__device__ __forceinline__ void grouped_scales(const GroupedParams& p, const GroupedOrigin& origin, unsigned char* smem) {
   const int pixels = p.plan.tile.pixels();
   const float2* moments = reinterpret_cast<const float2*>(smem + p.layout.moments);
   for (int i = threadIdx.x; i < pixels; i += blockDim.x) {
@@ -222,6 +246,10 @@ __device__ __forceinline__ void grouped_scales(const GroupedParams& p, unsigned 
     for (int w = 0; w < p.channels / kWarpChannels; ++w) sum += moments[w * pixels + i].x, square += moments[w * pixels + i].y;
     const float mean = sum / p.channels, scale = rsqrtf(fmaxf(square / p.channels - mean * mean, 0.f) + p.eps);
     reinterpret_cast<float2*>(smem + p.layout.scales)[i] = make_float2(scale, -mean * scale);
+    if (p.rstd != nullptr) {
+      const int to = grouped_target(p, origin, i);
+      if (to >= 0) p.rstd[to] = scale;
+    }
   }
 }
 
@@ -229,13 +257,7 @@ __device__ __forceinline__ void grouped_store(const GroupedParams& p, const Grou
   const GroupedTile& t = p.plan.tile;
   const int bytes = p.channels * 2;
   for (int pixel = threadIdx.x; pixel < t.pixels(); pixel += blockDim.x) {
-    int to;
-    if (t.columns == 0) {
-      to = origin.pixel + pixel < p.batch * p.height * p.width ? origin.pixel + pixel : -1;
-    } else {
-      const int y = origin.y + pixel / t.columns, x = origin.x + pixel % t.columns;
-      to = y < p.height && x < p.width ? (origin.image * p.height + y) * p.width + x : -1;
-    }
+    const int to = grouped_target(p, origin, pixel);
     if (to >= 0) convfirst::sm90::bulk_store(static_cast<char*>(p.a) + static_cast<int64_t>(to) * bytes, smem + pixel * p.layout.pitch, bytes);
   }
   convfirst::sm90::bulk_store_wait();
@@ -264,10 +286,11 @@ __global__ void __maxnreg__(grouped_registers(Traits::kMTiles))
   __syncthreads();
   full->wait(0);
   warp.multiply();
+  if (p.residual != nullptr) warp.add_residual(origin);
   if (p.has_norm) {
     warp.measure();
     __syncthreads();
-    grouped_scales(p, smem);
+    grouped_scales(p, origin, smem);
   }
   __syncthreads();
   if (p.has_norm && (p.norm_weight != nullptr || p.norm_bias != nullptr)) {

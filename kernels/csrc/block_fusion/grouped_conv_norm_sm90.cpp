@@ -27,9 +27,11 @@ auto with_kernel(const Problem& q, int m_tiles, Body&& body) {
 
 }  // namespace
 
-int grouped_launch(const Problem& q, const Tensors& t, const GroupedPlan& plan, void* a, bool dependent, cudaStream_t stream) {
+int grouped_launch(const Problem& q, const Tensors& t, const GroupedPlan& plan, void* a, bool dependent, cudaStream_t stream,
+                   const ConvNormExtras& extras) {
   GroupedParams p{};
   p.x = t.x, p.weight = t.conv_weight, p.bias = t.conv_bias, p.norm_weight = t.norm_weight, p.norm_bias = t.norm_bias, p.a = a;
+  p.residual = extras.residual, p.rstd = extras.rstd;
   p.eps = t.eps, p.has_norm = q.has_norm;
   p.batch = static_cast<int>(q.batch), p.height = static_cast<int>(q.height), p.width = static_cast<int>(q.width);
   p.channels = q.channels;

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "conv_norm_extras.h"
 #include "params.h"
 
 #ifdef __CUDACC__
@@ -69,7 +70,9 @@ struct GroupedParams {
   const float* bias;
   const float* norm_weight;
   const float* norm_bias;
+  const void* residual;  // added to the sums where there is no norm, or nullptr
   void* a;
+  float* rstd;  // of each pixel, or nullptr
   float eps;
   int has_norm, batch, height, width, channels;
   GroupedPlan plan;
@@ -155,8 +158,9 @@ struct GroupedKernel {
 };
 
 // a: [batch * height * width, channels] of the problem's dtype, 16-byte aligned. Reads x, conv_weight, conv_bias, norm_weight,
-// norm_bias and eps of the tensors.
-int grouped_launch(const Problem& q, const Tensors& t, const GroupedPlan& plan, void* a, bool dependent, cudaStream_t stream);
+// norm_bias and eps of the tensors. extras: see conv_norm_extras.h.
+int grouped_launch(const Problem& q, const Tensors& t, const GroupedPlan& plan, void* a, bool dependent, cudaStream_t stream,
+                   const ConvNormExtras& extras = {});
 
 const void* grouped_pointer(const Problem& q, const GroupedPlan& plan);
 

@@ -45,10 +45,11 @@ inline double first_cost(const Problem& q, const Device& device) {
   return q.group_width == 1 ? conv_norm_cost(q, device, plan.depthwise) : grouped_cost(q, device, plan.grouped);
 }
 
-inline int launch_first(const Problem& q, const Tensors& t, const Device& device, void* a, cudaStream_t stream) {
+inline int launch_first(const Problem& q, const Tensors& t, const Device& device, void* a, cudaStream_t stream,
+                        const ConvNormExtras& extras = {}) {
   const FirstPlan& plan = remembered_first_plan(q, device);
-  if (q.group_width == 1) return conv_norm_launch(q, t, plan.depthwise, a, true, stream);
-  return grouped_launch(q, t, plan.grouped, a, true, stream);
+  if (q.group_width == 1) return conv_norm_launch(q, t, plan.depthwise, a, true, stream, extras);
+  return grouped_launch(q, t, plan.grouped, a, true, stream, extras);
 }
 
 inline const void* first_pointer(const Problem& q) {
