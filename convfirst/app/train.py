@@ -14,6 +14,7 @@ import hydra
 import lightning
 import timm
 import torch
+import torch.nn as nn
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
@@ -27,7 +28,7 @@ from timm.layers import convert_sync_batchnorm
 
 from convfirst import __version__
 from convfirst.app import slurm
-from convfirst.app.kernels import accelerate, check_kernels, rehearse
+from convfirst.app.kernels import RepackWeights, accelerate, accelerate_training, check_kernels
 from convfirst.app.run_dir import RunDirectory, RunExistsError
 from convfirst.data import ImageDataModule
 from convfirst.data.datamodule import bad_images
@@ -105,7 +106,7 @@ def train(config: DictConfig) -> dict[str, Any]:
             config.logger.csv.start_step = config.start_step
     trainer = build_trainer(config)
     module = build_module(config, data, trainer.world_size, steps_per_epoch=_plan(config, trainer, data))
-    rehearse(module.model, trainer.strategy.root_device, config.kernels)
+    accelerate_training(_models(module), trainer.strategy.root_device, config.kernels, config.trainer.precision)
     if trainer.is_global_zero:
         run.freeze(config)
     if start is not None:
@@ -137,7 +138,7 @@ def build_trainer(config: DictConfig) -> Trainer:
     checkpointing[0].run_config = OmegaConf.to_container(config, resolve=True)
     trainer = Trainer(
         **arguments,
-        callbacks=callbacks,
+        callbacks=[*callbacks, RepackWeights()],
         logger=[instantiate(logger) for logger in config.logger.values() if logger is not None],
         plugins=plugins,
         default_root_dir=_absolute(config.run_dir),
@@ -204,8 +205,7 @@ def _finish(
     config: DictConfig, run: RunDirectory, trainer: Trainer, module: ClassificationModule, data: ImageDataModule
 ) -> dict[str, Any]:
     """Test the final weights, raw and EMA, and sum the run up."""
-    models = [module.model] if module.ema is None else [module.model, module.ema.module]
-    accelerate([model.eval() for model in models], trainer.strategy.root_device, config.kernels)
+    accelerate([model.eval() for model in _models(module)], trainer.strategy.root_device, config.kernels)
     module.images_evaluated = 0
     trainer.test(module, datamodule=data, verbose=False)
     results = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test/")}
@@ -240,6 +240,10 @@ def _finish(
             "lightning": lightning.__version__, "python": platform.python_version(),
         },
     }  # fmt: skip
+
+
+def _models(module: ClassificationModule) -> list[nn.Module]:
+    return [module.model] if module.ema is None else [module.model, module.ema.module]
 
 
 def report(summary: dict[str, Any]) -> None:

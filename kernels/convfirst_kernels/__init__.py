@@ -8,7 +8,7 @@
 Importing needs no GPU. Without one, every operator runs its PyTorch reference.
 """
 
-from convfirst_kernels.acceleration import Report, accelerate
+from convfirst_kernels.acceleration import Report, accelerate, forget
 from convfirst_kernels.block import (
     ACTIVATIONS,
     BlockWeights,
@@ -39,6 +39,7 @@ __all__ = [
     "direct_conv2d",
     "explain",
     "force_path",
+    "forget",
     "mbconv_block",
     "pack_block",
     "pack_conv_weight",

@@ -12,6 +12,7 @@ from convfirst_kernels.blocks import Parts, Unsupported, check_hooks, read_block
 from convfirst_kernels.winograd.swap import WinogradForward, find_convolutions
 
 launch = torch.ops.convfirst.conv_first_block
+CHOICES = (*fused.KERNELS, "reference")
 _log = logging.getLogger("convfirst_kernels")
 
 
@@ -37,7 +38,7 @@ class FusedForward:
         block = self.block
         try:
             parts = self.read()
-            reason = refusal(parts, x.device, fused.compute_dtype(x))
+            reason = refusal(parts, x.device, fused.compute_dtype(x), self.kernels)
         except Unsupported as changed:
             parts, reason = None, str(changed)
         if reason is not None:
@@ -61,6 +62,7 @@ class FusedForward:
         """Packed afresh, differentiably, where a gradient may be asked for; otherwise kept while they hold good."""
         tensors = parts.tensors()
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            self.packed = None  # an update is near, and fused optimisers leave version counters alone
             return parts.pack(dtype)
         kept = self.packed
         fits = kept is not None and self.packed_for == (dtype, device)
@@ -108,6 +110,16 @@ class OutsideForward(FusedForward):
         return parts.launch(x.to(dtype), self.weights(parts, dtype, x.device))
 
 
+_BATCH_STATISTICS = "batch norm in training mode needs the batch's statistics; only evaluation mode folds"
+
+
+def forget(model: nn.Module) -> None:
+    """Drop the packed weights that `accelerate` keeps, where weights changed unseen: sharded ones, for instance."""
+    for module in model.modules():
+        if isinstance(stand_in := module.__dict__.get("forward"), FusedForward) and not stand_in.frozen:
+            stand_in.packed = None
+
+
 def _state(tensor: Tensor) -> tuple:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype
 
@@ -122,10 +134,12 @@ def sample_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
     return scale / keep if keep > 0.0 and getattr(drop_path, "scale_by_keep", True) else scale
 
 
-def refusal(parts: Parts, device: torch.device, dtype: torch.dtype) -> str | None:
+def refusal(parts: Parts, device: torch.device, dtype: torch.dtype, kernels: str = "auto") -> str | None:
     """Why no kernel computes this block on a tensor of this device and dtype, or None where one does."""
-    if any(norm.training for norm in parts.batch_norms):
-        return "batch norm in training mode needs the batch's statistics; only evaluation mode folds"
+    if _needs_statistics(parts):
+        return _BATCH_STATISTICS
+    if kernels == "reference":
+        return None if device.type == "cpu" else f"kernels='reference' computes on a CPU, and x is on {device}"
     conv = parts.conv
     return fused.refusal(
         device, dtype, conv.in_channels, parts.expand.weight.shape[0], conv.kernel_size[0],
@@ -182,12 +196,13 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, wi
     So do, in inference, their stems and downsampling layers; where a gradient may be asked for, those run their own
     code.
     Parameters, buffers, state_dict, hooks on blocks, training, deepcopy and pickle stay as they were. Batch norms fold
-    in evaluation mode. Put the model in channels_last: a fused block converts its input otherwise.
+    in evaluation mode; in training mode such blocks run their own code, with exact batch statistics. Put the model in channels_last: a fused block converts its input otherwise.
 
     Args:
         model: any module that contains such blocks.
         kernels: "auto" leaves alone what no kernel covers, block by block and call by call, and logs that once;
-            "required" raises instead, for residual blocks; "off" takes fused forwards away again.
+            "required" raises instead, for residual blocks; "off" takes fused forwards away again; "reference" lets the
+            operators compute on a CPU, in PyTorch and any floating dtype, to test what surrounds them without a GPU.
         frozen: the weights will not change: pack them once and never look again. Under torch.compile it keeps the
             packing out of the compiled program.
         winograd: also dense 3x3 convolutions of stride 1 elsewhere in the model, as VGG's and ResNet's: as Winograd's,
@@ -201,8 +216,8 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, wi
         ValueError: ``kernels`` is none of those.
         RuntimeError: "required" and something is not covered; the message lists all of it, and the model is unchanged.
     """
-    if kernels not in fused.KERNELS:
-        raise ValueError(f"kernels={kernels!r}; accepted: {', '.join(map(repr, fused.KERNELS))}")
+    if kernels not in CHOICES:
+        raise ValueError(f"kernels={kernels!r}; accepted: {', '.join(map(repr, CHOICES))}")
     found = [(name, module, *_examine(module)) for name, module in model.named_modules()]
     found = [entry for entry in found if entry[2] is not None or entry[3] is not None]
     layers = [(name, module, *_examine_outside(module)) for name, module in outside.find_outside(model)]
@@ -224,7 +239,7 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, wi
             report._blocks.append(conv)
     for entries, rows, stand_in in ((found, report.rows, FusedForward), (layers, report.outside, OutsideForward)):
         for name, module, parts, reason in entries:
-            detail = parts.describe() if reason is None else reason
+            detail = _describe(parts) if reason is None else reason
             rows.append(Row(name, type(module).__name__, detail, reason is None))
             if reason is None:
                 module.forward = stand_in(module, kernels, frozen)
@@ -270,7 +285,20 @@ def _examine_outside(layer: nn.Module) -> tuple[outside.OutsideParts | None, str
     return parts, outside.uncovered(parts, device.index or 0) if device.type == "cuda" else None
 
 
+def _describe(parts: Parts | outside.OutsideParts) -> str:
+    waits = isinstance(parts, Parts) and _needs_statistics(parts)
+    return parts.describe() + (f"; now its own PyTorch code: {_BATCH_STATISTICS}" if waits else "")
+
+
+def _needs_statistics(parts: Parts) -> bool:
+    return any(norm.training for norm in parts.batch_norms)
+
+
 def _require(found: list) -> None:
+    def reason_now(parts: Parts | None, reason: str | None) -> str | None:
+        return _BATCH_STATISTICS if reason is None and _needs_statistics(parts) else reason
+
+    found = [(name, block, parts, reason_now(parts, reason)) for name, block, parts, reason in found]
     problems = [f"{name} ({type(block).__name__}): {reason}" for name, block, _, reason in found if reason is not None]
     if not found:
         problems = ["the model has no block of ConvFirst or of timm's ConvNeXt"]

@@ -172,7 +172,8 @@ def operator_arguments(x: Tensor, weights: BlockWeights, sample_scale: Tensor | 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the block computes in: autocast's where that is on, else x's."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    enabled = device != "meta" and torch.is_autocast_enabled(device)  # which has no autocast
+    return torch.get_autocast_dtype(device) if enabled else x.dtype
 
 
 def refusal(

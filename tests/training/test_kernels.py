@@ -60,7 +60,7 @@ def test_required_without_the_package_is_an_error(no_package):
 
 
 def test_required_without_a_gpu_is_an_error(package):
-    for check in (kernels.accelerate, lambda models, *rest: kernels.rehearse(models[0], *rest)):
+    for check in (kernels.accelerate, lambda *rest: kernels.accelerate_training(*rest, precision="bf16-mixed")):
         with pytest.raises(ValueError, match="need a CUDA device, not cpu"):
             check([torch.nn.Identity()], CPU, "required")
 
