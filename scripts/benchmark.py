@@ -1,5 +1,6 @@
 """Run a benchmark suite: python scripts/benchmark.py suite=throughput [option=value ...]."""
 
+import signal
 import sys
 
 import hydra
@@ -10,6 +11,7 @@ from convfirst.app.benchmark import benchmark
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="benchmark")
 def main(config: DictConfig) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit loses what isn't measured yet, no more
     try:
         benchmark(config)
     except ValueError as error:

@@ -62,6 +62,20 @@ def test_training_is_held_against_the_bare_loop(tmp_path):
     assert 0 <= row["data_wait"] < 1
 
 
+def test_steps_with_kernels_are_held_against_the_same_model_and_its_peer(tmp_path, capsys):
+    pytest.importorskip("convfirst_kernels")
+    options = ["models=[convfirst_atto]", "batches=[2]", "modes=[eager]"]
+    options += ["kernels=reference", "precision=32-true", "image_size=32", "steps=2", "warmup_steps=1", "interval=1"]
+    options = [f"training.{option}" for option in options] + ["+training.peers.convfirst_atto=[convnext_atto]"]
+    rows = benchmark(compose("suite=training", f"output={tmp_path / 'out.json'}", *options))
+    assert [row["peer"] for row in rows] == ["convfirst_atto", "convnext_atto"]
+    for row in rows:
+        assert row["speedup"] == pytest.approx(row["images_per_s"] / row["peer_images_per_s"], rel=0.02, abs=1e-3)
+        assert row["images_per_s"] == pytest.approx(2e3 / row["ms"], rel=0.02)
+    assert rows[0]["images_per_s"] == rows[1]["images_per_s"]  # measured once
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")] == rows
+
+
 def test_bare_loop_measures_any_timm_model():
     short = dict(steps=2, warmup_steps=1, interval=1)
     result = bare_loop("convfirst_atto", {}, batch=2, image_size=32, precision="32-true", compile=False, **short)
@@ -103,11 +117,12 @@ def test_commit_of_the_environment_wins_and_its_lack_is_said(monkeypatch, tmp_pa
         (
             ["suite=speed"],
             "suite='speed' is unknown; accepted: throughput, latency, cost, training_throughput, blocks, models, "
-            "winograd, direct",
+            "winograd, direct, training",
         ),
         (["suite=blocks"], "suites blocks and models time CUDA kernels, but there is no CUDA device here"),
         (["dtype=int8"], "dtype='int8' is unknown; accepted: float32, float16, bfloat16"),
         (["kernels=on"], "kernels='on' must be one of auto, required, off"),
+        (["suite=training", "training.modes=[jit]"], "modes='jit' is unknown; accepted: eager, eager.graph, inductor"),
         (["throughput.modes=[jit]"], "modes='jit' is unknown; accepted: eager, eager.graph, inductor"),
         (["throughput.modes=[eager+graph]"], "needs a CUDA device, but device='cpu'"),
     ],

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from convfirst.app.kernels import accelerate, check_kernels
 from convfirst.app.results import REPOSITORY, gpu_slug, write_results
 from convfirst.app.timing import captured, median_ms
+from convfirst.app.training_step import training_step
 from convfirst.app.training_throughput import training_throughput
 from convfirst.training.flops import forward_flops
 
@@ -23,13 +24,14 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MODES = ("eager", "eager+graph", "inductor", "inductor+graph")
+PER_GPU = ("blocks", "models", "winograd", "direct", "training")  # suites whose result files name the GPU
 
 
 def benchmark(config: DictConfig) -> list[dict]:
     """Run the suite ``config.suite``, print its rows, write them to ``config.output`` and return them.
 
-    Without an output the file is results/<suite>.json, with hyphens for underscores; the suites of the kernels add the
-    GPU: results/blocks-h100.json.
+    Without an output the file is results/<suite>.json, with hyphens for underscores; the suites of the kernels and of
+    training add the GPU: results/blocks-h100.json.
 
     Raises:
         ValueError: the suite or one of its options is unknown; the message names what is accepted.
@@ -43,7 +45,7 @@ def benchmark(config: DictConfig) -> list[dict]:
     finally:  # what was measured before an error isn't lost
         if rows:
             _print_rows(config.suite, rows)
-            gpu = f"-{gpu_slug()}" if config.suite in ("blocks", "models", "winograd", "direct") else ""
+            gpu = f"-{gpu_slug()}" if config.suite in PER_GPU and torch.cuda.is_available() else ""
             output = REPOSITORY / Path(config.output or f"results/{config.suite.replace('_', '-')}{gpu}.json")
             path = write_results(output, config.suite, rows, append=config.append)
             log.info("wrote %s", path)
@@ -187,4 +189,5 @@ SUITES: Mapping[str, Callable[[DictConfig], Iterable[dict]]] = {
     "models": networks,
     "winograd": winograd,
     "direct": direct,
+    "training": training_step,
 }

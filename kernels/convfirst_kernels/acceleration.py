@@ -196,7 +196,8 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, wi
     So do, in inference, their stems and downsampling layers; where a gradient may be asked for, those run their own
     code.
     Parameters, buffers, state_dict, hooks on blocks, training, deepcopy and pickle stay as they were. Batch norms fold
-    in evaluation mode; in training mode such blocks run their own code, with exact batch statistics. Put the model in channels_last: a fused block converts its input otherwise.
+    in evaluation mode; in training mode such blocks run their own code, with exact batch statistics. Put the model in
+    channels_last: a fused block converts its input otherwise.
 
     Args:
         model: any module that contains such blocks.
