@@ -8,6 +8,7 @@ import torch
 from convfirst.app import benchmark as benchmark_module
 from convfirst.app.bare_loop import bare_loop
 from convfirst.app.benchmark import SUITES, benchmark
+from convfirst.app.kernels_agreement import compare
 from convfirst.app.results import environment, git_object, write_results
 from convfirst.app.timing import median_ms
 
@@ -76,6 +77,34 @@ def test_steps_with_kernels_are_held_against_the_same_model_and_its_peer(tmp_pat
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")] == rows
 
 
+def test_runs_with_and_without_kernels_are_compared(tmp_path):
+    pytest.importorskip("convfirst_kernels")
+    small = ["epochs=1", "scheduler.warmup_epochs=0", "trainer.accelerator=cpu", "trainer.limit_train_batches=3"]
+    small += ["+model.dims=[8,16]", "+model.depths=[1,1]", "trainer.log_every_n_steps=1", "data.image_size=16"]
+    options = ["workloads={}", "tree.train_images=1", "kernels=reference", "precision=32-true", "jobs=2"]
+    options = [f"kernels_agreement.{option}" for option in options]
+    config = compose("suite=kernels_agreement", f"output={tmp_path / 'out.json'}", *options)
+    config.kernels_agreement.workloads = {"digits": {"recipe": "digits", "overrides": small, "seeds": [0]}}
+    plain, fused, compared = benchmark(config)
+    assert {plain["kernels"], fused["kernels"]} == {"off", "reference"}
+    assert len(plain["curve"]) == 3
+    for a, b in zip(plain["curve"], fused["curve"], strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+    assert compared["top1_difference"] == pytest.approx(0, abs=0.3)
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_difference_is_judged_by_the_spread_over_seeds():
+    def runs(kernels, losses):
+        about = {"workload": "w", "model": "m", "precision": "p", "updates": 1, "test_images": 100, "kernels": kernels}
+        return [about | {"seed": seed, "top1": 90.0, "loss": loss} for seed, loss in enumerate(losses)]
+
+    near = compare(runs("off", [1.0, 1.2, 1.1]) + runs("required", [1.15, 1.05, 1.2]))
+    assert near["agree"] and near["loss_difference"] == pytest.approx(0.0333, abs=1e-4)
+    far = compare(runs("off", [1.0, 1.02, 1.01]) + runs("required", [1.15, 1.14, 1.16]))
+    assert not far["agree"] and far["loss_noise"] == pytest.approx(2 * (2 * 1e-4 / 3) ** 0.5, rel=0.01)
+
+
 def test_bare_loop_measures_any_timm_model():
     short = dict(steps=2, warmup_steps=1, interval=1)
     result = bare_loop("convfirst_atto", {}, batch=2, image_size=32, precision="32-true", compile=False, **short)
@@ -117,7 +146,7 @@ def test_commit_of_the_environment_wins_and_its_lack_is_said(monkeypatch, tmp_pa
         (
             ["suite=speed"],
             "suite='speed' is unknown; accepted: throughput, latency, cost, training_throughput, blocks, models, "
-            "winograd, direct, training",
+            "winograd, direct, training, kernels_agreement",
         ),
         (["suite=blocks"], "suites blocks and models time CUDA kernels, but there is no CUDA device here"),
         (["dtype=int8"], "dtype='int8' is unknown; accepted: float32, float16, bfloat16"),

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from convfirst.app.kernels import accelerate, check_kernels
+from convfirst.app.kernels_agreement import kernels_agreement
 from convfirst.app.results import REPOSITORY, gpu_slug, write_results
 from convfirst.app.timing import captured, median_ms
 from convfirst.app.training_step import training_step
@@ -167,8 +168,8 @@ def _check(option: str, value: str, accepted) -> None:
 
 
 def _print_rows(suite: str, rows: list[dict]) -> None:
-    """One table of what differs between the rows, above a line of what doesn't."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    """One table of what differs between the rows, above a line of what doesn't; curves are left to the file."""
+    columns = list(dict.fromkeys(key for row in rows for key in row if not isinstance(row[key], list)))
     same = [key for key in columns if len(rows) > 1 and len({str(row.get(key)) for row in rows}) == 1]
     table = Table(title=suite, caption=", ".join(f"{key}={rows[0].get(key)}" for key in same))
     shown = [key for key in columns if key not in same]
@@ -190,4 +191,5 @@ SUITES: Mapping[str, Callable[[DictConfig], Iterable[dict]]] = {
     "winograd": winograd,
     "direct": direct,
     "training": training_step,
+    "kernels_agreement": kernels_agreement,
 }

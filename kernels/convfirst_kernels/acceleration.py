@@ -105,7 +105,8 @@ class OutsideForward(FusedForward):
         except Unsupported as changed:
             reason = str(changed)
         if reason is not None:
-            fused.log_once(f"{type(layer).__name__} runs its own PyTorch code: {reason}")
+            if not layer.training:  # where it trains, that is as it should be
+                fused.log_once(f"{type(layer).__name__} runs its own PyTorch code: {reason}")
             return type(layer).forward(layer, x)
         return parts.launch(x.to(dtype), self.weights(parts, dtype, x.device))
 
