@@ -49,6 +49,8 @@ bench: $(FULL)
 	$(PYTHON) scripts/benchmark.py suite=latency $(ARGS)
 	$(PYTHON) scripts/benchmark.py suite=blocks $(ARGS)
 	$(PYTHON) scripts/benchmark.py suite=models $(ARGS)
+	$(PYTHON) scripts/benchmark.py suite=training $(ARGS)
+	$(PYTHON) scripts/benchmark.py suite=kernels_agreement $(ARGS)
 	$(PYTHON) scripts/benchmark.py suite=training_throughput $(ARGS)
 	$(PYTHON) scripts/render_results.py
 	$(PYTHON) scripts/plan_cluster.py

@@ -19,7 +19,7 @@ from convfirst.training.csv_log import read_rows
 
 log = logging.getLogger(__name__)
 
-PLAIN, OURS = "off", "with kernels"
+PLAIN, OURS = "off", "with_kernels"
 
 
 def kernels_agreement(config: DictConfig) -> Iterator[dict]:
@@ -135,7 +135,7 @@ def plot(rows: list[dict], target: Path) -> None:
             runs = [row for row in rows if row["workload"] == workload and (row["kernels"] == PLAIN) == (kind == PLAIN)]
             for run in runs:
                 first = run is runs[0]
-                label = ("plain PyTorch" if kind == PLAIN else kind) if first else None
+                label = ("plain PyTorch" if kind == PLAIN else "with kernels") if first else None
                 curves.plot(*zip(*run["curve"], strict=True), color=colour, linewidth=0.9, alpha=0.6, label=label)
             ends.scatter([run["loss"] for run in runs], [run["top1"] for run in runs], color=colour, marker=marker)
         curves.set(title=workload, xlabel="update", ylabel="training loss")
