@@ -46,6 +46,8 @@ def pack_conv_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def pack_matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """[out, in] of a linear layer or [out, in, 1, 1] of a 1x1 convolution -> contiguous [out, in]."""
+    if weight.dim() == 4 and weight.stride(3) > 1:  # channels_last: DDP wants its gradient so too
+        weight = weight.permute(0, 2, 3, 1).flatten(0, 2)
     return weight.flatten(1).to(dtype).contiguous()
 
 

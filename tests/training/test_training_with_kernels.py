@@ -98,11 +98,17 @@ def test_mixed_precision_clipping_and_layer_decay(tmp_path):
     assert {value.dtype for key, value in state.items() if key.startswith("model.")} == {torch.float32}
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
+STRATEGIES = {"ddp": [], "fsdp": ["trainer=fsdp", "trainer.precision=32-true"]}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, strategy):
     options = ["epochs=2", "trainer.limit_train_batches=1", "augment=none", "batch.global_size=64", FUSED]
-    options += ["+model.drop_path_rate=0", "trainer.limit_val_batches=0"]
-    finish(start(tmp_path / "two", *options, "trainer.devices=2", "data.batch_size=32"))
+    options += ["+model.drop_path_rate=0", "model.ls_init_value=0.5"]
+    two = ["trainer.devices=2", "data.batch_size=32", *STRATEGIES[strategy]]
+    assert "Grad strides do not match" not in finish(start(tmp_path / "two", *options, *two))
     alone = run(tmp_path / "one", *(o.lstrip("+") for o in options), "data.batch_size=64")
+    assert curve(tmp_path / "two/digits") == [pytest.approx(row, rel=1e-4, abs=1e-5) for row in curve(alone)]
     ours, theirs = last_checkpoint(tmp_path / "two/digits")["state_dict"], last_checkpoint(alone)["state_dict"]
     for key in theirs:
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5)
