@@ -14,6 +14,7 @@ from contextlib import nullcontext
 
 import timm
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from timm.optim import create_optimizer_v2
 from torch import nn
@@ -60,6 +61,7 @@ def bare_loop(
     update = create_optimizer_v2(network, **(optimizer or {"opt": "adamw", "lr": 1e-3}))
     accelerate_training([network], device, kernels, precision)
     if compile:
+        torch._inductor.config.autotune_local_cache = False  # tuned here and now, not beside other processes
         network.compile()
     processes = dist.get_world_size() if dist.is_initialized() else 1
     if processes > 1:
