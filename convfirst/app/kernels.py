@@ -58,10 +58,10 @@ def accelerate_training(models: Sequence[nn.Module], device: torch.device, kerne
             message names it.
     """
     check_kernels(kernels, precision)
+    if not _wanted(device, kernels, "training"):
+        return
     if kernels == "auto" and not _covered(precision):
         log.info("kernels=auto: trainer.precision=%s, training runs in plain PyTorch", precision)
-        return
-    if not _wanted(device, kernels, "training"):
         return
     models[0].train()
     reports = [_swap(model.to(device), kernels) for model in models]
