@@ -39,6 +39,8 @@ class FusedForward:
         try:
             parts = self.read()
             reason = refusal(parts, x.device, fused.compute_dtype(x), self.kernels)
+            if reason is None and self.kernels == "auto" and _asks_for_gradient(x, *parts.tensors()):
+                reason = fused.backward_refusal()
         except Unsupported as changed:
             parts, reason = None, str(changed)
         if reason is not None:
@@ -61,7 +63,7 @@ class FusedForward:
     def weights(self, parts: Parts | outside.OutsideParts, dtype: torch.dtype, device: torch.device) -> tuple:
         """Packed afresh, differentiably, where a gradient may be asked for; otherwise kept while they hold good."""
         tensors = parts.tensors()
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if _asks_for_gradient(*tensors):
             self.packed = None  # an update is near, and fused optimisers leave version counters alone
             return parts.pack(dtype)
         kept = self.packed
@@ -119,6 +121,10 @@ def forget(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(stand_in := module.__dict__.get("forward"), FusedForward) and not stand_in.frozen:
             stand_in.packed = None
+
+
+def _asks_for_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _state(tensor: Tensor) -> tuple:
@@ -202,9 +208,10 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, wi
 
     Args:
         model: any module that contains such blocks.
-        kernels: "auto" leaves alone what no kernel covers, block by block and call by call, and logs that once;
-            "required" raises instead, for residual blocks; "off" takes fused forwards away again; "reference" lets the
-            operators compute on a CPU, in PyTorch and any floating dtype, to test what surrounds them without a GPU.
+        kernels: "auto" leaves alone what no kernel covers, block by block and call by call, and logs that once; where a
+            gradient may be asked for, no kernel covers a call unless its gradients have one too. "required" raises
+            instead, for residual blocks; "off" takes fused forwards away again; "reference" lets the operators compute
+            on a CPU, in PyTorch and any floating dtype, to test what surrounds them without a GPU.
         frozen: the weights will not change: pack them once and never look again. Under torch.compile it keeps the
             packing out of the compiled program.
         winograd: also dense 3x3 convolutions of stride 1 elsewhere in the model, as VGG's and ResNet's: as Winograd's,

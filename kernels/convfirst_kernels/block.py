@@ -199,6 +199,11 @@ def refusal(
     return _uncovered(channels, hidden, kernel_size, group_width, name, activation, has_norm, device.index or 0)
 
 
+def backward_refusal() -> str | None:
+    """Why no kernel computes a block's gradients, or None where one does."""
+    return "its gradients are computed in PyTorch so far, which is slower than its own code; kernels='required' does so"
+
+
 @torch.compiler.assume_constant_result
 def _uncovered(*shape) -> str | None:
     # Dynamo traces through a cache, so the cache must lie inside what it takes for a constant.
