@@ -173,6 +173,23 @@ def test_a_compiled_step_has_no_graph_break(name):
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.02 * float(b.abs().max() + 1e-6))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_block_keeps_no_more_than_its_input_for_the_backward_pass(autocast):
+    model = timm.create_model("convfirst_atto", depths=(1,), dims=(16,), drop_path_rate=0.5, ls_init_value=0.5)
+    accelerate_training([model], CPU, "reference", "bf16-mixed")
+    x = torch.randn(4, 16, 32, 32).to(memory_format=torch.channels_last).requires_grad_()
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", enabled=autocast):
+        model.stages[0].blocks[0](x)
+    weights = 4 * sum(p.numel() for p in model.stages[0].parameters())
+    assert sum(kept.values()) <= x.nbytes / (2 if autocast else 1) + 2 * weights
+
+
 def test_evaluation_sees_weights_that_a_fused_optimiser_changed():
     """It leaves their version counters alone, by which kept weights are told to be stale."""
     model = timm.create_model("convfirst_atto", depths=(1, 1), dims=(16, 32), num_classes=5, ls_init_value=0.5)
