@@ -147,30 +147,47 @@ def test_the_reference_computes_on_a_cpu_alone():
         accelerate_training([timm.create_model("convfirst_atto")], torch.device("cuda", 0), "reference", "bf16-mixed")
 
 
-@pytest.mark.parametrize("name", ["convfirst_atto", "convnext_atto"])
+FAMILIES = ["convfirst_atto", "convnext_atto"]
+
+
+def build(name):
+    options = dict(depths=(1, 1, 1, 1), dims=(16, 16, 24, 32), num_classes=5, drop_path_rate=0.2, ls_init_value=0.5)
+    model = timm.create_model(name, **options).to(memory_format=torch.channels_last)
+    accelerate_training([model], CPU, "reference", "bf16-mixed")
+    assert len(fused_blocks(model)) == 4
+    return model
+
+
+def gradients(model, network):
+    torch.manual_seed(0)
+    model.zero_grad()
+    images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = network(images).float().square().mean()
+    loss.backward()
+    return loss.item(), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_compiled_step_has_no_graph_break(name):
     torch._dynamo.reset()
-    options = dict(depths=(1, 1, 1, 1), dims=(16, 16, 24, 32), num_classes=5)
-    model = timm.create_model(name, drop_path_rate=0.2, ls_init_value=0.5, **options)
-    images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
-    accelerate_training([model.to(memory_format=torch.channels_last)], CPU, "reference", "bf16-mixed")
-    assert len(fused_blocks(model)) == 4
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-
-    def gradients(network):
-        torch.manual_seed(0)
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = network(images).float().square().mean()
-        loss.backward()
-        return loss.item(), [p.grad.clone() for p in model.parameters()]
-
-    loss, expected = gradients(model)
-    compiled_loss, found = gradients(compiled)
+    model = build(name)
+    loss, expected = gradients(model, model)
+    compiled_loss, found = gradients(model, torch.compile(model, fullgraph=True, backend="aot_eager"))
     assert compiled_loss == pytest.approx(loss, rel=0.02)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.02 * float(b.abs().max() + 1e-6))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_recomputed_blocks_give_the_same_gradients(name):
+    model = build(name)
+    loss, expected = gradients(model, model)
+    model.set_grad_checkpointing(True)
+    assert gradients(model, model)[0] == loss
+    for a, b in zip(gradients(model, model)[1], expected, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
