@@ -1,5 +1,7 @@
 """Winograd's convolution as a function of weights in PyTorch's own layout."""
 
+from operator import index
+
 import torch
 from torch import Tensor
 
@@ -59,8 +61,8 @@ def winograd_conv2d(
     if algorithm == "auto":
         operators.check(x, weight, bias, padding, "f2", activation)
         size = [extent + 2 * padding - 2 for extent in x.shape[2:]]
-        shape = (x.shape[0], *size, x.shape[1], weight.shape[0])
-        known = fastest(str(dtype).removeprefix("torch."), *shape) if x.device.type == "cuda" else None
+        shape = map(index, (x.shape[0], *size, x.shape[1], weight.shape[0]))
+        known = _measured_fastest(str(dtype).removeprefix("torch."), *shape) if x.device.type == "cuda" else None
         algorithm = known or choose(dtype, *size)
     arguments = (x, weight, bias, padding, algorithm, activation)
     operators.check(*arguments)
@@ -72,6 +74,11 @@ def winograd_conv2d(
     if kernels == "off" and x.device.type == "cuda":
         return reference.winograd_conv2d(*arguments)
     return torch.ops.convfirst.winograd_conv2d(*arguments)
+
+
+@torch.compiler.assume_constant_result  # it reads a file, which Dynamo can't follow
+def _measured_fastest(dtype: str, *shape: int) -> str | None:
+    return fastest(dtype, *shape)
 
 
 def choose(dtype: torch.dtype, height: int, width: int) -> str:

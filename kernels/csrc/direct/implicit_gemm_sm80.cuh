@@ -285,8 +285,9 @@ __device__ __forceinline__ void store_tile(const GemmParams& p, const float (&su
   }
 }
 
-template <class Element, class Copies>
-__device__ __forceinline__ void accumulate(const GemmParams& p, float (&sums)[kSums], Copies copies, int steps, uint32_t smem) {
+// kByStep: each step is summed on its own and then added, so that roundings at the sum's full size are a sixteenth as many.
+template <class Element, bool kByStep, class Copies>
+__device__ __forceinline__ void accumulate(float (&sums)[kSums], Copies copies, int steps, uint32_t smem) {
   const Products<Element> products;
   int loaded = 0;
 #pragma unroll
@@ -302,7 +303,14 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, float (&sums)[kS
     const bool first = read == smem, last = read == smem + (kStages - 1) * kStageBytes;
     if (steps >= kStages) copies.issue(first ? smem + (kStages - 1) * kStageBytes : read - kStageBytes);
     ptx::cp_async_commit();
-    products.step(sums, read);
+    if constexpr (kByStep) {
+      float own[kSums] = {};
+      products.step(own, read);
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sums[i] += own[i];
+    } else {
+      products.step(sums, read);
+    }
     read = last ? smem : read + kStageBytes;
   }
   ptx::cp_async_wait<0>();
@@ -313,6 +321,8 @@ template <DType kDType, Copying kCopying>
 __global__ void __launch_bounds__(kThreads, kCopying == Copying::kVector ? 2 : 1) implicit_gemm_sm80(const __grid_constant__ GemmParams p) {
   using Element = ElementOf<kDType>;
   using Copies = std::conditional_t<kCopying == Copying::kScalar, ScalarCopies<Element>, VectorCopies<Element, kCopying == Copying::kVectorDivide>>;
+  // Gradients (but those with stride 1, which share the forward kernel) have registers to spare, and long sums.
+  constexpr bool kByStep = kDType == DType::kFloat && kCopying != Copying::kVector;
   extern __shared__ __align__(128) char shared[];
   const uint32_t smem = ptx::smem_address(shared);
   const int64_t begin = share_begin(p.units, gridDim.x, blockIdx.x);
@@ -323,7 +333,7 @@ __global__ void __launch_bounds__(kThreads, kCopying == Copying::kVector ? 2 : 1
   while (left > 0) {
     const int steps = min(left, p.steps - first), tile_row = tile / p.tiles_n, column = (tile - tile_row * p.tiles_n) * kColumns;
     float sums[kSums] = {};
-    accumulate<Element>(p, sums, Copies(p, static_cast<int64_t>(tile_row) * kRows, column, first), steps, smem);
+    accumulate<Element, kByStep>(sums, Copies(p, static_cast<int64_t>(tile_row) * kRows, column, first), steps, smem);
     if (steps == p.steps) {
       store_tile<Element>(p, sums, static_cast<int64_t>(tile_row) * kRows, column);
     } else {

@@ -70,7 +70,7 @@ int64_t workspace_bytes(const Problem& p, int m, const Plan& plan) {
 GradientPlan plan_weight_gradient(const Problem& p, int multiprocessors) {
   const int64_t outputs = p.output_pitch(), channels = GradientPlan{}.channels(p);
   const bool large = outputs % 128 == 0 && channels % 128 == 0;
-  const int64_t blocks = 16 * outputs * channels / (large ? 128 * 128 : 64 * 64), resident = large ? 2 : 6;
+  const int64_t blocks = 16 * outputs * channels / (large ? 128 * 128 : 64 * 64), resident = large ? 2 : 4;
   const int64_t tiles = p.tiles(2);
   // Enough splits to fill the device, but slices enough in each to pay for its epilogue.
   const int64_t wanted = ceil_div(multiprocessors * resident, blocks), longest = std::max<int64_t>(1, tiles / (8 * kSlice));

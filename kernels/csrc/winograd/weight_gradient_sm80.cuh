@@ -77,7 +77,10 @@ struct GradientTile {
   static constexpr int kRows = kBlockRows, kColumns = kBlockColumns;
   static constexpr int kThreads = kRows * kColumns / 64;
   static constexpr int kTiles = 16;  // of a slice
-  static constexpr int kBlocksPerMultiprocessor = (kThreads == 64 ? 384 : 512) / kThreads;
+  static constexpr int kBlocksPerMultiprocessor = (kThreads == 64 ? 256 : 512) / kThreads;
+  // A slice is summed on its own and then added, so that roundings at the sum's full size are a sixteenth as many; 128 x 128
+  // sums of a block leave no registers for it.
+  static constexpr bool kBySlice = kThreads == 64;
   static constexpr int kStages = 4;
   static constexpr int kStageFloats = (kRows + kColumns) * kTiles;
   static constexpr int kSharedBytes = kStages * kStageFloats * 4;
@@ -119,7 +122,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int lane_n = lane % 2 + lane / 4 % 4 * 2, lane_m = lane / 2 % 2 + lane / 16 * 2;
   const int my_row = warp / (Tile::kColumns / 64) * 32 + 4 * lane_m, my_column = warp % (Tile::kColumns / 64) * 64 + 4 * lane_n;
-  float sums[8][8] = {};
+  float sums[8][8] = {}, slice[8][8] = {};
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<Tile::kStages - 2>();
     __syncthreads();
@@ -139,7 +142,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor
 #pragma unroll
       for (int j = 0; j < 8; ++j)
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sums[i][j] = fmaf(a[i], b[j], sums[i][j]);
+        for (int i = 0; i < 8; ++i) (Tile::kBySlice ? slice : sums)[i][j] = fmaf(a[i], b[j], (Tile::kBySlice ? slice : sums)[i][j]);
+    }
+    if constexpr (Tile::kBySlice) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sums[i][j] += slice[i][j], slice[i][j] = 0.f;
     }
   }
 
