@@ -10,12 +10,12 @@
 //          32 channels each                          is a table of addresses, and the padding a pixel of zeros.
 //
 //   what                        where                                          written by       released when
-//   x with halo                 shared, [pixel][channels + 8]                  bulk copies      all products done
+//   x with halo                 shared, [pixel][channels + 8]                  cp.async         all products done
 //   addresses of every tap      shared, [tap][pixel]                           prologue         -
 //   filter                      registers, from L1 and L2                      -                product done
 //   sums                        16 registers an m-tile                         mma.sync         stored
 //   moments of a pixel          shared, [32 channels][pixel], then summed      each warp        read
-//   A, 16 bit                   shared, over x                                 each warp        stored, a bulk copy a pixel
+//   A, 16 bit                   shared, over x                                 each warp        stored, 16 bytes a thread
 #pragma once
 
 #include <type_traits>
@@ -26,8 +26,6 @@
 #include "grouped_conv_norm_sm90.h"
 
 namespace convfirst::block_fusion::sm90 {
-
-using convfirst::sm90::TransactionBarrier;
 
 template <DType kDType, int kKernel_, int kGroupWidth_, int kMTiles_>
 struct GroupedTraits {
@@ -47,7 +45,8 @@ struct GroupedOrigin {
 
   __device__ __forceinline__ explicit GroupedOrigin(const GroupedPlan& plan) : image(0), y(0), x(0), pixel(0) {
     const GroupedTile& t = plan.tile;
-    const int tile = blockIdx.x;
+    int tile = blockIdx.x;
+    asm volatile("" : "+r"(tile));  // worked out again where it is needed: registers are short between
     if (t.columns == 0) {
       pixel = tile * t.pixels();
     } else {
@@ -55,18 +54,6 @@ struct GroupedOrigin {
     }
   }
 };
-
-// The staged pixel's number among all pixels, or -1 where there is none.
-__device__ __forceinline__ int grouped_source(const GroupedParams& p, const GroupedOrigin& origin, int staged) {
-  const GroupedTile& t = p.plan.tile;
-  if (t.columns == 0) {
-    const int pixel = origin.pixel - t.radius * (t.width + 1) + staged;
-    return pixel < p.batch * p.height * p.width ? pixel : -1;  // negative before the first
-  }
-  const int y = origin.y - t.radius + staged / t.row_stride(), x = origin.x - t.radius + staged % t.row_stride();
-  const bool inside = y >= 0 && y < p.height && x >= 0 && x < p.width;
-  return inside ? (origin.image * p.height + y) * p.width + x : -1;
-}
 
 // The tile's pixel's number among all pixels, or -1 where there is none.
 __device__ __forceinline__ int grouped_target(const GroupedParams& p, const GroupedOrigin& origin, int pixel) {
@@ -76,16 +63,43 @@ __device__ __forceinline__ int grouped_target(const GroupedParams& p, const Grou
   return y < p.height && x < p.width ? (origin.image * p.height + y) * p.width + x : -1;
 }
 
-// x into shared memory, a pixel a copy, by one warp; what lies outside is never read.
-__device__ __forceinline__ void grouped_load(const GroupedParams& p, const GroupedOrigin& origin, unsigned char* smem, TransactionBarrier* full) {
-  const int lane = threadIdx.x, pixels = p.plan.tile.staged(), bytes = p.channels * 2;
-  const char* x = static_cast<const char*>(p.x);
-  int count = 0;
-  for (int staged = lane; staged < pixels; staged += 32) count += grouped_source(p, origin, staged) >= 0;
-  full->arrive_and_expect_tx(count * bytes);
-  for (int staged = lane; staged < pixels; staged += 32) {
-    const int source = grouped_source(p, origin, staged);
-    if (source >= 0) convfirst::sm90::bulk_load(x + static_cast<int64_t>(source) * bytes, full, smem + staged * p.layout.pitch, bytes);
+// A thread's share of copies between global and shared memory: one 16-byte piece of every few pixels.
+struct GroupedPiece {
+  int piece, first, step;  // its place within a pixel; pixels first, first + step, ...
+
+  __device__ __forceinline__ explicit GroupedPiece(const GroupedParams& p) {
+    const int pieces = p.channels / 8;  // divides the number of threads
+    piece = threadIdx.x % pieces, first = threadIdx.x / pieces, step = blockDim.x / pieces;
+  }
+};
+
+// x with its halo into shared memory; what lies outside becomes zeros.
+__device__ __forceinline__ void grouped_load(const GroupedParams& p, const GroupedOrigin& origin, unsigned char* smem) {
+  const GroupedTile& t = p.plan.tile;
+  const GroupedPiece own(p);
+  const int staged = t.staged(), pixel_bytes = p.channels * 2;
+  const char* x = static_cast<const char*>(p.x) + own.piece * 16;
+  uint32_t to = ptx::smem_address(smem) + own.first * p.layout.pitch + own.piece * 16;
+  const uint32_t to_step = own.step * p.layout.pitch;
+  if (t.columns == 0) {
+    const int all = p.batch * p.height * p.width, before = origin.pixel - t.radius * (t.width + 1);
+    const char* from = x + static_cast<int64_t>(before + own.first) * pixel_bytes;
+    const int64_t from_step = static_cast<int64_t>(own.step) * pixel_bytes;
+    for (int i = own.first; i < staged; i += own.step, to += to_step, from += from_step) {
+      const bool inside = static_cast<unsigned>(before + i) < static_cast<unsigned>(all);
+      ptx::cp_async16(to, inside ? from : x, inside);
+    }
+    return;
+  }
+  const int stride = t.row_stride(), down = own.step / stride, right = own.step % stride;
+  int y = origin.y - t.radius + own.first / stride, column = own.first % stride;
+  for (int i = own.first; i < staged; i += own.step, to += to_step) {
+    const int at = origin.x - t.radius + column;
+    const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(p.height) && static_cast<unsigned>(at) < static_cast<unsigned>(p.width);
+    const int64_t source = static_cast<int64_t>((origin.image * p.height + y) * p.width + at);
+    ptx::cp_async16(to, inside ? x + source * pixel_bytes : x, inside);
+    y += down, column += right;
+    if (column >= stride) column -= stride, ++y;
   }
 }
 
@@ -253,44 +267,43 @@ __device__ __forceinline__ void grouped_scales(const GroupedParams& p, const Gro
   }
 }
 
-__device__ __forceinline__ void grouped_store(const GroupedParams& p, const GroupedOrigin& origin, unsigned char* smem) {
-  const GroupedTile& t = p.plan.tile;
-  const int bytes = p.channels * 2;
-  for (int pixel = threadIdx.x; pixel < t.pixels(); pixel += blockDim.x) {
+__device__ __forceinline__ void grouped_store(const GroupedParams& p, const GroupedOrigin& origin, const unsigned char* smem) {
+  const GroupedPiece own(p);
+  const int pixels = p.plan.tile.pixels();
+  const unsigned char* from = smem + own.piece * 16;
+  char* a = static_cast<char*>(p.a) + own.piece * 16;
+  for (int pixel = own.first; pixel < pixels; pixel += own.step) {
     const int to = grouped_target(p, origin, pixel);
-    if (to >= 0) convfirst::sm90::bulk_store(static_cast<char*>(p.a) + static_cast<int64_t>(to) * bytes, smem + pixel * p.layout.pitch, bytes);
+    const uint4 value = *reinterpret_cast<const uint4*>(from + pixel * p.layout.pitch);
+    if (to >= 0) *reinterpret_cast<uint4*>(a + static_cast<int64_t>(to) * p.channels * 2) = value;
   }
-  convfirst::sm90::bulk_store_wait();
 }
 
 template <class Traits>
 __global__ void __maxnreg__(grouped_registers(Traits::kMTiles))
     grouped_conv_norm_fwd_sm90(const __grid_constant__ GroupedParams p) {
   extern __shared__ __align__(128) unsigned char smem[];
-  const GroupedOrigin origin(p.plan);
-  TransactionBarrier* full = reinterpret_cast<TransactionBarrier*>(smem + p.layout.barrier);
-  if (threadIdx.x == 0) {
-    full->init(32);
-    grid::fence_barrier_init();
-  }
   for (int i = threadIdx.x; i < p.layout.pitch / 16; i += blockDim.x) {
     reinterpret_cast<uint4*>(smem + p.layout.zero)[i] = make_uint4(0, 0, 0, 0);
   }
-  __syncwarp();
   grid::wait_for_inputs();
   grid::launch_dependents();  // after the wait: the next launch may count on what came before this one
-  if (threadIdx.x < 32) grouped_load(p, origin, smem, full);
-  grouped_table<Traits>(p, origin, smem);
+  {
+    const GroupedOrigin origin(p.plan);
+    grouped_load(p, origin, smem);
+    ptx::cp_async_commit();
+    grouped_table<Traits>(p, origin, smem);
+  }
   GroupedWarp<Traits> warp(p, smem);
   warp.start();
+  ptx::cp_async_wait<0>();
   __syncthreads();
-  full->wait(0);
   warp.multiply();
-  if (p.residual != nullptr) warp.add_residual(origin);
+  if (p.residual != nullptr) warp.add_residual(GroupedOrigin(p.plan));
   if (p.has_norm) {
     warp.measure();
     __syncthreads();
-    grouped_scales(p, origin, smem);
+    grouped_scales(p, GroupedOrigin(p.plan), smem);
   }
   __syncthreads();
   if (p.has_norm && (p.norm_weight != nullptr || p.norm_bias != nullptr)) {
@@ -298,9 +311,8 @@ __global__ void __maxnreg__(grouped_registers(Traits::kMTiles))
   } else {
     warp.template stage<false>();
   }
-  convfirst::sm90::fence_async_proxy();
   __syncthreads();
-  grouped_store(p, origin, smem);
+  grouped_store(p, GroupedOrigin(p.plan), smem);
 }
 
 }  // namespace convfirst::block_fusion::sm90

@@ -49,7 +49,7 @@ struct GroupedPlan {
 
 // Byte offsets into dynamic shared memory.
 struct GroupedLayout {
-  int pitch, zero, table, moments, scales, barrier, total;
+  int pitch, zero, table, moments, scales, total;
 };
 
 CONVFIRST_GROUPED_HD GroupedLayout grouped_layout(const GroupedTile& t, int channels, int kernel_size) {
@@ -59,8 +59,7 @@ CONVFIRST_GROUPED_HD GroupedLayout grouped_layout(const GroupedTile& t, int chan
   s.table = s.zero + s.pitch;     // of every tap and pixel: where its input lies; one tap of zeros more
   s.moments = s.table + (kernel_size * kernel_size + 1) * t.pixels() * 4;
   s.scales = s.moments + channels / kWarpChannels * t.pixels() * 8;
-  s.barrier = s.scales + t.pixels() * 8;
-  s.total = s.barrier + 8;
+  s.total = s.scales + t.pixels() * 8;
   return s;
 }
 
@@ -110,8 +109,8 @@ inline bool grouped_place(const Problem& q, const Device& device, GroupedPlan* p
   return true;
 }
 
-// Microseconds: rounds of blocks, each a chain of latencies and what its multiprocessor's schedulers issue; or a copy a pixel, which is
-// what was measured to bind at large batches (NOTES.md).
+// Microseconds: rounds of blocks, each a chain of latencies and what its multiprocessor's schedulers issue. Fitted to a sweep of all
+// tiles (NOTES.md), of which it picks one within 6 % of the best; a block alone on its multiprocessor hides nothing of its latencies.
 inline double grouped_cost(const Problem& q, const Device& device, const GroupedPlan& plan) {
   const int64_t slots = int64_t{device.multiprocessors} * plan.resident;
   const double rounds = static_cast<double>((plan.tiles + slots - 1) / slots);
@@ -120,8 +119,8 @@ inline double grouped_cost(const Problem& q, const Device& device, const Grouped
   const double products = q.group_width == 8 ? (taps + 1) / 2 * 8.0 : taps * 6.0;  // instructions for 16 pixels x 32 channels
   const double halo = plan.tile.staged() / double(plan.tile.pixels());
   const double issued = plan.threads / 128.0 * plan.tile.m_tiles * (1.2 * products + 70 + 25 * halo);
-  const double copies = double(q.batch) * q.height * q.width * q.channels * 4.0 / 1.0e6;
-  return 4 + std::max(copies, rounds * (6000 + resident * issued * 1.3) / 1700);
+  const double alone = plan.resident == 1 ? 1.1 : 1.0, rectangle = plan.tile.columns > 0 ? 0.3 : 0.0;
+  return 2 + rectangle + alone * rounds * (5500 + 4.2 * resident * issued) / 1700;
 }
 
 inline bool grouped_plan(const Problem& q, const Device& device, GroupedPlan* best) {
