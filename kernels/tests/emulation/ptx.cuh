@@ -46,6 +46,16 @@ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
     std::memcpy(&r[m], emulation::smem + emulation::warp().word[side][m * 8 + lane / 4] + lane % 4 * 4, 4);
 }
 
+inline void ldmatrix_x4_transposed(uint32_t (&r)[4], uint32_t address) {
+  emulation::check_shared(address, 16);
+  const int lane = emulation::current % 32;
+  const int side = emulation::collective([&](emulation::Warp& w, int s) { w.word[s][lane] = address; });
+  for (int m = 0; m < 4; ++m)
+    for (int i = 0; i < 2; ++i)
+      std::memcpy(reinterpret_cast<unsigned char*>(&r[m]) + 2 * i,
+                  emulation::smem + emulation::warp().word[side][m * 8 + lane % 4 * 2 + i] + lane / 4 * 2, 2);
+}
+
 template <typename T>
 float2 unpack2(uint32_t v);
 template <>
