@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from convfirst_kernels import (
+    backward,
     library,  # noqa: F401  loads the library
     reference,
 )
@@ -48,8 +49,8 @@ def _out_cpu(x: Tensor, *arguments, out: Tensor) -> None:
     out.copy_(reference.conv_first_block(x, *arguments))
 
 
-for _key in ("CPU", "CUDA"):
-    _implementations.impl("conv_first_block_backward", reference.conv_first_block_backward, _key)
+_implementations.impl("conv_first_block_backward", reference.conv_first_block_backward, "CPU")
+_implementations.impl("conv_first_block_backward", backward.conv_first_block_backward, "CUDA")
 
 
 @torch.library.register_fake("convfirst::mbconv_block")

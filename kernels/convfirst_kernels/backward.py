@@ -1,0 +1,224 @@
+"""The backward of the conv-first block as a few kernels, none of which stores the hidden tensor.
+
+    a, rstd = conv_norm(x)                          recomputed: the convolution, normalised without the affine part
+    da, dW1', db1', dW2, db2, dg = feed_forward_backward(a, dy)    the expansion takes the norm's affine part in
+    dx = dy + conv_norm(da, transposed filter)      with dy as its residual
+    dW, db = conv_weight_gradient(da, x)
+
+Elsewhere than where these kernels run, `reference.conv_first_block_backward` computes the same.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from operator import index
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from convfirst_kernels import (
+    library,  # noqa: F401  owns the namespace
+    reference,
+)
+
+CAPABILITY = 90  # 10 * major + minor, of the devices that all the kernels run on
+_implementations = torch.library.Library("convfirst", "IMPL")
+
+
+@torch.library.impl(_implementations, "conv_weight_gradient", "CPU")
+def conv_weight_gradient(da: Tensor, x: Tensor, kernel_size: int, group_width: int) -> tuple[Tensor, Tensor]:
+    """Gradients of the weight and of the bias of the block's convolution, summed over pixels in float32 at least.
+
+    Args:
+        da: gradient of the convolution's output, [N, C, H, W] in x's dtype.
+        x: [N, C, H, W].
+        kernel_size: 3, 5 or 7; padding is its half, the stride 1.
+        group_width: input channels of a group.
+
+    Returns:
+        [kernel_size * kernel_size, C, group_width] and [C], float32 (float64 for float64).
+
+    Raises:
+        RuntimeError: in 16 bits, the operator refuses an argument; the message names it, its value and what is
+            supported.
+    """
+    if x.dtype in (torch.float16, torch.bfloat16):
+        torch.ops.convfirst.conv_weight_gradient_check(da, x, kernel_size, group_width)
+    channels, wide = x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    weight = x.new_empty(channels, group_width, kernel_size, kernel_size, dtype=wide)
+    _, d_weight, _ = torch.ops.aten.convolution_backward(
+        da.to(wide), x.to(wide), weight, None, [1, 1], [kernel_size // 2] * 2, [1, 1], False, [0, 0],
+        channels // group_width, [False, True, False],
+    )  # fmt: skip
+    return d_weight.flatten(2).permute(2, 0, 1).contiguous(), da.to(wide).sum((0, 2, 3))
+
+
+@torch.library.register_fake("convfirst::conv_weight_gradient")
+def _conv_weight_gradient_fake(da: Tensor, x: Tensor, kernel_size: int, group_width: int) -> tuple[Tensor, Tensor]:
+    channels, wide = x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    return (
+        x.new_empty((kernel_size**2, channels, group_width), dtype=wide),
+        x.new_empty((channels,), dtype=wide),
+    )
+
+
+class Stages(NamedTuple):
+    """What `staged_backward` is made of; the operators of ``torch.ops.convfirst`` but in tests."""
+
+    conv_norm: Callable
+    feed_forward_backward: Callable
+    conv_weight_gradient: Callable
+
+
+@cache
+def _operators() -> Stages:
+    return Stages(*(getattr(torch.ops.convfirst, name) for name in Stages._fields))
+
+
+def conv_first_block_backward(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
+    """`reference.conv_first_block_backward`, by kernels where they cover the call."""
+    x, conv_weight, expand_weight = arguments[0], arguments[1], arguments[5]
+    group_width, activation = arguments[11], arguments[12]
+    hidden, channels = expand_weight.shape
+    side = {9: 3, 25: 5, 49: 7}[conv_weight.shape[0]]
+    if refusal(x.device, x.dtype, channels, hidden, side, group_width, activation) is None and x.numel():
+        return staged_backward(_operators(), grad, *arguments)
+    return reference.conv_first_block_backward(grad, *arguments)
+
+
+def refusal(
+    device: torch.device,
+    dtype: torch.dtype,
+    channels: int,
+    hidden: int,
+    kernel_size: int,
+    group_width: int,
+    activation: str,
+) -> str | None:
+    """Why no kernels compute the gradients of such a block on a tensor of this device and dtype, or None."""
+    if device.type != "cuda":
+        return f"x is on {device.type}; the kernels run on CUDA devices"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"x is {dtype}; the kernels take torch.float16 and torch.bfloat16"
+    channels, hidden, kernel_size, group_width = map(index, (channels, hidden, kernel_size, group_width))
+    return _uncovered(channels, hidden, kernel_size, group_width, str(dtype), activation, device.index or 0)
+
+
+@torch.compiler.assume_constant_result
+def _uncovered(*shape) -> str | None:
+    return _uncovered_cached(*shape)
+
+
+@cache
+def _uncovered_cached(channels, hidden, kernel_size, group_width, dtype, activation, device_index) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device_index)
+    if 10 * major + minor != CAPABILITY:
+        return f"the backward's kernels run on compute capability 9.0; the device has {major}.{minor}"
+    return None
+
+
+def staged_backward(
+    stages: Stages,
+    grad: Tensor,
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    sample_scale: Tensor | None,
+    group_width: int,
+    activation: str,
+    eps: float,
+    has_norm: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    """`reference.conv_first_block_backward` by stages."""
+    inputs = (
+        x, conv_weight, conv_bias, norm_weight, norm_bias, expand_weight, expand_bias, project_weight, project_bias,
+        layer_scale, sample_scale,
+    )  # fmt: skip
+    output_mask = [wanted and tensor is not None for wanted, tensor in zip(output_mask, inputs, strict=True)]
+    results: list[Tensor | None] = [None] * len(inputs)
+    if any(output_mask[:10]):
+        a, rstd = stages.conv_norm(x, conv_weight, conv_bias, None, group_width, has_norm, eps)
+        matrix, bias = absorb_affine(expand_weight, expand_bias, norm_weight, norm_bias)
+        da, *results[5:10] = stages.feed_forward_backward(
+            a, grad, rstd if has_norm else None, matrix, bias, project_weight, project_bias, layer_scale, sample_scale,
+            activation,
+        )  # fmt: skip
+        del a, rstd
+        if norm_weight is not None or norm_bias is not None:
+            results[3:6] = release_affine(results[5], results[6], expand_weight, norm_weight, norm_bias)
+        if output_mask[0]:
+            transposed = transpose_filter(conv_weight, group_width)
+            results[0], _ = stages.conv_norm(da, transposed, None, grad, group_width, False, eps)
+        if output_mask[1] or output_mask[2]:
+            side = {9: 3, 25: 5, 49: 7}[conv_weight.shape[0]]
+            results[1], results[2] = stages.conv_weight_gradient(da, x, side, group_width)
+    if output_mask[10]:  # drop path's factors, which nothing trains
+        only = [position == 10 for position in range(len(inputs))]
+        options = group_width, activation, eps, has_norm, only
+        results[10] = reference.conv_first_block_backward(grad, *inputs, *options)[10]
+    return tuple(
+        _as_gradient(result, tensor, wanted, x)
+        for result, tensor, wanted in zip(results, inputs, output_mask, strict=True)
+    )
+
+
+def _as_gradient(result: Tensor | None, tensor: Tensor | None, wanted: bool, x: Tensor) -> Tensor:
+    """The result in the dtype and strides of `reference.empty_gradient`."""
+    if not wanted:
+        return reference.empty_gradient(tensor, wanted, x)
+    layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+    return result.to(tensor.dtype).contiguous(memory_format=layout)
+
+
+def transpose_filter(conv_weight: Tensor, group_width: int) -> Tensor:
+    """The packed filter whose convolution is the transpose of ``conv_weight``'s: taps reversed, channels swapped."""
+    taps, channels, _ = conv_weight.shape
+    groups = conv_weight.view(taps, channels // group_width, group_width, group_width)
+    return groups.flip(0).transpose(2, 3).reshape(taps, channels, group_width)
+
+
+def absorb_affine(
+    expand_weight: Tensor, expand_bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the layer that takes ``n`` where the expansion takes ``n * norm_weight + norm_bias``.
+
+    Products in float32 at least; the weight is rounded once.
+    """
+    if norm_weight is None and norm_bias is None:
+        return expand_weight, expand_bias
+    wide = torch.promote_types(expand_weight.dtype, torch.float32)
+    matrix, bias = expand_weight.to(wide), expand_bias
+    if norm_bias is not None:
+        moved = matrix @ norm_bias.to(wide)
+        bias = moved if bias is None else bias + moved
+    if norm_weight is not None:
+        matrix = matrix * norm_weight
+    return matrix.to(expand_weight.dtype), bias
+
+
+def release_affine(
+    d_matrix: Tensor, d_bias: Tensor, expand_weight: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Gradients of norm_weight, norm_bias and expand_weight from those of what `absorb_affine` made of them.
+
+    With W' = W diag(g) and b' = b + W beta: dg = sum over rows of dW' * W, dbeta = W^T db', dW = dW' diag(g) + db' beta^T.
+    """
+    wide = torch.promote_types(expand_weight.dtype, torch.float32)
+    matrix = expand_weight.to(wide)
+    d_norm_weight = d_norm_bias = None
+    d_expand = d_matrix
+    if norm_weight is not None:
+        d_norm_weight = (d_matrix * matrix).sum(0)
+        d_expand = d_expand * norm_weight
+    if norm_bias is not None:
+        d_norm_bias = d_bias @ matrix
+        d_expand = torch.addr(d_expand, d_bias, norm_bias.to(wide))
+    return d_norm_weight, d_norm_bias, d_expand
