@@ -22,6 +22,7 @@ from convfirst_kernels import (
 )
 
 CAPABILITY = 90  # 10 * major + minor, of the devices that all the kernels run on
+operators = torch.ops.convfirst
 _implementations = torch.library.Library("convfirst", "IMPL")
 
 
@@ -43,7 +44,7 @@ def conv_weight_gradient(da: Tensor, x: Tensor, kernel_size: int, group_width: i
             supported.
     """
     if x.dtype in (torch.float16, torch.bfloat16):
-        torch.ops.convfirst.conv_weight_gradient_check(da, x, kernel_size, group_width)
+        operators.conv_weight_gradient_check(da, x, kernel_size, group_width)
     channels, wide = x.shape[1], torch.promote_types(x.dtype, torch.float32)
     weight = x.new_empty(channels, group_width, kernel_size, kernel_size, dtype=wide)
     _, d_weight, _ = torch.ops.aten.convolution_backward(
@@ -62,6 +63,56 @@ def _conv_weight_gradient_fake(da: Tensor, x: Tensor, kernel_size: int, group_wi
     )
 
 
+@torch.library.impl(_implementations, "transpose_filter", "CPU")
+def transpose_filter(conv_weight: Tensor) -> Tensor:
+    """The packed filter whose convolution is the transpose of ``conv_weight``'s: taps reversed, channels swapped."""
+    taps, channels, group_width = conv_weight.shape
+    groups = conv_weight.view(taps, channels // group_width, group_width, group_width)
+    return groups.flip(0).transpose(2, 3).reshape(taps, channels, group_width)
+
+
+@torch.library.impl(_implementations, "absorb_affine", "CPU")
+def absorb_affine(
+    expand_weight: Tensor, expand_bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the layer that takes ``n`` where the expansion takes ``n * norm_weight + norm_bias``.
+
+    Products in float32 at least; the weight is rounded once.
+    """
+    wide = torch.promote_types(expand_weight.dtype, torch.float32)
+    matrix = expand_weight.to(wide)
+    bias = matrix.new_zeros(matrix.shape[0]) if expand_bias is None else expand_bias.clone()
+    if norm_bias is not None:
+        bias += matrix @ norm_bias.to(wide)
+    if norm_weight is not None:
+        matrix = matrix * norm_weight
+    return matrix.to(expand_weight.dtype, copy=True), bias
+
+
+@torch.library.impl(_implementations, "release_affine", "CPU")
+def release_affine(
+    d_matrix: Tensor,
+    d_bias: Tensor,
+    expand_weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    d_project: Tensor,
+    d_conv: Tensor,
+) -> tuple[Tensor, ...]:
+    """Gradients of norm_weight, norm_bias and expand_weight from those of what `absorb_affine` made of them.
+
+    With W' = W diag(g) and b' = b + W beta: dg = column sums of dW' * W, dbeta = W^T db', dW = dW' diag(g) + db' beta^T.
+    dW, ``d_project`` and ``d_conv`` are rounded to expand_weight's dtype; dg and dbeta mean nothing without g and beta.
+    """
+    wide = torch.promote_types(expand_weight.dtype, torch.float32)
+    matrix = expand_weight.to(wide)
+    d_expand = d_matrix if norm_weight is None else d_matrix * norm_weight
+    if norm_bias is not None:
+        d_expand = torch.addr(d_expand, d_bias, norm_bias.to(wide))
+    rounded = (gradient.to(expand_weight.dtype, copy=True) for gradient in (d_expand, d_project, d_conv))
+    return (d_matrix * matrix).sum(0), d_bias @ matrix, *rounded
+
+
 class Stages(NamedTuple):
     """What `staged_backward` is made of; the operators of ``torch.ops.convfirst`` but in tests."""
 
@@ -72,7 +123,7 @@ class Stages(NamedTuple):
 
 @cache
 def _operators() -> Stages:
-    return Stages(*(getattr(torch.ops.convfirst, name) for name in Stages._fields))
+    return Stages(*(getattr(operators, name) for name in Stages._fields))
 
 
 def conv_first_block_backward(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
@@ -146,20 +197,25 @@ def staged_backward(
     results: list[Tensor | None] = [None] * len(inputs)
     if any(output_mask[:10]):
         a, rstd = stages.conv_norm(x, conv_weight, conv_bias, None, group_width, has_norm, eps)
-        matrix, bias = absorb_affine(expand_weight, expand_bias, norm_weight, norm_bias)
+        affine = norm_weight is not None or norm_bias is not None
+        matrix, bias = expand_weight, expand_bias
+        if affine:
+            matrix, bias = operators.absorb_affine(expand_weight, expand_bias, norm_weight, norm_bias)
         da, *results[5:10] = stages.feed_forward_backward(
             a, grad, rstd if has_norm else None, matrix, bias, project_weight, project_bias, layer_scale, sample_scale,
             activation,
         )  # fmt: skip
         del a, rstd
-        if norm_weight is not None or norm_bias is not None:
-            results[3:6] = release_affine(results[5], results[6], expand_weight, norm_weight, norm_bias)
         if output_mask[0]:
-            transposed = transpose_filter(conv_weight, group_width)
+            transposed = operators.transpose_filter(conv_weight)
             results[0], _ = stages.conv_norm(da, transposed, None, grad, group_width, False, eps)
         if output_mask[1] or output_mask[2]:
             side = {9: 3, 25: 5, 49: 7}[conv_weight.shape[0]]
             results[1], results[2] = stages.conv_weight_gradient(da, x, side, group_width)
+        d_conv = da.new_empty(0, dtype=results[5].dtype) if results[1] is None else results[1]
+        results[3], results[4], results[5], results[7], results[1] = operators.release_affine(
+            results[5], results[6], expand_weight, norm_weight, norm_bias, results[7], d_conv
+        )
     if output_mask[10]:  # drop path's factors, which nothing trains
         only = [position == 10 for position in range(len(inputs))]
         options = group_width, activation, eps, has_norm, only
@@ -176,49 +232,3 @@ def _as_gradient(result: Tensor | None, tensor: Tensor | None, wanted: bool, x: 
         return reference.empty_gradient(tensor, wanted, x)
     layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
     return result.to(tensor.dtype).contiguous(memory_format=layout)
-
-
-def transpose_filter(conv_weight: Tensor, group_width: int) -> Tensor:
-    """The packed filter whose convolution is the transpose of ``conv_weight``'s: taps reversed, channels swapped."""
-    taps, channels, _ = conv_weight.shape
-    groups = conv_weight.view(taps, channels // group_width, group_width, group_width)
-    return groups.flip(0).transpose(2, 3).reshape(taps, channels, group_width)
-
-
-def absorb_affine(
-    expand_weight: Tensor, expand_bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the layer that takes ``n`` where the expansion takes ``n * norm_weight + norm_bias``.
-
-    Products in float32 at least; the weight is rounded once.
-    """
-    if norm_weight is None and norm_bias is None:
-        return expand_weight, expand_bias
-    wide = torch.promote_types(expand_weight.dtype, torch.float32)
-    matrix, bias = expand_weight.to(wide), expand_bias
-    if norm_bias is not None:
-        moved = matrix @ norm_bias.to(wide)
-        bias = moved if bias is None else bias + moved
-    if norm_weight is not None:
-        matrix = matrix * norm_weight
-    return matrix.to(expand_weight.dtype), bias
-
-
-def release_affine(
-    d_matrix: Tensor, d_bias: Tensor, expand_weight: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Gradients of norm_weight, norm_bias and expand_weight from those of what `absorb_affine` made of them.
-
-    With W' = W diag(g) and b' = b + W beta: dg = sum over rows of dW' * W, dbeta = W^T db', dW = dW' diag(g) + db' beta^T.
-    """
-    wide = torch.promote_types(expand_weight.dtype, torch.float32)
-    matrix = expand_weight.to(wide)
-    d_norm_weight = d_norm_bias = None
-    d_expand = d_matrix
-    if norm_weight is not None:
-        d_norm_weight = (d_matrix * matrix).sum(0)
-        d_expand = d_expand * norm_weight
-    if norm_bias is not None:
-        d_norm_bias = d_bias @ matrix
-        d_expand = torch.addr(d_expand, d_bias, norm_bias.to(wide))
-    return d_norm_weight, d_norm_bias, d_expand

@@ -78,6 +78,9 @@ struct WeightGradientTensors {
 int run_weight_gradient(const WeightGradientProblem& problem, const WeightGradientPlan& plan, const WeightGradientTensors& tensors,
                         void* workspace, cudaStream_t stream);
 
+// Adds [slices][results] in order: the first `weights` results into d_weight, the others into d_bias.
+int add_slices(const float* partial, float* d_weight, float* d_bias, int slices, int weights, int results, cudaStream_t stream);
+
 // What a kernel is given.
 struct WeightGradientParams {
   const void* da;

@@ -36,10 +36,13 @@ int run_weight_gradient(const WeightGradientProblem& problem, const WeightGradie
                                                : half ? grouped_weight_gradient_half : grouped_weight_gradient_bfloat16;
   const int error = kernel(problem, params, stream);
   if (error != 0) return error;
-  const int results = static_cast<int>(problem.results());
+  return add_slices(partial, tensors.d_weight, tensors.d_bias, plan.slices, static_cast<int>(problem.weights()),
+                    static_cast<int>(problem.results()), stream);
+}
+
+int add_slices(const float* partial, float* d_weight, float* d_bias, int slices, int weights, int results, cudaStream_t stream) {
   return start_kernel(sm80::add_slices_sm80, (results + sm80::kSumColumns - 1) / sm80::kSumColumns, sm80::kSumColumns * sm80::kSumRows,
-                      sm80::kSumColumns * sm80::kSumRows * 4, stream, partial, tensors.d_weight, tensors.d_bias, plan.slices,
-                      static_cast<int>(problem.weights()), results);
+                      sm80::kSumColumns * sm80::kSumRows * 4, stream, partial, d_weight, d_bias, slices, weights, results);
 }
 
 }  // namespace convfirst::block_fusion

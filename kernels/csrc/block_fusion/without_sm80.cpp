@@ -1,4 +1,5 @@
 // The empty table of a build without the sm_80 path.
+#include "block_fusion/block_bwd_weights.h"
 #include "block_fusion/conv_bwd_weights.h"
 #include "block_fusion/params.h"
 
@@ -9,8 +10,22 @@ const Variant* sm80_variants(int* count) {
   return nullptr;
 }
 
+namespace {
+
+constexpr int kNoKernelImage = 209;  // cudaErrorNoKernelImageForDevice
+
+}  // namespace
+
 int run_weight_gradient(const WeightGradientProblem&, const WeightGradientPlan&, const WeightGradientTensors&, void*, cudaStream_t) {
-  return 209;  // cudaErrorNoKernelImageForDevice
+  return kNoKernelImage;
 }
+
+int absorb_affine(DType, const AffineTensors&, void*, float*, cudaStream_t) { return kNoKernelImage; }
+
+int64_t release_workspace(const AffineTensors&) { return 0; }
+
+int release_affine(DType, const AffineTensors&, const ReleasedTensors&, void*, cudaStream_t) { return kNoKernelImage; }
+
+int transpose_filter(const void*, void*, int, int, int, cudaStream_t) { return kNoKernelImage; }
 
 }  // namespace convfirst::block_fusion
