@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from convfirst_kernels import backward, outside
 from convfirst_kernels import block as fused
-from convfirst_kernels import outside
 from convfirst_kernels.blocks import Parts, Unsupported, check_hooks, read_block
 from convfirst_kernels.winograd.swap import WinogradForward, find_convolutions
 
@@ -40,7 +40,7 @@ class FusedForward:
             parts = self.read()
             reason = refusal(parts, x.device, fused.compute_dtype(x), self.kernels)
             if reason is None and self.kernels == "auto" and _asks_for_gradient(x, *parts.tensors()):
-                reason = fused.backward_refusal()
+                reason = _backward_refusal(parts, x.device, fused.compute_dtype(x))
         except Unsupported as changed:
             parts, reason = None, str(changed)
         if reason is not None:
@@ -50,7 +50,9 @@ class FusedForward:
             return type(block).forward(block, x)
         weights = self.weights(parts, fused.compute_dtype(x), x.device)
         x = x.contiguous(memory_format=torch.channels_last)
-        return launch(*fused.operator_arguments(x, weights, sample_scale(parts.drop_path, x)))
+        arguments = fused.operator_arguments(x, weights, sample_scale(parts.drop_path, x))
+        fused.check_backward(type(block).__name__, arguments, self.kernels)
+        return launch(*arguments)
 
     def read(self) -> Parts:
         """The block's parts; modules may be replaced, by converting batch norms for instance, unless it is frozen."""
@@ -248,7 +250,7 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, wi
             report._blocks.append(conv)
     for entries, rows, stand_in in ((found, report.rows, FusedForward), (layers, report.outside, OutsideForward)):
         for name, module, parts, reason in entries:
-            detail = _describe(parts) if reason is None else reason
+            detail = f"{_describe(parts)}{_backward_note(parts)}" if reason is None else reason
             rows.append(Row(name, type(module).__name__, detail, reason is None))
             if reason is None:
                 module.forward = stand_in(module, kernels, frozen)
@@ -281,6 +283,24 @@ def _examine(module: nn.Module) -> tuple[Parts | None, str | None]:
         conv.in_channels // conv.groups, parts.activation, parts.norm is not None,
     )  # fmt: skip
     return parts, reason
+
+
+def _backward_note(parts: Parts | outside.OutsideParts) -> str:
+    """What a report adds about a block whose gradients would be PyTorch's on the device that it is on."""
+    if not isinstance(parts, Parts) or parts.conv.weight.device.type != "cuda":
+        return ""
+    weight = parts.conv.weight
+    dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16
+    reason = _backward_refusal(parts, weight.device, dtype)
+    return "" if reason is None else f"; gradients by PyTorch: {reason}"
+
+
+def _backward_refusal(parts: Parts, device: torch.device, dtype: torch.dtype) -> str | None:
+    conv = parts.conv
+    return backward.refusal(
+        device, dtype, conv.in_channels, parts.expand.weight.shape[0], conv.kernel_size[0],
+        conv.in_channels // conv.groups, parts.activation,
+    )  # fmt: skip
 
 
 def _examine_outside(layer: nn.Module) -> tuple[outside.OutsideParts | None, str | None]:

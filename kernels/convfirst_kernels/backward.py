@@ -101,7 +101,8 @@ def release_affine(
 ) -> tuple[Tensor, ...]:
     """Gradients of norm_weight, norm_bias and expand_weight from those of what `absorb_affine` made of them.
 
-    With W' = W diag(g) and b' = b + W beta: dg = column sums of dW' * W, dbeta = W^T db', dW = dW' diag(g) + db' beta^T.
+    With W' = W diag(g) and b' = b + W beta: dg = column sums of dW' * W, dbeta = W^T db',
+    dW = dW' diag(g) + db' beta^T.
     dW, ``d_project`` and ``d_conv`` are rounded to expand_weight's dtype; dg and dbeta mean nothing without g and beta.
     """
     wide = torch.promote_types(expand_weight.dtype, torch.float32)
@@ -128,13 +129,17 @@ def _operators() -> Stages:
 
 def conv_first_block_backward(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
     """`reference.conv_first_block_backward`, by kernels where they cover the call."""
-    x, conv_weight, expand_weight = arguments[0], arguments[1], arguments[5]
-    group_width, activation = arguments[11], arguments[12]
-    hidden, channels = expand_weight.shape
-    side = {9: 3, 25: 5, 49: 7}[conv_weight.shape[0]]
-    if refusal(x.device, x.dtype, channels, hidden, side, group_width, activation) is None and x.numel():
+    if refusal_of(arguments) is None and arguments[0].numel():
         return staged_backward(_operators(), grad, *arguments)
     return reference.conv_first_block_backward(grad, *arguments)
+
+
+def refusal_of(arguments: tuple) -> str | None:
+    """`refusal` for the forward operator's arguments."""
+    x, conv_weight, expand_weight = arguments[0], arguments[1], arguments[5]
+    hidden, channels = expand_weight.shape
+    side = {9: 3, 25: 5, 49: 7}[conv_weight.shape[0]]
+    return refusal(x.device, x.dtype, channels, hidden, side, *arguments[11:13])
 
 
 def refusal(

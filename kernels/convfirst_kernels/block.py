@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from convfirst_kernels import (
+    backward,
     operators,  # noqa: F401  registers the operators
     reference,
 )
@@ -121,8 +122,9 @@ def conv_first_block(
         sample_scale: [N] or None.
         activation: "relu", "silu" or "gelu".
         has_norm: whether a LayerNorm follows the convolution.
-        kernels: "auto" computes what no kernel covers by the reference and logs that once; "required" raises instead;
-            "off" always uses the reference.
+        kernels: "auto" computes what no kernel covers by the reference and logs that once; "required" raises instead,
+            where a gradient may be asked for also if it is the backward that no kernel covers; "off" always uses the
+            reference.
 
     Returns:
         [N, C, H, W] in x's dtype, channels_last.
@@ -146,12 +148,32 @@ def run_block(x: Tensor, weights: BlockWeights, sample_scale: Tensor | None = No
     arguments = operator_arguments(x, weights, sample_scale)
     reason = "kernels='off'" if kernels == "off" else _refusal_of(arguments)
     if reason is None:
+        check_backward("conv_first_block", arguments, kernels)
         return torch.ops.convfirst.conv_first_block(*arguments)
     if kernels == "required":
         raise RuntimeError(f"conv_first_block: kernels='required', but {reason}")
     if kernels == "auto":
         log_once(f"conv_first_block runs the PyTorch reference: {reason}")
     return reference.conv_first_block(*arguments)
+
+
+def check_backward(name: str, arguments: tuple, kernels: str) -> None:
+    """Where a gradient may be asked for that PyTorch would compute: refused if kernels are required, else logged once.
+
+    Raises:
+        RuntimeError: kernels="required"; the message says why no kernels compute the gradients.
+    """
+    asked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+    if not asked or kernels == "reference":
+        return
+    reason = backward.refusal_of(arguments)
+    if reason is None and arguments[10] is not None and arguments[10].requires_grad:
+        reason = "sample_scale, drop path's factors, requires one"
+    if reason is None:
+        return
+    if kernels == "required":
+        raise RuntimeError(f"{name}: kernels='required', but a gradient would be PyTorch's: {reason}")
+    log_once(f"{name}: a gradient is computed by the PyTorch reference: {reason}")
 
 
 def _refusal_of(arguments: tuple) -> str | None:
@@ -197,11 +219,6 @@ def refusal(
     # Dynamo may hold sizes as symbols; index() makes numbers of them, and guards.
     channels, hidden, kernel_size, group_width = map(index, (channels, hidden, kernel_size, group_width))
     return _uncovered(channels, hidden, kernel_size, group_width, name, activation, has_norm, device.index or 0)
-
-
-def backward_refusal() -> str | None:
-    """Why no kernel computes a block's gradients, or None where one does."""
-    return "its gradients are computed in PyTorch so far, which is slower than its own code; kernels='required' does so"
 
 
 @torch.compiler.assume_constant_result

@@ -64,7 +64,7 @@ def covered(monkeypatch):
     """As on a GPU that has a kernel for everything; the operator's CPU path computes it. Counts the calls."""
     calls = []
     monkeypatch.setattr("convfirst_kernels.block.refusal", lambda *shape: None)
-    monkeypatch.setattr("convfirst_kernels.block.backward_refusal", lambda *shape: None)
+    monkeypatch.setattr("convfirst_kernels.backward.refusal", lambda *shape: None)
     operator = torch.ops.convfirst.conv_first_block
     monkeypatch.setattr(
         "convfirst_kernels.acceleration.launch", lambda *arguments: (calls.append(1), operator(*arguments))[1]

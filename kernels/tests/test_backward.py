@@ -69,7 +69,9 @@ OPTIONS = [
 
 def arguments_of(shape, options, norm=True, activation="silu") -> list:
     channels, kernel_size, group_width = shape
-    problem = ck.Problem(3, 5, 4, channels, 4 * channels, kernel_size, group_width, activation=activation, has_norm=norm)
+    problem = ck.Problem(
+        3, 5, 4, channels, 4 * channels, kernel_size, group_width, activation=activation, has_norm=norm
+    )
     case = Case(problem, **options)
     return [a.double() if isinstance(a, torch.Tensor) else a for a in inputs(case, 1, device="cpu")]
 
@@ -122,6 +124,47 @@ def test_transposed_filter(channels, kernel_size, group_width):
     assert torch.equal(backward.transpose_filter(transposed), filter)
 
 
+class TestWhoComputesGradients:
+    """On a CPU no kernel does; as on a GPU whose forward is covered."""
+
+    @pytest.fixture(autouse=True)
+    def forward_covered(self, monkeypatch):
+        monkeypatch.setattr("convfirst_kernels.block.refusal", lambda *shape: None)
+        monkeypatch.setattr("convfirst_kernels.block._logged", set())
+
+    @pytest.fixture
+    def call(self):
+        x, *weights, sample_scale = arguments_of(SHAPES[0], {"sample_scale": True})[:TENSORS]
+        natural = reference.unpack_conv_weight(weights[0]), *weights[1:]
+        return lambda **options: ck.conv_first_block(x, *natural, sample_scale, **options), x, sample_scale
+
+    def test_required_kernels_refuse_a_gradient_by_pytorch(self, call):
+        block, x, _ = call
+        block(kernels="required")
+        x.requires_grad_()
+        with pytest.raises(RuntimeError, match="kernels='required', but a gradient would be PyTorch's: x is on cpu"):
+            block(kernels="required")
+        with torch.no_grad():
+            block(kernels="required")
+
+    def test_auto_logs_it_once(self, call, caplog):
+        block, x, _ = call
+        x.requires_grad_()
+        for _ in range(2):
+            block()
+        messages = [record.message for record in caplog.records]
+        assert len(messages) == 1 and "a gradient is computed by the PyTorch reference: x is on cpu" in messages[0]
+
+    def test_factors_of_drop_path_have_no_kernel(self, call, monkeypatch):
+        block, x, sample_scale = call
+        monkeypatch.setattr("convfirst_kernels.backward.refusal", lambda *shape: None)
+        x.requires_grad_()
+        block(kernels="required")
+        sample_scale.requires_grad_()
+        with pytest.raises(RuntimeError, match="sample_scale, drop path's factors, requires one"):
+            block(kernels="required")
+
+
 def images(*shape, dtype=torch.float16) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float32).to(dtype).contiguous(memory_format=torch.channels_last)
 
@@ -148,12 +191,27 @@ class TestConvWeightGradient:
     @pytest.mark.parametrize(
         ("da", "x", "options", "message"),
         [
-            (images(2, 16, 4, 3), images(2, 16, 4, 4), (3, 8), r"da has shape \[2, 16, 4, 3\]; expected \[2, 16, 4, 4\]"),
+            (
+                images(2, 16, 4, 3),
+                images(2, 16, 4, 4),
+                (3, 8),
+                r"da has shape \[2, 16, 4, 3\]; expected \[2, 16, 4, 4\]",
+            ),
             (images(2, 16, 4, 3, dtype=torch.bfloat16), images(2, 16, 4, 3), (3, 8), "da is torch.bfloat16; expected"),
-            (images(2, 16, 4, 3).contiguous(), images(2, 16, 4, 3), (3, 8), "da of shape .* expected dense channels_last"),
+            (
+                images(2, 16, 4, 3).contiguous(),
+                images(2, 16, 4, 3),
+                (3, 8),
+                "da of shape .* expected dense channels_last",
+            ),
             (images(2, 12, 4, 3), images(2, 12, 4, 3), (3, 1), "x has 12 channels; supported are multiples of 8"),
             (images(2, 16, 4, 3), images(2, 16, 4, 3), (4, 8), "kernel_size is 4; supported are 3, 5 and 7"),
-            (images(2, 16, 4, 3), images(2, 16, 4, 3), (3, 4), "group_width is 4; supported are 1 .depthwise., 8 and 16"),
+            (
+                images(2, 16, 4, 3),
+                images(2, 16, 4, 3),
+                (3, 4),
+                "group_width is 4; supported are 1 .depthwise., 8 and 16",
+            ),
             (images(2, 24, 4, 3), images(2, 24, 4, 3), (3, 16), "group_width 16 does not divide the 24 channels"),
         ],
     )

@@ -1,4 +1,4 @@
-"""The kernels of the convolution's weight gradient, their own code on a CPU: fibers for threads, poisoned memory.
+"""The backward's kernels for weights and their gradients, their own code on a CPU: fibers for threads, poisoned memory.
 
 It checks indexing, padding, bounds, waits and barriers without a GPU, and says nothing about speed.
 """
@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from cases import guarded
+
+from convfirst_kernels import backward
 
 KERNELS = Path(__file__).parents[1]
 EMULATION = Path(__file__).parent / "emulation"
@@ -40,7 +42,7 @@ def emulator(tmp_path_factory):
         pytest.skip("needs g++ and the CUDA headers")
     folder = tmp_path_factory.mktemp("conv_bwd_weights")
     (folder / "block_fusion").mkdir()
-    for source in (*(KERNELS / "csrc/block_fusion").glob("conv_bwd_weights*"), KERNELS / "csrc/block_fusion/params.h"):
+    for source in (*(KERNELS / "csrc/block_fusion").glob("*_bwd_weights*"), KERNELS / "csrc/block_fusion/params.h"):
         shutil.copy(source, folder / "block_fusion")
     (folder / "common").mkdir()
     for stand_in in ("ptx.cuh", "launch.cuh", "cuda_on_cpu.h"):
@@ -122,3 +124,58 @@ def test_plans_fit_the_device(emulator, channels, side, kernel_size, group_width
 
 def test_too_little_shared_memory_is_told(emulator):
     assert plan(emulator, problem(1, 8, 8, 64, 7, 1), shared_memory=49152).stages == 0
+
+
+class CAffine(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("matrix", "bias", "scale", "shift")]
+    _fields_ += [("hidden", ctypes.c_int), ("channels", ctypes.c_int)]
+
+
+class CReleased(ctypes.Structure):
+    _fields_ = [("d_matrix", ctypes.c_void_p), ("d_bias", ctypes.c_void_p), ("others", ctypes.c_void_p * 2)]
+    _fields_ += [("d_expand", ctypes.c_void_p), ("rounded", ctypes.c_void_p * 2), ("counts", ctypes.c_int64 * 2)]
+    _fields_ += [("d_scale", ctypes.c_void_p), ("d_shift", ctypes.c_void_p)]
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@pytest.mark.parametrize(("hidden", "channels", "dtype"), [(64, 64, 0), (96, 24, 1), (160, 200, 0)])
+@pytest.mark.parametrize(
+    ("biased", "scaled", "shifted"), [(True, True, True), (False, True, False), (True, False, True)]
+)
+def test_affine_part_of_the_norm(emulator, hidden, channels, dtype, biased, scaled, shifted):
+    torch.manual_seed(3)
+    matrix = torch.randn(hidden, channels).to(DTYPES[dtype])
+    bias = torch.randn(hidden) if biased else None
+    scale, shift = torch.randn(channels) if scaled else None, torch.randn(channels) if shifted else None
+    affine = CAffine(*map(address, (matrix, bias, scale, shift)), hidden, channels)
+    product, moved = torch.full_like(matrix, float("nan")), torch.full((hidden,), float("nan"))
+    pointers = map(ctypes.c_void_p, map(address, (product, moved)))
+    assert emulator.absorb(dtype, ctypes.byref(affine), *pointers) == 0
+    expected = backward.absorb_affine(matrix, bias, scale, shift)
+    assert torch.equal(product, expected[0])
+    torch.testing.assert_close(moved, expected[1], rtol=1e-5, atol=1e-4)
+
+    d_matrix, d_bias = torch.randn(hidden, channels), torch.randn(hidden)
+    d_project, d_conv = torch.randn(channels, hidden), torch.randn(9, channels, 8)
+    expected = backward.release_affine(d_matrix, d_bias, matrix, scale, shift, d_project, d_conv)
+    results = [torch.full_like(gradient, float("nan")) for gradient in expected]
+    d_scale, d_shift, d_expand, project, conv = map(address, results)
+    released = CReleased(
+        address(d_matrix), address(d_bias), (address(d_project), address(d_conv)), d_expand, (project, conv),
+        (d_project.numel(), d_conv.numel()), d_scale, d_shift,
+    )  # fmt: skip
+    assert emulator.release(dtype, ctypes.byref(affine), ctypes.byref(released)) == 0
+    for i, (gradient, truth) in enumerate(zip(results, expected, strict=True)):
+        torch.testing.assert_close(gradient, truth, rtol=1e-5 if i < 2 else 8e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("taps", "channels", "group_width"), [(9, 32, 8), (25, 48, 16), (49, 40, 1)])
+def test_transposed_filter(emulator, taps, channels, group_width):
+    filter = torch.randn(taps, channels, group_width).half()
+    result = torch.full_like(filter, float("nan"))
+    pointers = map(ctypes.c_void_p, map(address, (filter, result)))
+    assert emulator.transpose(*pointers, taps, channels, group_width) == 0
+    assert torch.equal(result, backward.transpose_filter(filter))

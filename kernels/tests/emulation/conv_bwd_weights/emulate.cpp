@@ -1,6 +1,7 @@
-// Runs the kernels of the convolution's weight gradient on a CPU.
+// Runs the kernels of the convolution's weight gradient, and those of block_bwd_weights.h, on a CPU.
 #include "engine.h"
 
+#include "block_fusion/block_bwd_weights_sm80.cu"
 #include "block_fusion/conv_bwd_weights.cpp"
 #include "block_fusion/conv_bwd_weights_depthwise_bfloat16_sm80.cu"
 #include "block_fusion/conv_bwd_weights_depthwise_half_sm80.cu"
@@ -23,6 +24,19 @@ int run(const WeightGradientProblem* problem, const WeightGradientPlan* plan, co
   emulation::copies_at_once = at_once;
   emulation::backwards = backwards;
   return run_weight_gradient(*problem, *plan, {da, x, results, results + problem->weights()}, workspace.data(), nullptr);
+}
+
+int absorb(int dtype, const AffineTensors* from, void* matrix, float* bias) {
+  return absorb_affine(static_cast<DType>(dtype), *from, matrix, bias, nullptr);
+}
+
+int release(int dtype, const AffineTensors* of, const ReleasedTensors* to) {
+  std::vector<unsigned char> workspace(release_workspace(*of), 0xff);
+  return release_affine(static_cast<DType>(dtype), *of, *to, workspace.data(), nullptr);
+}
+
+int transpose(const void* filter, void* result, int taps, int channels, int group_width) {
+  return transpose_filter(filter, result, taps, channels, group_width, nullptr);
 }
 
 }  // extern "C"
