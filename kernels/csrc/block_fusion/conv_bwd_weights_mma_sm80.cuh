@@ -43,17 +43,27 @@ struct GroupedStage {
   __device__ __forceinline__ int bytes() const { return da() + images * rows * da_columns * pixel; }
 
   // Each warp every kWarps-th row of pixels.
-  __device__ __forceinline__ void copy(const PixelRows& source, int tile, uint32_t to, int warp) const {
-    constexpr int kWarps = kWeightGradientThreads / 32;
-    const WeightGradientParams& p = source.p;
+  __device__ __forceinline__ void copy(const WeightGradientParams& p, int first_channel, int tile, uint32_t to, int warp, int lane) const {
     const WeightGradientOrigin origin(p.plan, tile);
-    for (int i = warp; i < images * x_rows; i += kWarps) {
-      const int image = i / x_rows, row = i - image * x_rows;
-      source.copy(to + i * x_columns * pixel, p.x, origin.image + image, origin.y + row - kKernel / 2, origin.x - kKernel / 2, x_columns, pixel);
-    }
-    for (int i = warp; i < images * rows; i += kWarps) {
-      const int image = i / rows, row = i - image * rows;
-      source.copy(to + da() + i * da_columns * pixel, p.da, origin.image + image, origin.y + row, origin.x, da_columns, pixel);
+    const int chunk_shift = p.plan.channel_block == 64 ? 3 : 2;
+    const LaneColumns of_x(p, first_channel, origin.x - kKernel / 2, x_columns, chunk_shift, pixel, lane);
+    const LaneColumns of_da(p, first_channel, origin.x, da_columns, chunk_shift, pixel, lane);
+    copy_rows(p, of_x, p.x, origin.image, origin.y - kKernel / 2, x_rows, to, x_columns * pixel, chunk_shift, warp);
+    copy_rows(p, of_da, p.da, origin.image, origin.y, rows, to + da(), da_columns * pixel, chunk_shift, warp);
+  }
+
+  __device__ __forceinline__ void copy_rows(const WeightGradientParams& p, const LaneColumns& lane, const void* tensor, int first_image, int first_row,
+                                            int count, uint32_t to, int pitch, int chunk_shift, int warp) const {
+    constexpr int kWarps = kWeightGradientThreads / 32;
+    const int columns = 32 >> chunk_shift;
+    const int64_t row_bytes = int64_t{p.width} * p.channels * 2;
+    int image = first_image, row = warp;
+    for (int i = warp; i < images * count; i += kWarps, row += kWarps) {
+      while (row >= count) row -= count, ++image;
+      const int y = first_row + row;
+      const bool inside = image < p.batch && y >= 0 && y < p.height;
+      const unsigned char* source = static_cast<const unsigned char*>(tensor) + (int64_t{image} * p.height + y) * row_bytes;
+      lane.copy(to + i * pitch, source, inside, columns * p.channels * 2, columns * pixel);
     }
   }
 };
@@ -170,7 +180,7 @@ __global__ void __launch_bounds__(kWeightGradientThreads, grouped_blocks(kKernel
   const int combination = warp % combinations, rank = warp / combinations;
   const int split = combination / across, channel = combination % across * 16;
   const GroupedStage<kKernel> stage(plan);
-  const PixelRows source{p, block * plan.channel_block, plan.channel_block == 64 ? 3 : 2, lane};
+  const int first_channel = block * plan.channel_block;
   const uint32_t base = ptx::smem_address(smem);
   const int x_row = stage.x_columns * stage.pixel, da_row = stage.da_columns * stage.pixel;
   // Lane l gives row l / 16 of two, channel octet l / 8 % 2, pixel l % 8.
@@ -181,7 +191,7 @@ __global__ void __launch_bounds__(kWeightGradientThreads, grouped_blocks(kKernel
   sums.start();
   int ahead = slice;  // the next tile to copy
   for (int i = 0; i + 1 < plan.stages; ++i, ahead += plan.slices) {
-    if (ahead < plan.tiles()) stage.copy(source, ahead, base + i * stage.bytes(), warp);
+    if (ahead < plan.tiles()) stage.copy(p, first_channel, ahead, base + i * stage.bytes(), warp, lane);
     ptx::cp_async_commit();
   }
   int slot = 0;
@@ -189,7 +199,7 @@ __global__ void __launch_bounds__(kWeightGradientThreads, grouped_blocks(kKernel
     ptx::cp_async_wait(plan.stages - 2);
     __syncthreads();  // the tile is there, and the slot of the one before is free
     const int free_slot = slot == 0 ? plan.stages - 1 : slot - 1;
-    if (ahead < plan.tiles()) stage.copy(source, ahead, base + free_slot * stage.bytes(), warp);
+    if (ahead < plan.tiles()) stage.copy(p, first_channel, ahead, base + free_slot * stage.bytes(), warp, lane);
     ptx::cp_async_commit();
     const uint32_t tile_x = base + slot * stage.bytes() + of_lane + lane / 16 * x_row + split * sums.kTapColumns * stage.pixel;
     const uint32_t tile_da = base + slot * stage.bytes() + stage.da() + of_lane + lane / 16 * da_row;
@@ -204,7 +214,7 @@ __global__ void __launch_bounds__(kWeightGradientThreads, grouped_blocks(kKernel
   __syncthreads();
   add_warps(sums, reinterpret_cast<float*>(smem), combination, combinations, rank, ranks, lane);
   if (rank > 0) return;
-  const int first = block * plan.channel_block + channel, weights = kKernel * kKernel * p.channels * kGroupWidth;
+  const int first = first_channel + channel, weights = kKernel * kKernel * p.channels * kGroupWidth;
   float* to = p.partial + int64_t{slice} * (weights + p.channels);
   sums.each(lane, [&](int dy, int column, int c_out, int c_in, float sum) {
     const int dx = split * sums.kTapColumns + column, c = first + c_out;

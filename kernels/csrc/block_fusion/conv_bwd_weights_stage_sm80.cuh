@@ -17,25 +17,33 @@ struct WeightGradientOrigin {
   }
 };
 
-// Where a warp copies rows of pixels of a channel block from.
-struct PixelRows {
-  const WeightGradientParams& p;
-  int first_channel;
-  int chunk_shift;  // log2 of 16-byte pieces of a pixel
-  int lane;
+// A lane's copies of rows of `count` pixels of a channel block: the same columns of every row, so what they need is found once a tile.
+struct LaneColumns {
+  int64_t from;     // bytes to the lane's first piece in a row
+  int to;           // bytes to it in shared memory
+  int steps;        // its pieces
+  uint32_t valid;   // bit i: piece i exists
 
-  // `count` pixels of a row from column `first`, a pixel each `pixel_pitch` bytes; zeros for what is outside.
-  __device__ __forceinline__ void copy(uint32_t to, const void* from, int image, int y, int first, int count, int pixel_pitch) const {
-    const bool inside = image < p.batch && y >= 0 && y < p.height;
-    const int64_t row = inside ? (int64_t{image} * p.height + y) * p.width : 0;
-    const unsigned char* source = static_cast<const unsigned char*>(from) + (row * p.channels + first_channel) * 2;
-    const int chunk = lane & ((1 << chunk_shift) - 1), pixel_bytes = p.channels * 2;
-    const bool exists = inside && first_channel + chunk * 8 < p.channels;
-    to += chunk * 16;
-    for (int column = lane >> chunk_shift; column < count; column += 32 >> chunk_shift) {
-      const int at = first + column;
-      const bool valid = exists && at >= 0 && at < p.width;
-      ptx::cp_async16(to + column * pixel_pitch, valid ? source + int64_t{at} * pixel_bytes + chunk * 16 : from, valid);
+  // `first` is the first column, `chunk_shift` the logarithm of a pixel's 16-byte pieces.
+  __device__ __forceinline__ LaneColumns(const WeightGradientParams& p, int first_channel, int first, int count, int chunk_shift, int pixel_pitch,
+                                         int lane) {
+    const int chunk = lane & ((1 << chunk_shift) - 1), column = lane >> chunk_shift, columns = 32 >> chunk_shift;
+    const int channel = first_channel + chunk * 8;
+    from = (int64_t{first + column} * p.channels + channel) * 2, to = column * pixel_pitch + chunk * 16;
+    steps = (count - column + columns - 1) >> (5 - chunk_shift);
+    valid = 0;
+    for (int i = 0; i < steps; ++i) {
+      const int at = first + column + i * columns;
+      valid |= static_cast<uint32_t>(channel < p.channels && at >= 0 && at < p.width) << i;
+    }
+  }
+
+  // `source` is the row's first byte; from a piece to the next: bytes in device and in shared memory.
+  __device__ __forceinline__ void copy(uint32_t shared, const unsigned char* source, bool inside, int source_step, int shared_step) const {
+    uint32_t exists = inside ? valid : 0u;
+    source += from, shared += to;
+    for (int i = 0; i < steps; ++i, exists >>= 1, source += source_step, shared += shared_step) {
+      ptx::cp_async16(shared, source, (exists & 1u) != 0);
     }
   }
 };
