@@ -115,7 +115,10 @@ def release_affine(
 
 
 class Stages(NamedTuple):
-    """What `staged_backward` is made of; the operators of ``torch.ops.convfirst`` but in tests."""
+    """What `staged_backward` is made of; the operators of ``torch.ops.convfirst`` but in tests.
+
+    Images are [N, C, H, W] in channels_last; rstd is [N * H * W]; `feed_forward_backward`'s da is [N * H * W, C].
+    """
 
     conv_norm: Callable
     feed_forward_backward: Callable
@@ -211,6 +214,7 @@ def staged_backward(
             activation,
         )  # fmt: skip
         del a, rstd
+        da = da.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
         if output_mask[0]:
             transposed = operators.transpose_filter(conv_weight)
             results[0], _ = stages.conv_norm(da, transposed, None, grad, group_width, False, eps)

@@ -52,8 +52,7 @@ def feed_forward_backward(
             branch = branch * sample_scale[:, None, None, None]
         wanted = [values, *(t for t in leaves if t is not None)]
         da, *others = torch.autograd.grad(branch, wanted, dy.permute(0, 2, 3, 1))
-    da = da.permute(0, 3, 1, 2)
-    return da, *others, *([a.new_empty(0)] if layer_scale is None else [])
+    return da.reshape(-1, channels), *others, *([a.new_empty(0)] if layer_scale is None else [])
 
 
 STAGES = backward.Stages(conv_norm, feed_forward_backward, backward.conv_weight_gradient)
