@@ -7,6 +7,7 @@ DTYPES = ("kHalf", "kBFloat16")
 ACTIVATIONS = ("kRelu", "kSilu", "kGelu")
 
 FEED_FORWARD_WIDTHS = (64, 96, 128, 192, 256)
+FEED_FORWARD_BACKWARD_WIDTHS = (32, 64, 96, 128, 192, 256)
 
 # Indices of kLinearTiles (linear_sm90.h) that serve each layer.
 EXPAND_TILES = (2, 3)
@@ -41,6 +42,12 @@ def sources():
             )
             rows = [f"template struct FeedForwardKernel<{name}>;" for name in traits]
             yield f"feed_forward_sm90_c{width}_{dtype[1:].lower()}.cu", "launch_feed_forward_sm90.cuh", "\n".join(rows)
+    for width in FEED_FORWARD_BACKWARD_WIDTHS:
+        for dtype in DTYPES:
+            arguments = (f"DType::{dtype}, {width}, Activation::{activation}" for activation in ACTIVATIONS)
+            rows = [f"template struct FeedForwardBackwardKernels<{names}>;" for names in arguments]
+            file = f"feed_forward_bwd_sm90_c{width}_{dtype[1:].lower()}.cu"
+            yield file, "launch_feed_forward_bwd_sm90.cuh", "\n".join(rows)
     for dtype in DTYPES:
         for tile in EXPAND_TILES:
             traits = (f"LinearTraits<DType::{dtype}, Layer::kExpand, Activation::{a}, {tile}>" for a in ACTIVATIONS)
@@ -67,7 +74,9 @@ def main():
         if stale.name not in wanted:
             stale.unlink()
     for name, text in wanted.items():
-        (folder / name).write_text(text)
+        file = folder / name
+        if not file.exists() or file.read_text() != text:  # an unchanged file keeps its time: nothing to compile again
+            file.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,371 @@
+// The gradient of A of the feed-forward half on Hopper, with LayerNorm's backward behind it:
+// dA = (act'(A W1^T + b1) * (dy W2)) W1, da = rstd (dA - mean(dA) - A mean(dA A)). W2 comes scaled by layer scale and a power of two.
+//
+//   one block = a producer warpgroup (warp 0: weights, warp 1 + w: A and dy of consumer w) + kWarpgroups consumer warpgroups, each with
+//   tiles of 64 pixels of its own:
+//
+//     dy tile [64 x C] -- D = dy W2 --+                       W1 chunk, the same bytes
+//                                     * act' --> P [64 x 64] --- O += P W1 ------------ norm's backward --> da tile
+//     A tile  [64 x C] -- S = A W1^T -+
+//
+//   what                       where                                               written by          released when
+//   A, dy tiles                shared, a warpgroup's slots                         TMA                 da stored
+//   W2, W1 (+ b1) chunks       shared, one ring: W2(0) W1(0) W2(1) W1(1) ..         TMA                 product done, per chunk
+//   S, D, P, O                 32, 32, 16, C/2 registers                           wgmma, activation   -
+//   da tile                    shared, over the A tile; TMA store                  consumer            -
+//
+//   Neither matrix is transposed: as operand of D and of O they lie MN-major.
+#pragma once
+
+#include "../common/sm90_mn_major.cuh"
+#include "activation_bwd_sm90.cuh"
+#include "feed_forward_bwd_tile_sm90.h"
+
+namespace convfirst::block_fusion::sm90 {
+
+struct BackwardDataParams {
+  const float *bias, *pixel_scale, *scalars, *rstd;
+  int pixels, channels, chunks, tiles;
+};
+
+// A position in a ring of slots.
+template <int kSlots>
+struct BackwardRing {
+  int slot = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++slot == kSlots) slot = 0, phase ^= 1;
+  }
+  __device__ __forceinline__ int before() const { return slot == 0 ? kSlots - 1 : slot - 1; }
+};
+
+template <class Traits>
+struct BackwardDataBarriers {
+  static constexpr int kFull = 0, kEmpty = kMaxSlots, kTileFull = 2 * kMaxSlots, kTileEmpty = kTileFull + 2 * Traits::kWarpgroups;
+  static constexpr int kCount = kTileEmpty + 2 * Traits::kWarpgroups;
+  uint32_t base;  // address in shared memory
+  __device__ __forceinline__ uint32_t full(int slot) const { return base + (kFull + slot) * 8; }
+  __device__ __forceinline__ uint32_t empty(int slot) const { return base + (kEmpty + slot) * 8; }
+  __device__ __forceinline__ uint32_t tile_full(int warpgroup, int slot) const { return base + (kTileFull + 2 * warpgroup + slot) * 8; }
+  __device__ __forceinline__ uint32_t tile_empty(int warpgroup, int slot) const { return base + (kTileEmpty + 2 * warpgroup + slot) * 8; }
+};
+
+template <class Traits>
+__device__ __forceinline__ int backward_tile(int round, int warpgroup) {
+  return blockIdx.x + (round * Traits::kWarpgroups + warpgroup) * gridDim.x;
+}
+
+template <class Traits>
+__device__ void produce_backward_chunks(const BackwardDataParams& p, const CUtensorMap& w1_map, const CUtensorMap& w2_map, char* smem,
+                                        BackwardDataBarriers<Traits> bar) {
+  BackwardRing<Traits::kChunkSlots> ring;
+  const auto next = [&](int bytes) {
+    wait_barrier(bar.empty(ring.slot), ring.phase ^ 1);  // the slots start empty
+    TransactionBarrier* full = transaction_barrier(bar.full(ring.slot));
+    full->arrive_and_expect_tx(bytes);
+    return full;
+  };
+  for (int round = 0; backward_tile<Traits>(round, 0) < p.tiles; ++round) {
+    for (int chunk = 0; chunk < p.chunks; ++chunk) {
+      TransactionBarrier* full = next(Traits::kTileBytes);
+      tma_load_2d(&w2_map, full, smem + ring.slot * Traits::kTileBytes, chunk * kHiddenChunk, 0);
+      ring.advance();
+      full = next(Traits::kTileBytes + Traits::kBiasBytes);
+      bulk_load(p.bias + chunk * kHiddenChunk, full, smem + Traits::kBiasOffset + ring.slot * Traits::kBiasBytes, Traits::kBiasBytes);
+#pragma unroll
+      for (int panel = 0; panel < Traits::kPanels; ++panel) {
+        tma_load_2d(&w1_map, full, smem + ring.slot * Traits::kTileBytes + panel * Traits::kPanelBytes, panel * Traits::kPanel, chunk * kHiddenChunk);
+      }
+      ring.advance();
+    }
+  }
+}
+
+template <class Traits>
+__device__ void produce_backward_tiles(const BackwardDataParams& p, const CUtensorMap& a_map, const CUtensorMap& dy_map, char* slots,
+                                       BackwardDataBarriers<Traits> bar, int warpgroup) {
+  BackwardRing<Traits::kTileSlots> ring;
+  for (int round = 0;; ++round) {
+    const int tile = backward_tile<Traits>(round, warpgroup);
+    if (tile >= p.tiles) return;
+    wait_barrier(bar.tile_empty(warpgroup, ring.slot), ring.phase ^ 1);  // the slots start empty
+    TransactionBarrier* full = transaction_barrier(bar.tile_full(warpgroup, ring.slot));
+    full->arrive_and_expect_tx(Traits::kSlotBytes);
+    char* to = slots + ring.slot * Traits::kSlotBytes;
+#pragma unroll
+    for (int panel = 0; panel < Traits::kPanels; ++panel) {
+      const int offset = panel * Traits::kPanelBytes;
+      tma_load_2d(&dy_map, full, to + Traits::kTileBytes + offset, panel * Traits::kPanel, tile * kTilePixels, kEvictNormal);
+      tma_load_2d(&a_map, full, to + offset, panel * Traits::kPanel, tile * kTilePixels, kEvictNormal);
+    }
+    ring.advance();
+  }
+}
+
+template <class Traits>
+struct BackwardDataConsumer {
+  using Element = ElementOf<Traits>;
+  using Sums = float[kHiddenChunk / 2];
+  using Output = float[Traits::kChannels / 2];
+  using Operand = uint32_t[kHiddenChunk / 4];
+  static constexpr int kStepsPerPanel = Traits::kPanel / 16;
+  const BackwardDataParams& p;
+  const BackwardDataBarriers<Traits> bar;
+  uint32_t chunks, slots;  // addresses
+  int warpgroup, warp, lane;
+  float scale;
+  BackwardRing<Traits::kChunkSlots> ring;      // next to wait for
+  BackwardRing<Traits::kTileSlots> tile_ring;
+  uint32_t w1;                                 // address of the current chunk of W1
+  int w1_slot, w2_slot;
+
+  __device__ __forceinline__ uint32_t wait_chunk(int& slot) {
+    slot = ring.slot;
+    wait_barrier(bar.full(slot), ring.phase);
+    ring.advance();
+    return chunks + slot * Traits::kTileBytes;
+  }
+  __device__ __forceinline__ void release_chunk(int slot) const {
+    if (lane == 0) arrive_barrier(bar.empty(slot));
+  }
+
+  // D = dy W2, S = A W1^T of the next chunk.
+  __device__ __forceinline__ void issue_first(Sums& s, Sums& d, uint32_t tile) {
+    const uint64_t dy = matrix_descriptor<Traits::kRowBytes>(tile + Traits::kTileBytes), x = matrix_descriptor<Traits::kRowBytes>(tile);
+    const uint64_t w2 = mn_descriptor<128>(wait_chunk(w2_slot), Traits::kTileBytes);
+    w1 = wait_chunk(w1_slot);
+    const uint64_t b = matrix_descriptor<Traits::kRowBytes>(w1);
+    fence_operands(s);
+    fence_operands(d);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int k = 0; k < Traits::kChannels / 16; ++k) {
+      const uint64_t a = dy + k / kStepsPerPanel * (Traits::kPanelBytes / 16) + k % kStepsPerPanel * 2;
+      wgmma_ss_major<Element, kHiddenChunk, Major::K, Major::MN>(d, a, w2 + k * 128, k > 0);
+    }
+#pragma unroll
+    for (int k = 0; k < Traits::kChannels / 16; ++k) {
+      const int offset = k / kStepsPerPanel * (Traits::kPanelBytes / 16) + k % kStepsPerPanel * 2;
+      wgmma_ss<Element, kHiddenChunk>(s, x + offset, b + offset, k > 0);
+    }
+    cute::warpgroup_commit_batch();
+  }
+
+  __device__ __forceinline__ void issue_output(Output& o, const Operand& h, uint32_t weights) {
+    const uint64_t b = mn_descriptor<Traits::kRowBytes>(weights, Traits::kPanelBytes);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int k = 0; k < kHiddenChunk / 16; ++k) {
+      wgmma_rs_mn<Element, Traits::kChannels>(o, h + 4 * k, b + k * Traits::kRowBytes, true);
+    }
+    cute::warpgroup_commit_batch();
+  }
+
+  __device__ __forceinline__ void differentiate(const Sums& s, const Sums& d, Operand& h) const {
+    const uint32_t bias = chunks + Traits::kBiasOffset + w1_slot * Traits::kBiasBytes + lane % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < kHiddenChunk / 8; ++j) {
+      const float2 b = load_shared_float2(bias + 32 * j);
+      float v[4], unused;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float slope;
+        activate_with_slope<Traits::kActivation>(s[4 * j + i], i % 2 ? b.y : b.x, unused, slope);
+        v[i] = slope * d[4 * j + i];
+      }
+      h[2 * j] = pack2<Element>(v[0], v[1]), h[2 * j + 1] = pack2<Element>(v[2], v[3]);
+    }
+  }
+
+  __device__ __forceinline__ uint32_t matrix_address(uint32_t slot, int j) const {
+    constexpr int kBlocks = Traits::kPanel / 8;
+    const int row = warp * 16 + (lane & 15);
+    return slot + j / kBlocks * Traits::kPanelBytes + (swizzle<Traits::kRowBytes>(row * Traits::kRowBytes) ^ ((j % kBlocks + (lane >> 4)) << 4));
+  }
+
+  // o <- o * scales, and through LayerNorm: rstd (o - mean(o) - A mean(o A)).
+  __device__ __forceinline__ void finish(Output& o, uint32_t slot, int tile) const {
+    float sample[2] = {scale, scale}, rstd[2] = {1.f, 1.f};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int pixel = tile * kTilePixels + warp * 16 + lane / 4 + 8 * r;
+      if (p.pixel_scale != nullptr) sample[r] *= __ldg(p.pixel_scale + pixel);
+      if (p.rstd != nullptr && pixel < p.pixels) rstd[r] = __ldg(p.rstd + pixel);
+      sample[r] *= rstd[r];
+    }
+#pragma unroll
+    for (int j = 0; j < Traits::kChannels / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o[4 * j + i] *= sample[i / 2];
+    }
+    if (p.rstd == nullptr) return;
+    float sum[2] = {0.f, 0.f}, dot[2] = {0.f, 0.f};
+#pragma unroll
+    for (int j = 0; j < Traits::kChannels / 8; j += 2) {
+      uint32_t x[4];
+      ldmatrix_x4(x, matrix_address(slot, j));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 a = unpack2<Element>(x[i]);
+        const int k = 4 * j + 2 * i;
+        sum[i % 2] += o[k] + o[k + 1];
+        dot[i % 2] = fmaf(o[k], a.x, fmaf(o[k + 1], a.y, dot[i % 2]));
+      }
+    }
+    const float share = 1.f / static_cast<float>(p.channels);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int step = 1; step < 4; step *= 2) {
+        sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], step);
+        dot[r] += __shfl_xor_sync(0xffffffffu, dot[r], step);
+      }
+      sum[r] *= share, dot[r] *= share;
+    }
+#pragma unroll
+    for (int j = 0; j < Traits::kChannels / 8; j += 2) {
+      uint32_t x[4];
+      ldmatrix_x4(x, matrix_address(slot, j));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 a = unpack2<Element>(x[i]);
+        const int k = 4 * j + 2 * i;
+        o[k] -= fmaf(a.x, dot[i % 2], sum[i % 2]);
+        o[k + 1] -= fmaf(a.y, dot[i % 2], sum[i % 2]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(const Output& o, uint32_t slot, int tile, const CUtensorMap& da_map) const {
+    warpgroup_barrier(1 + warpgroup);  // every warp's products have read A
+#pragma unroll
+    for (int j = 0; j < Traits::kChannels / 8; j += 2) {
+      stmatrix_x4(matrix_address(slot, j), pack2<Element>(o[4 * j], o[4 * j + 1]), pack2<Element>(o[4 * j + 2], o[4 * j + 3]),
+                  pack2<Element>(o[4 * j + 4], o[4 * j + 5]), pack2<Element>(o[4 * j + 6], o[4 * j + 7]));
+    }
+    fence_async_proxy();
+    warpgroup_barrier(1 + warpgroup);
+    if (warp == 0 && lane == 0) {
+#pragma unroll
+      for (int panel = 0; panel < Traits::kPanels; ++panel) {
+        cute::SM90_TMA_STORE_2D::copy(&da_map, reinterpret_cast<void*>(__cvta_shared_to_generic(slot + panel * Traits::kPanelBytes)),
+                                      panel * Traits::kPanel, tile * kTilePixels);
+      }
+      cute::tma_store_arrive();
+    }
+  }
+
+  __device__ __forceinline__ void run_tile(Output& o, uint32_t tile) {
+    Sums s, d;
+    Operand h;
+    issue_first(s, d, tile);
+    const auto differentiate_chunk = [&] {
+      cute::warpgroup_wait<0>();
+      fence_operands(s);
+      fence_operands(d);
+      fence_operands(h);
+      fence_operands(o);
+      release_chunk(w2_slot);
+      differentiate(s, d, h);
+    };
+    int held = -1;  // slot of the chunk of W1 whose product was in flight
+#pragma unroll 1
+    for (int left = p.chunks; --left > 0;) {
+      differentiate_chunk();
+      if (held >= 0) release_chunk(held);
+      held = w1_slot;
+      issue_output(o, h, w1);
+      issue_first(s, d, tile);
+    }
+    differentiate_chunk();
+    if (held >= 0) release_chunk(held);
+    issue_output(o, h, w1);
+    cute::warpgroup_wait<0>();
+    fence_operands(o);
+    release_chunk(w1_slot);
+  }
+
+  // A warpgroup without a tile in the last round still turns the ring for the others.
+  __device__ void skip() {
+    for (int i = 0; i < 2 * p.chunks; ++i) {
+      int slot;
+      wait_chunk(slot);
+      release_chunk(slot);
+    }
+  }
+
+  __device__ void run(const CUtensorMap& da_map) {
+    int stored = -1;  // slot of the last da tile, while TMA may still read it
+    const auto release_stored = [&] {
+      if (stored >= 0 && warp == 0 && lane == 0) {
+        cute::tma_store_wait<0>();
+        arrive_barrier(bar.tile_empty(warpgroup, stored));
+      }
+      stored = -1;
+    };
+    for (int round = 0; backward_tile<Traits>(round, 0) < p.tiles; ++round) {
+      const int tile = backward_tile<Traits>(round, warpgroup);
+      if (tile >= p.tiles) {
+        skip();
+        break;
+      }
+      if (Traits::kTileSlots == 1) release_stored();
+      wait_barrier(bar.tile_full(warpgroup, tile_ring.slot), tile_ring.phase);
+      const uint32_t slot = slots + tile_ring.slot * Traits::kSlotBytes;
+      Output o;  // cleared: left undefined, ptxas would serialise the products (C7515)
+#pragma unroll
+      for (int i = 0; i < Traits::kChannels / 2; ++i) o[i] = 0.f;
+      fence_operands(o);
+      run_tile(o, slot);
+      if (Traits::kTileSlots > 1) release_stored();
+      finish(o, slot, tile);
+      store(o, slot, tile, da_map);
+      stored = tile_ring.slot;
+      tile_ring.advance();
+    }
+    if (warp == 0 && lane == 0) cute::tma_store_wait<0>();
+  }
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    feed_forward_bwd_data_sm90(const __grid_constant__ BackwardDataParams p, const __grid_constant__ CUtensorMap a_map,
+                               const __grid_constant__ CUtensorMap dy_map, const __grid_constant__ CUtensorMap da_map,
+                               const __grid_constant__ CUtensorMap w1_map, const __grid_constant__ CUtensorMap w2_map) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) char smem[];
+  using Barriers = BackwardDataBarriers<Traits>;
+  const Barriers bar{smem_address(smem + Traits::kBarrierOffset)};
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Barriers::kCount; ++i) {
+      transaction_barrier(bar.base + i * 8)->init(i >= Barriers::kEmpty && i < Barriers::kTileFull ? 4 * Traits::kWarpgroups : 1);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  wait_for_previous_launch();
+  allow_next_launch();  // after the wait: the next launch may count on what came before this one
+  if (warp < 4) {
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    if (threadIdx.x % 32 == 0) {
+      if (warp == 0) {
+        produce_backward_chunks<Traits>(p, w1_map, w2_map, smem, bar);
+      } else if (warp <= Traits::kWarpgroups) {
+        const int consumer = warp - 1;
+        produce_backward_tiles<Traits>(p, a_map, dy_map, smem + Traits::kTilesOffset + consumer * Traits::kTileSlots * Traits::kSlotBytes, bar,
+                                       consumer);
+      }
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    const int consumer = warp / 4 - 1;
+    const uint32_t base = smem_address(smem);
+    BackwardDataConsumer<Traits> worker{p,    bar,      base, base + Traits::kTilesOffset + consumer * Traits::kTileSlots * Traits::kSlotBytes,
+                                        consumer, warp % 4, static_cast<int>(threadIdx.x % 32), __ldg(p.scalars), {}, {}, 0, 0, 0};
+    worker.run(da_map);
+  }
+#endif
+}
+
+}  // namespace convfirst::block_fusion::sm90
