@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from convfirst_kernels import (
+    conv_norm,  # noqa: F401  registers the operator
     library,  # noqa: F401  owns the namespace
     reference,
 )
@@ -173,6 +174,14 @@ def _uncovered_cached(channels, hidden, kernel_size, group_width, dtype, activat
     major, minor = torch.cuda.get_device_capability(device_index)
     if 10 * major + minor != CAPABILITY:
         return f"the backward's kernels run on compute capability 9.0; the device has {major}.{minor}"
+    grouped = kernel_size in (3, 5) and group_width in (8, 16) and channels % 32 == 0 and channels <= 1024
+    depthwise = kernel_size == 7 and group_width == 1 and channels <= 1536
+    if not grouped and not depthwise:
+        return (
+            f"conv_norm has no kernel for {kernel_size}x{kernel_size} filters on {channels} channels in groups of "
+            f"{group_width}: it takes 3x3 and 5x5 in groups of 8 and 16 on multiples of 32 channels up to 1024, and 7x7 "
+            "depthwise up to 1536"
+        )
     return None
 
 
