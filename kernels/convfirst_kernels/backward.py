@@ -133,9 +133,10 @@ def _operators() -> Stages:
 
 def conv_first_block_backward(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
     """`reference.conv_first_block_backward`, by kernels where they cover the call."""
-    if refusal_of(arguments) is None and arguments[0].numel():
-        return staged_backward(_operators(), grad, *arguments)
-    return reference.conv_first_block_backward(grad, *arguments)
+    with torch.autocast(grad.device.type, enabled=False):  # a backward inside of an autocast region would round sums
+        if refusal_of(arguments) is None and arguments[0].numel():
+            return staged_backward(_operators(), grad, *arguments)
+        return reference.conv_first_block_backward(grad, *arguments)
 
 
 def refusal_of(arguments: tuple) -> str | None:
@@ -179,8 +180,8 @@ def _uncovered_cached(channels, hidden, kernel_size, group_width, dtype, activat
     if not grouped and not depthwise:
         return (
             f"conv_norm has no kernel for {kernel_size}x{kernel_size} filters on {channels} channels in groups of "
-            f"{group_width}: it takes 3x3 and 5x5 in groups of 8 and 16 on multiples of 32 channels up to 1024, and 7x7 "
-            "depthwise up to 1536"
+            f"{group_width}: it takes 3x3 and 5x5 in groups of 8 and 16 on multiples of 32 channels up to 1024, and "
+            "7x7 depthwise up to 1536"
         )
     return None
 

@@ -215,6 +215,14 @@ class TestAnyCall:
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
+    def test_inside_of_an_autocast_region(self, case, seed):
+        arguments = inputs(covered(case), seed)
+        grad = torch.randn_like(arguments[0])
+        expected = block_backward(grad, *arguments, [True] * TENSORS)
+        with torch.autocast("cuda", torch.float16):
+            gradients = block_backward(grad, *arguments, [True] * TENSORS)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
     @pytest.mark.parametrize("wanted", [[0], [1, 2], [5, 7], [3, 4, 9], [10]])
     def test_some_gradients_alone(self, case, wanted, seed):
         arguments = inputs(covered(case), seed)
