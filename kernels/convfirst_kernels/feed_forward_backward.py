@@ -110,3 +110,91 @@ def _project_gradients(
     if project_bias is not None:
         d_scale = d_scale + project_bias.to(sums.dtype) * column_sums
     return sums * scale[:, None], column_sums * scale, d_scale
+
+
+def _chunked(
+    a: Tensor,
+    dy: Tensor,
+    rstd: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    sample_scale: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `reference` computes, on a GPU, by matrix products over chunks of pixels whose hidden units take `CHUNK_BYTES`.
+
+    Products have 16-bit factors and float32 sums; a chunk's weight gradients leave their product in float32. Layer scale goes into
+    the projection's weight times a power of two that keeps it in [1/2, 1): float16 would lose a layer scale of 1e-6.
+    """
+    rows, grad = _rows(a), _rows(dy)
+    pixels, channels = rows.shape
+    hidden = expand_weight.shape[0]
+    unit = a.new_ones((), dtype=torch.float32)
+    if layer_scale is None:
+        scaled_weight = project_weight
+    else:
+        unit = torch.exp2(torch.frexp(layer_scale.abs().max().clamp_min(1e-30)).exponent.float())
+        scaled_weight = (project_weight.float() * (layer_scale / unit)[:, None]).to(a.dtype)
+    bias = None if expand_bias is None else expand_bias.to(a.dtype)
+    da = torch.empty_like(rows)
+    sums = a.new_zeros(channels, hidden, dtype=torch.float32)
+    d_expand = a.new_zeros(hidden, channels, dtype=torch.float32)
+    d_bias = a.new_zeros(hidden, dtype=torch.float32)
+    column_sums = a.new_zeros(channels, dtype=torch.float32)
+    chunk = max(256, CHUNK_BYTES // (8 * hidden) // 256 * 256)
+    image_pixels = a.shape[2] * a.shape[3]
+    for first in range(0, pixels, chunk):
+        some = slice(first, min(pixels, first + chunk))
+        x, g = rows[some], grad[some]
+        if sample_scale is not None:
+            images = torch.arange(some.start, some.stop, device=a.device) // image_pixels
+            g = (g.float() * sample_scale[images][:, None]).to(a.dtype)
+        before = F.linear(x, expand_weight, bias)
+        d_before = _slope(activation, before, g @ scaled_weight)
+        dx = torch.mm(d_before, expand_weight, out_dtype=torch.float32) * unit
+        da[some] = _norm_backward(dx, x, None if rstd is None else rstd[some])
+        d_expand += torch.mm(d_before.t(), x, out_dtype=torch.float32)
+        sums += torch.mm(g.t(), _ACTIVATIONS[activation](before), out_dtype=torch.float32)
+        d_bias += d_before.sum(0, dtype=torch.float32)
+        column_sums += g.sum(0, dtype=torch.float32)
+    projected = _project_gradients(sums, column_sums, project_weight, project_bias, layer_scale)
+    return da, d_expand * unit, d_bias * unit, *projected
+
+
+def _fused(a: Tensor, expand_weight: Tensor) -> bool:
+    return (
+        a.shape[1] <= SM90_CHANNELS
+        and expand_weight.shape[0] % 64 == 0
+        and hasattr(torch.ops.convfirst, "feed_forward_backward_sm90")
+        and torch.cuda.get_device_capability(a.device) == (9, 0)
+    )
+
+
+@torch.library.impl(_definitions, "feed_forward_backward", "CUDA")
+def _cuda(a: Tensor, dy: Tensor, rstd: Tensor | None, expand_weight: Tensor, *arguments):
+    route = torch.ops.convfirst.feed_forward_backward_sm90 if _fused(a, expand_weight) else _chunked
+    return route(a, dy, rstd, expand_weight, *arguments)
+
+
+@torch.library.impl(_definitions, "feed_forward_backward", "CPU")
+def _cpu(a: Tensor, *arguments):
+    da, *gradients = reference(a, *arguments)
+    return da.contiguous(), *(gradient.contiguous() for gradient in gradients)
+
+
+@torch.library.register_fake("convfirst::feed_forward_backward")
+def _fake(
+    a, dy, rstd, expand_weight, expand_bias, project_weight, project_bias, layer_scale, sample_scale, activation
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    channels, hidden = a.shape[1], expand_weight.shape[0]
+    wide = torch.promote_types(a.dtype, torch.float32)
+
+    def sums(*shape: int) -> Tensor:
+        return a.new_empty(shape, dtype=wide)
+
+    da = a.new_empty(a.shape[0] * a.shape[2] * a.shape[3], channels)
+    scale = sums(0 if layer_scale is None else channels)
+    return da, sums(hidden, channels), sums(hidden), sums(channels, hidden), sums(channels), scale

@@ -183,23 +183,15 @@ struct BackwardDataConsumer {
     return slot + j / kBlocks * Traits::kPanelBytes + (swizzle<Traits::kRowBytes>(row * Traits::kRowBytes) ^ ((j % kBlocks + (lane >> 4)) << 4));
   }
 
-  // o <- o * scales, and through LayerNorm: rstd (o - mean(o) - A mean(o A)).
-  __device__ __forceinline__ void finish(Output& o, uint32_t slot, int tile) const {
-    float sample[2] = {scale, scale}, rstd[2] = {1.f, 1.f};
+  // da = rstd (v - mean(v) - A mean(v A)) with v = o * scales, over the A tile; without a norm da = v.
+  __device__ __forceinline__ void finish(const Output& o, uint32_t slot, int tile, const CUtensorMap& da_map) const {
+    float factor[2] = {scale, scale}, sum[2] = {0.f, 0.f}, dot[2] = {0.f, 0.f};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int pixel = tile * kTilePixels + warp * 16 + lane / 4 + 8 * r;
-      if (p.pixel_scale != nullptr) sample[r] *= __ldg(p.pixel_scale + pixel);
-      if (p.rstd != nullptr && pixel < p.pixels) rstd[r] = __ldg(p.rstd + pixel);
-      sample[r] *= rstd[r];
+      if (p.pixel_scale != nullptr) factor[r] *= __ldg(p.pixel_scale + pixel);
+      if (p.rstd != nullptr && pixel < p.pixels) factor[r] *= __ldg(p.rstd + pixel);
     }
-#pragma unroll
-    for (int j = 0; j < Traits::kChannels / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) o[4 * j + i] *= sample[i / 2];
-    }
-    if (p.rstd == nullptr) return;
-    float sum[2] = {0.f, 0.f}, dot[2] = {0.f, 0.f};
 #pragma unroll
     for (int j = 0; j < Traits::kChannels / 8; j += 2) {
       uint32_t x[4];
@@ -212,9 +204,9 @@ struct BackwardDataConsumer {
         dot[i % 2] = fmaf(o[k], a.x, fmaf(o[k + 1], a.y, dot[i % 2]));
       }
     }
-    const float share = 1.f / static_cast<float>(p.channels);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      const float share = p.rstd != nullptr ? factor[r] / static_cast<float>(p.channels) : 0.f;
 #pragma unroll
       for (int step = 1; step < 4; step *= 2) {
         sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], step);
@@ -222,6 +214,8 @@ struct BackwardDataConsumer {
       }
       sum[r] *= share, dot[r] *= share;
     }
+    warpgroup_barrier(1 + warpgroup);     // every warp's products have read A
+    asm volatile("" : "+r"(slot));         // addresses are computed again, not kept in registers
 #pragma unroll
     for (int j = 0; j < Traits::kChannels / 8; j += 2) {
       uint32_t x[4];
@@ -229,19 +223,10 @@ struct BackwardDataConsumer {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 a = unpack2<Element>(x[i]);
-        const int k = 4 * j + 2 * i;
-        o[k] -= fmaf(a.x, dot[i % 2], sum[i % 2]);
-        o[k + 1] -= fmaf(a.y, dot[i % 2], sum[i % 2]);
+        const int k = 4 * j + 2 * i, r = i % 2;
+        x[i] = pack2<Element>(fmaf(o[k], factor[r], -fmaf(a.x, dot[r], sum[r])), fmaf(o[k + 1], factor[r], -fmaf(a.y, dot[r], sum[r])));
       }
-    }
-  }
-
-  __device__ __forceinline__ void store(const Output& o, uint32_t slot, int tile, const CUtensorMap& da_map) const {
-    warpgroup_barrier(1 + warpgroup);  // every warp's products have read A
-#pragma unroll
-    for (int j = 0; j < Traits::kChannels / 8; j += 2) {
-      stmatrix_x4(matrix_address(slot, j), pack2<Element>(o[4 * j], o[4 * j + 1]), pack2<Element>(o[4 * j + 2], o[4 * j + 3]),
-                  pack2<Element>(o[4 * j + 4], o[4 * j + 5]), pack2<Element>(o[4 * j + 6], o[4 * j + 7]));
+      stmatrix_x4(matrix_address(slot, j), x[0], x[1], x[2], x[3]);
     }
     fence_async_proxy();
     warpgroup_barrier(1 + warpgroup);
@@ -255,10 +240,13 @@ struct BackwardDataConsumer {
     }
   }
 
-  __device__ __forceinline__ void run_tile(Output& o, uint32_t tile) {
+  // `under_first` runs under the first products.
+  template <class Function>
+  __device__ __forceinline__ void run_tile(Output& o, uint32_t tile, Function under_first) {
     Sums s, d;
     Operand h;
     issue_first(s, d, tile);
+    under_first();
     const auto differentiate_chunk = [&] {
       cute::warpgroup_wait<0>();
       fence_operands(s);
@@ -316,10 +304,10 @@ struct BackwardDataConsumer {
 #pragma unroll
       for (int i = 0; i < Traits::kChannels / 2; ++i) o[i] = 0.f;
       fence_operands(o);
-      run_tile(o, slot);
-      if (Traits::kTileSlots > 1) release_stored();
-      finish(o, slot, tile);
-      store(o, slot, tile, da_map);
+      run_tile(o, slot, [&] {
+        if (Traits::kTileSlots > 1) release_stored();
+      });
+      finish(o, slot, tile, da_map);
       stored = tile_ring.slot;
       tile_ring.advance();
     }

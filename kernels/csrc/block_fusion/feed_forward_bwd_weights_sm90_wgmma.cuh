@@ -143,8 +143,10 @@ struct BackwardWeightsConsumer {
   BackwardRing<Traits::kStages> ring;  // next to wait for
 
   __device__ __forceinline__ void issue_first(Sums& s, Sums& d, uint32_t stage) const {
-    const uint64_t w1 = matrix_descriptor<Traits::kRowBytes>(weights), x = matrix_descriptor<Traits::kRowBytes>(stage);
-    const uint64_t w2 = mn_descriptor<128>(weights + Traits::kTileBytes, Traits::kTileBytes);
+    uint32_t chunk = weights;
+    asm volatile("" : "+r"(chunk));  // else every k's descriptor is computed ahead of the loop, and spilled
+    const uint64_t w1 = matrix_descriptor<Traits::kRowBytes>(chunk), x = matrix_descriptor<Traits::kRowBytes>(stage);
+    const uint64_t w2 = mn_descriptor<128>(chunk + Traits::kTileBytes, Traits::kTileBytes);
     const uint64_t dy = matrix_descriptor<Traits::kRowBytes>(stage + Traits::kTileBytes);
     fence_operands(s);
     if constexpr (kExpand) fence_operands(d);
