@@ -8,6 +8,7 @@
 Importing needs no GPU. Without one, every operator runs its PyTorch reference.
 """
 
+from convfirst_kernels import feed_forward_backward as _feed_forward_backward  # noqa: F401  registers its operator
 from convfirst_kernels.acceleration import Report, accelerate, forget
 from convfirst_kernels.block import (
     ACTIVATIONS,

@@ -1,8 +1,9 @@
 """``torch.ops.convfirst.feed_forward_backward``: gradients of the feed-forward half of a block.
 
-The kernels for Hopper, up to 256 channels, are in the compiled library (csrc/block_fusion/feed_forward_backward_sm90.cpp): nothing
-of width hidden leaves the chip there. Elsewhere on a GPU the gradients come from matrix products over bounded chunks of
-pixels: the hidden tensor is never saved, but a chunk of it passes through device memory.
+The kernels for Hopper, up to 256 channels, are in the compiled library
+(csrc/block_fusion/feed_forward_backward_sm90.cpp): nothing of width hidden leaves the chip there. Elsewhere on a GPU the
+gradients come from matrix products over bounded chunks of pixels: the hidden tensor is never saved, but a chunk of it
+passes through device memory.
 """
 
 import torch
@@ -17,8 +18,8 @@ SM90_CHANNELS = 256  # the widest that the Hopper kernels take
 CHUNK_BYTES = 64 << 20  # of the hidden units' four tensors of a chunk of pixels
 
 _SCHEMA = (
-    "feed_forward_backward(Tensor a, Tensor dy, Tensor? rstd, Tensor expand_weight, Tensor? expand_bias, Tensor project_weight, "
-    "Tensor? project_bias, Tensor? layer_scale, Tensor? sample_scale, str activation) "
+    "feed_forward_backward(Tensor a, Tensor dy, Tensor? rstd, Tensor expand_weight, Tensor? expand_bias, "
+    "Tensor project_weight, Tensor? project_bias, Tensor? layer_scale, Tensor? sample_scale, str activation) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _definitions = torch.library.Library("convfirst", "FRAGMENT")
@@ -52,7 +53,7 @@ def reference(
     sample_scale: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``branch = sample_scale * layer_scale * project(act(expand(a)))`` for a, the matrices and the vectors.
+    """Gradients of ``branch = sample_scale * layer_scale * project(act(expand(a)))`` for a, matrices and vectors.
 
     With rstd, a is LayerNorm's result without its affine part and the first gradient is that of LayerNorm's input:
     ``rstd * (da - mean(da) - a * mean(da * a))`` over channels.
@@ -67,8 +68,8 @@ def reference(
 
     Returns:
         da [pixels, C] in a's dtype, d_expand_weight [hidden, C], d_expand_bias [hidden], d_project_weight [C, hidden],
-        d_project_bias [C], d_layer_scale [C], empty where there is no layer scale. All but the first in float32, or float64 where
-        a is.
+        d_project_bias [C], d_layer_scale [C], empty where there is no layer scale. All but the first in float32, or
+        float64 where a is.
     """
     wide = torch.promote_types(a.dtype, torch.float32)
     rows, grad = _rows(a), _rows(dy)
@@ -102,7 +103,7 @@ def _norm_backward(da: Tensor, a: Tensor, rstd: Tensor | None) -> Tensor:
 def _project_gradients(
     sums: Tensor, column_sums: Tensor, project_weight: Tensor, project_bias: Tensor | None, layer_scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From ``sums = (sample_scale dy)^T hidden`` and dy's: gradients of projection, its bias and layer scale."""
+    """From ``(sample_scale dy)^T hidden`` and dy's sums: gradients of projection, its bias and layer scale."""
     if layer_scale is None:
         return sums, column_sums, sums.new_empty(0)
     scale = layer_scale.to(sums.dtype)
@@ -110,6 +111,17 @@ def _project_gradients(
     if project_bias is not None:
         d_scale = d_scale + project_bias.to(sums.dtype) * column_sums
     return sums * scale[:, None], column_sums * scale, d_scale
+
+
+def scaled_project_weight(project_weight: Tensor, layer_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A power of two, and layer scale over it times the weight in its dtype: float16 would lose a layer scale of 1e-6.
+
+    The greatest layer scale comes out in [1/2, 1).
+    """
+    if layer_scale is None:
+        return project_weight.new_ones((), dtype=torch.float32), project_weight
+    unit = torch.exp2(torch.frexp(layer_scale.abs().max().clamp_min(1e-30)).exponent.float())
+    return unit, (project_weight.float() * (layer_scale / unit)[:, None]).to(project_weight.dtype)
 
 
 def _chunked(
@@ -124,20 +136,14 @@ def _chunked(
     sample_scale: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `reference` computes, on a GPU, by matrix products over chunks of pixels whose hidden units take `CHUNK_BYTES`.
+    """What `reference` computes, by matrix products over chunks of pixels whose hidden units take `CHUNK_BYTES`.
 
-    Products have 16-bit factors and float32 sums; a chunk's weight gradients leave their product in float32. Layer scale goes into
-    the projection's weight times a power of two that keeps it in [1/2, 1): float16 would lose a layer scale of 1e-6.
+    Products have 16-bit factors and float32 sums; a chunk's weight gradients leave their product in float32.
     """
     rows, grad = _rows(a), _rows(dy)
     pixels, channels = rows.shape
     hidden = expand_weight.shape[0]
-    unit = a.new_ones((), dtype=torch.float32)
-    if layer_scale is None:
-        scaled_weight = project_weight
-    else:
-        unit = torch.exp2(torch.frexp(layer_scale.abs().max().clamp_min(1e-30)).exponent.float())
-        scaled_weight = (project_weight.float() * (layer_scale / unit)[:, None]).to(a.dtype)
+    unit, scaled_weight = scaled_project_weight(project_weight, layer_scale)
     bias = None if expand_bias is None else expand_bias.to(a.dtype)
     da = torch.empty_like(rows)
     sums = a.new_zeros(channels, hidden, dtype=torch.float32)

@@ -1,9 +1,10 @@
 // Before and after the two kernels of the feed-forward half's backward: operands in the form that both want, and partial sums, one set a range
 // of pixels, to gradients. Sums have one order, so results repeat to the bit.
 //
-//   prepare   W2 <- W2 * layer scale * 2^k, with 2^k max|layer scale| in [1/2, 1): float16 would lose a layer scale of 1e-6
-//             b1 <- b1 * bias_scale(activation), zeros where absent; sample scale by pixel; 2^-k, which the sums are multiplied by
-//   reduce    dW1 = 2^-k sum, dW2 = layer scale * sum^T, db1 = 2^-k sum, db2 = layer scale * sum, d layer scale's sums over 8 hidden units
+//   prepare   W2 <- W2 * layer scale * 2^k, with 2^k max|layer scale| in [1/4, 1/2): float16 would lose a layer scale of 1e-6
+//             b1 <- b1 * bias_scale(activation), zeros where absent; sample scale by pixel; 2^-k / 2, which the sums are multiplied by
+//             (both kernels compute twice the slope of the activation)
+//   reduce    dW1 = 2^-k / 2 sum, dW2 = layer scale * sum^T, db1 = 2^-k / 2 sum, db2 = layer scale * sum, d layer scale's sums over 8 hidden units
 //   finish    d layer scale = sum over hidden units + b2 * sum of dy
 #include <cuda_runtime.h>
 
@@ -27,7 +28,7 @@ __device__ __forceinline__ float exponent_of_layer_scale(const float* layer_scal
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kThreads / 32; ++i) most = fmaxf(most, largest[i]);
-  const int exponent = static_cast<int>(__float_as_uint(most) >> 23) - 126;  // most in [2^(exponent - 1), 2^exponent)
+  const int exponent = static_cast<int>(__float_as_uint(most) >> 23) - 125;  // most in [2^(exponent - 2), 2^(exponent - 1))
   return most > 0.f ? static_cast<float>(min(max(exponent, -100), 100)) : 0.f;
 }
 
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) prepare_feed_forward_bwd_sm90(const 
   if (p.sample_scale != nullptr) {
     for (int i = first; i < p.padded_pixels; i += step) p.pixel_scale[i] = i < p.pixels ? __ldg(p.sample_scale + i / p.image_pixels) : 0.f;
   }
-  if (first == 0) *p.scalars = exp2f(exponent);
+  if (first == 0) *p.scalars = 0.5f * exp2f(exponent);
 }
 
 struct ReduceParams {

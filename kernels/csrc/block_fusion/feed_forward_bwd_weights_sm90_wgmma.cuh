@@ -182,14 +182,14 @@ struct BackwardWeightsConsumer {
     cute::warpgroup_commit_batch();
   }
 
-  // s <- act(s + bias), d <- act'(s + bias) d, both times the pixels' sample scale.
+  // s <- act(s + bias), d <- 2 act'(s + bias) d, both times the pixels' sample scale.
   __device__ __forceinline__ void activate(Sums& s, Sums& d, const float (&bias)[2], int slot) const {
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
       float h, slope;
-      activate_with_slope<Traits::kActivation>(s[i], bias[i / 2 % 2], h, slope);
+      activate_with_slope<Traits::kActivation, Traits::kDType>(s[i], bias[i / 2 % 2], h, slope);
       s[i] = h;
-      if constexpr (kExpand) d[i] *= slope;
+      if constexpr (kExpand) d[i] = fmaf(slope, d[i], d[i]);
     }
     if (p.pixel_scale == nullptr) return;
 #pragma unroll
