@@ -151,20 +151,23 @@ struct BackwardDataConsumer {
     cute::warpgroup_commit_batch();
   }
 
-  __device__ __forceinline__ void issue_output(Output& o, const Operand& h, uint32_t weights) {
+  // The product of hidden units 16 k of the chunk, for the k of part `part`.
+  __device__ __forceinline__ void issue_output(Output& o, const Operand& h, uint32_t weights, int part) {
+    constexpr int kSteps = kHiddenChunk / 16 / Traits::kParts;
     const uint64_t b = mn_descriptor<Traits::kRowBytes>(weights, Traits::kPanelBytes);
     cute::warpgroup_arrive();
 #pragma unroll
-    for (int k = 0; k < kHiddenChunk / 16; ++k) {
+    for (int k = kSteps * part; k < kSteps * (part + 1); ++k) {
       wgmma_rs_mn<Element, Traits::kChannels>(o, h + 4 * k, b + k * Traits::kRowBytes, true);
     }
     cute::warpgroup_commit_batch();
   }
 
-  __device__ __forceinline__ void differentiate(const Sums& s, const Sums& d, Operand& h) const {
+  __device__ __forceinline__ void differentiate(const Sums& s, const Sums& d, Operand& h, int part) const {
+    constexpr int kCount = kHiddenChunk / 8 / Traits::kParts;
     const uint32_t bias = chunks + Traits::kBiasOffset + w1_slot * Traits::kBiasBytes + lane % 4 * 8;
 #pragma unroll
-    for (int j = 0; j < kHiddenChunk / 8; ++j) {
+    for (int j = kCount * part; j < kCount * (part + 1); ++j) {
       const float2 b = load_shared_float2(bias + 32 * j);
       float v[4], unused;
 #pragma unroll
@@ -247,27 +250,28 @@ struct BackwardDataConsumer {
     Operand h;
     issue_first(s, d, tile);
     under_first();
-    const auto differentiate_chunk = [&] {
+    int held = -1;  // slot of the chunk of W1 whose product was in flight
+    const auto finish_chunk = [&] {
       cute::warpgroup_wait<0>();
       fence_operands(s);
       fence_operands(d);
       fence_operands(h);
       fence_operands(o);
       release_chunk(w2_slot);
-      differentiate(s, d, h);
-    };
-    int held = -1;  // slot of the chunk of W1 whose product was in flight
-#pragma unroll 1
-    for (int left = p.chunks; --left > 0;) {
-      differentiate_chunk();
       if (held >= 0) release_chunk(held);
       held = w1_slot;
-      issue_output(o, h, w1);
+#pragma unroll
+      for (int part = 0; part < Traits::kParts; ++part) {
+        differentiate(s, d, h, part);
+        issue_output(o, h, w1, part);
+      }
+    };
+#pragma unroll 1
+    for (int left = p.chunks; --left > 0;) {
+      finish_chunk();
       issue_first(s, d, tile);
     }
-    differentiate_chunk();
-    if (held >= 0) release_chunk(held);
-    issue_output(o, h, w1);
+    finish_chunk();
     cute::warpgroup_wait<0>();
     fence_operands(o);
     release_chunk(w1_slot);

@@ -50,6 +50,7 @@ struct BackwardTraits {
   static constexpr int kPanels = kChannels / kPanel;
   static constexpr int kPanelBytes = 64 * kRowBytes;         // 64 pixels or hidden units
   static constexpr int kTileBytes = 64 * kChannels * 2;      // of A, of dy, of a chunk of W1 or W2
+  static constexpr int kParts = 2;  // of a chunk's activation: the first part's products run under the next one's activation
 };
 
 // Gradient of A.

@@ -166,46 +166,59 @@ struct BackwardWeightsConsumer {
     cute::warpgroup_commit_batch();
   }
 
-  __device__ __forceinline__ void issue_sums(Output& expand, Output& project, const Operand& ds, const Operand& h,
-                                             uint32_t stage) const {
+  // The sums over pixels 16 k of a tile, for the k of part `part`.
+  __device__ __forceinline__ void issue_sums(Output& expand, Output& project, const Operand& ds, const Operand& h, uint32_t stage,
+                                             int part) const {
+    constexpr int kSteps = 4 / Traits::kParts;
     cute::warpgroup_arrive();
     if constexpr (kExpand) {
       const uint64_t x = mn_descriptor<Traits::kRowBytes>(stage, Traits::kPanelBytes);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) wgmma_rs_mn<Element, Traits::kChannels>(expand, ds + 4 * k, x + k * Traits::kRowBytes, true);
+      for (int k = kSteps * part; k < kSteps * (part + 1); ++k) {
+        wgmma_rs_mn<Element, Traits::kChannels>(expand, ds + 4 * k, x + k * Traits::kRowBytes, true);
+      }
     }
     if constexpr (kProject) {
       const uint64_t dy = mn_descriptor<Traits::kRowBytes>(stage + Traits::kTileBytes, Traits::kPanelBytes);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) wgmma_rs_mn<Element, Traits::kChannels>(project, h + 4 * k, dy + k * Traits::kRowBytes, true);
+      for (int k = kSteps * part; k < kSteps * (part + 1); ++k) {
+        wgmma_rs_mn<Element, Traits::kChannels>(project, h + 4 * k, dy + k * Traits::kRowBytes, true);
+      }
     }
     cute::warpgroup_commit_batch();
   }
 
-  // s <- act(s + bias), d <- 2 act'(s + bias) d, both times the pixels' sample scale.
-  __device__ __forceinline__ void activate(Sums& s, Sums& d, const float (&bias)[2], int slot) const {
+  // h = act(s + bias), ds = 2 act'(s + bias) d, both times the pixels' sample scale; ds is summed up too.
+  __device__ __forceinline__ void activate(const Sums& s, const Sums& d, Operand& h, Operand& ds, const float (&bias)[2], float (&bias_sum)[2],
+                                           int slot, int part) const {
+    constexpr int kCount = 32 / Traits::kParts;
+    float hidden[kCount], gradient[kCount];
+    const int first = kCount * part;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      float h, slope;
-      activate_with_slope<Traits::kActivation, Traits::kDType>(s[i], bias[i / 2 % 2], h, slope);
-      s[i] = h;
-      if constexpr (kExpand) d[i] = fmaf(slope, d[i], d[i]);
+    for (int i = 0; i < kCount; ++i) {
+      float slope;
+      activate_with_slope<Traits::kActivation, Traits::kDType>(s[first + i], bias[i / 2 % 2], hidden[i], slope);
+      if constexpr (kExpand) gradient[i] = fmaf(slope, d[first + i], d[first + i]);
     }
-    if (p.pixel_scale == nullptr) return;
+    if (p.pixel_scale != nullptr) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float2 scale = load_shared_float2(scales + slot * Traits::kScaleBytes + (8 * j + 2 * (lane % 4)) * 4);
+      for (int j = 0; j < kCount / 4; ++j) {
+        const float2 scale = load_shared_float2(scales + slot * Traits::kScaleBytes + (8 * (first / 4 + j) + 2 * (lane % 4)) * 4);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[4 * j + i] *= i % 2 ? scale.y : scale.x;
-        if constexpr (kExpand) d[4 * j + i] *= i % 2 ? scale.y : scale.x;
+        for (int i = 0; i < 4; ++i) {
+          hidden[4 * j + i] *= i % 2 ? scale.y : scale.x;
+          if constexpr (kExpand) gradient[4 * j + i] *= i % 2 ? scale.y : scale.x;
+        }
       }
     }
-  }
-
-  __device__ __forceinline__ void pack(const Sums& s, Operand& h) const {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) h[i] = pack2<Element>(s[2 * i], s[2 * i + 1]);
+    for (int i = 0; i < kCount; i += 2) {
+      if constexpr (kExpand) {
+        bias_sum[i / 2 % 2] += gradient[i] + gradient[i + 1];
+        ds[(first + i) / 2] = pack2<Element>(gradient[i], gradient[i + 1]);
+      }
+      if constexpr (kProject) h[(first + i) / 2] = pack2<Element>(hidden[i], hidden[i + 1]);
+    }
   }
 
   __device__ __forceinline__ void store(const Output& sums, float* part, int row) const {
@@ -254,14 +267,11 @@ struct BackwardWeightsConsumer {
       fence_operands(s);
       if constexpr (kExpand) fence_operands(d), fence_operands(ds);
       if constexpr (kProject) fence_operands(h);
-      activate(s, d, bias, ring.slot);
-      if constexpr (kExpand) {
 #pragma unroll
-        for (int i = 0; i < 32; ++i) bias_sum[i / 2 % 2] += d[i];
-        pack(d, ds);
+      for (int part = 0; part < Traits::kParts; ++part) {
+        activate(s, d, h, ds, bias, bias_sum, ring.slot, part);
+        issue_sums(expand, project, ds, h, stages + ring.slot * Traits::kStageBytes, part);
       }
-      if constexpr (kProject) pack(s, h);
-      issue_sums(expand, project, ds, h, stages + ring.slot * Traits::kStageBytes);
     };
     wait_barrier(bar.weights(), 0);
     first();
