@@ -214,11 +214,8 @@ __device__ __forceinline__ void multiply(const ConvNormParams& p, unsigned char*
   for (int c = 0; c < 2; ++c) {
     const ToeplitzFilter<Traits> filter(reinterpret_cast<const uint32_t*>(smem + p.layout.weights) + (pair * 2 + c) * Traits::kFilterWords,
                                         lane);
-    float sums[kHalf][4];
-#pragma unroll
-    for (int y = 0; y < kHalf; ++y)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[y][i] = bias[c];
+    float start[4], sums[kHalf][4];
+    grid::fill_quad(start, bias[c]);
 #pragma unroll
     for (int step = 0; step < kHalf + kK - 1; step += kStep) {
       uint32_t x[4];
@@ -227,7 +224,11 @@ __device__ __forceinline__ void multiply(const ConvNormParams& p, unsigned char*
 #pragma unroll
       for (int y = 0; y < kHalf; ++y) {
         const int dy = step - y;
-        if (dy > -kStep && dy < kK) ptx::mma_16816<Element>(sums[y], x, filter.first(dy), filter.second(dy));
+        if (dy > -kStep && dy <= 0) {  // the row's first product
+          grid::mma_16816_from<Element>(sums[y], x, filter.first(dy), filter.second(dy), start);
+        } else if (dy > 0 && dy < kK) {
+          ptx::mma_16816<Element>(sums[y], x, filter.first(dy), filter.second(dy));
+        }
       }
     }
 #pragma unroll
@@ -380,17 +381,23 @@ __device__ __forceinline__ void write(const ConvNormParams& p, unsigned char* sm
   }
 }
 
-// Two tiles' moments are kept: the last one's may still be read by peers.
-template <class Traits>
-__device__ __forceinline__ void normalise(const ConvNormParams& p, unsigned char* smem, int slab_start, const SliceCursor& tile) {
-  float2* moments = reinterpret_cast<float2*>(smem + p.layout.moments) + (p.plan.cluster > 1 ? tile.tiles % 2 * p.layout.staged_rows : 0);
-  if (p.has_norm) {
-    measure<Traits>(p, smem, moments);
-    if (p.plan.cluster > 1) {
-      grid::cluster_barrier();
-    } else {
-      __syncthreads();
-    }
+// The moments of a tile in a cluster's blocks: two tiles' are kept, since the last one's may still be read by peers.
+__device__ __forceinline__ float2* moments_of(const ConvNormParams& p, unsigned char* smem, const SliceCursor& tile) {
+  return reinterpret_cast<float2*>(smem + p.layout.moments) + (p.plan.cluster > 1 ? tile.tiles % 2 * p.layout.staged_rows : 0);
+}
+
+// Normalises the staged tile and stores it. `next` rearranges what comes after it, while the moments are on their way.
+template <class Traits, class Next>
+__device__ __forceinline__ void normalise(const ConvNormParams& p, unsigned char* smem, int slab_start, const SliceCursor& tile, Next&& next) {
+  float2* moments = moments_of(p, smem, tile);
+  const bool exchanges = p.has_norm && p.plan.cluster > 1;
+  if (p.has_norm) measure<Traits>(p, smem, moments);
+  if (exchanges) grid::cluster_arrive();
+  next();
+  if (exchanges) {
+    grid::cluster_wait();
+  } else {
+    __syncthreads();
   }
   write<Traits>(p, smem, slab_start, tile, moments);
 }
@@ -411,14 +418,30 @@ __device__ __forceinline__ void load_parameters(const ConvNormParams& p, unsigne
     vectors[channels + i] = exists && p.norm_weight != nullptr ? __ldg(p.norm_weight + c) : 1.f;
     vectors[2 * channels + i] = exists && p.norm_bias != nullptr ? __ldg(p.norm_bias + c) : 0.f;
   }
-  uint32_t* to = reinterpret_cast<uint32_t*>(smem + p.layout.weights);
+  // A thread has a row of the filter, of two channels: seven loads in flight together.
+  constexpr int kK = Traits::kKernel;
+  const int pairs = slab / 2;
   const uint16_t* taps = static_cast<const uint16_t*>(p.weight) + slab_start;
-  for (int i = thread; i < Traits::kFilterWords * slab; i += kConvNormThreads) {
-    const int word = i / slab, c = i % slab, row = word / 8, column = word % 8;
-    const uint16_t* at = taps + (row * Traits::kKernel + column) * p.channels + c;
-    const bool exists = slab_start + c < p.channels;
-    const uint32_t first = exists && column > 0 ? __ldg(at - p.channels) : 0u, second = exists && column < Traits::kKernel ? __ldg(at) : 0u;
-    to[c * Traits::kFilterWords + word] = first | second << 16;
+  for (int i = thread; i < kK * pairs; i += kConvNormThreads) {
+    const int row = i / pairs, c = (i - row * pairs) * 2;
+    uint32_t tap[kK];
+#pragma unroll
+    for (int column = 0; column < kK; ++column) {
+      const uint16_t* at = taps + (row * kK + column) * p.channels + c;
+      tap[column] = slab_start + c < p.channels ? __ldg(reinterpret_cast<const uint32_t*>(at)) : 0u;
+    }
+    uint32_t* to = reinterpret_cast<uint32_t*>(smem + p.layout.weights) + c * Traits::kFilterWords + row * 8;
+#pragma unroll
+    for (int channel = 0; channel < 2; ++channel) {
+      uint32_t words[kK + 1];
+#pragma unroll
+      for (int column = 0; column <= kK; ++column) {
+        const uint32_t first = column > 0 ? tap[column - 1] : 0u, second = column < kK ? tap[column] : 0u;
+        words[column] = __byte_perm(first, second, channel == 0 ? 0x5410 : 0x7632);
+      }
+      uint4* at = reinterpret_cast<uint4*>(to + channel * Traits::kFilterWords);
+      at[0] = make_uint4(words[0], words[1], words[2], words[3]), at[1] = make_uint4(words[4], words[5], words[6], words[7]);
+    }
   }
 }
 
@@ -426,18 +449,33 @@ template <class Traits>
 __device__ __forceinline__ void run(const ConvNormParams& p, const CUtensorMap& x_map, unsigned char* smem,
                                               TransactionBarrier* full, int slab_start, int slices) {
   SliceCursor tile(p.plan), ahead = tile;
-  const PlaneWriter<Traits> planes(p, smem);
   if (threadIdx.x == 0) load_slice<Traits>(p, x_map, smem, full, slab_start, ahead);
-#pragma unroll 1
-  for (uint32_t phase = 0; tile.tiles > 0; phase ^= 1) {
+  load_parameters<Traits>(p, smem, slab_start);  // under the first slice's way here
+  const PlaneWriter<Traits> planes(p, smem);
+  __syncthreads();
+  uint32_t phase = 0;
+  const auto rearrange = [&] {
     full->wait(phase);
+    phase ^= 1;
     planes.write(p, smem);
+  };
+  rearrange();
+#pragma unroll 1
+  while (tile.tiles > 0) {
     __syncthreads();
     ahead.advance(p.plan, slices);
-    if (threadIdx.x == 0 && ahead.tiles > 0) load_slice<Traits>(p, x_map, smem, full, slab_start, ahead);  // under the products
+    const bool more = ahead.tiles > 0;
+    if (threadIdx.x == 0 && more) load_slice<Traits>(p, x_map, smem, full, slab_start, ahead);  // under the products
     multiply<Traits>(p, smem, tile.slice);
     __syncthreads();
-    if (tile.slice + 1 == slices) normalise<Traits>(p, smem, slab_start, tile);
+    const auto next = [&] {
+      if (more) rearrange();
+    };
+    if (tile.slice + 1 == slices) {
+      normalise<Traits>(p, smem, slab_start, tile, next);
+    } else {
+      next();
+    }
     tile.advance(p.plan, slices);
   }
 }
@@ -459,8 +497,6 @@ __global__ void __launch_bounds__(kConvNormThreads, 1)
   fill_slots(p.plan.tile, reinterpret_cast<ConvNormSlot*>(smem + p.layout.slots));
   grid::wait_for_inputs();
   grid::launch_dependents();  // after the wait: the next launch may count on what came before this one
-  load_parameters<Traits>(p, smem, slab_start);
-  __syncthreads();
   run<Traits>(p, x_map, smem, full, slab_start, slices);
   if (p.plan.cluster > 1) grid::cluster_barrier();  // peers may still read this block's moments
 }

@@ -156,13 +156,14 @@ inline ConvNormTile laid_out(const Problem& q, int images, int groups, int rows,
   return t;
 }
 
-// Clocks of a block for one tile: what a warp issues, 16 warps at the 10 clocks an instruction of each that were measured (NOTES.md).
+// Clocks of a block for one tile: what a warp issues, 16 warps at the 10 clocks an instruction of each that were measured, and the exchange
+// within a cluster (NOTES.md).
 inline double tile_clocks(const ConvNormPlan& plan) {
   const ConvNormTile& t = plan.tile;
   const int slices = static_cast<int>(ceil_div(plan.slab, kConvNormSlice));
   const double slice = 12.0 * ceil_div(t.images * t.box_rows * t.row_units, 16) + 300 + (t.narrow ? 38 : 67);
   const double norm = 150.0 + 55 * ceil_div(t.rows, 2) * slices + (10.0 * slices + 30) * ceil_div(t.rows * conv_norm_row_stride(t), 256);
-  return 10 * (slices * slice + norm) + (plan.cluster > 1 ? 1500 : 0);
+  return 10 * (slices * slice + norm) + (plan.cluster > 1 ? 440 * plan.cluster : 0);
 }
 
 // Blocks of a cluster lie in one group of up to 18 multiprocessors; measured on an H200 (132), one block a multiprocessor.

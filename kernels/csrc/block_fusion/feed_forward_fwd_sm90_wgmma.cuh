@@ -261,9 +261,10 @@ struct FeedForwardConsumer {
       OperandA<Traits> a;
       float o[kChannels / 2];
       load_operand(a, slot);
-      if (Traits::kARegisters) release(a_slot);
       if (Traits::kXShared) release_stored();
-      feed_forward.run(o, a);
+      feed_forward.run(o, a, [&] {
+        if (Traits::kARegisters) release(a_slot);
+      });
       if constexpr (Traits::kXShared) {
         scale_output(o, tile);
         if (!Traits::kARegisters) release(a_slot);

@@ -228,11 +228,13 @@ struct FeedForward {
     }
   }
 
-  __device__ __forceinline__ void run_one(Output& o, OperandA<Traits>& a) {
+  template <class Read>
+  __device__ __forceinline__ void run_one(Output& o, OperandA<Traits>& a, Read&& read) {
     Sums s;
     Hidden h[2];
     expand(s, a);
     cute::warpgroup_wait<0>();
+    read();
     release_w1();
     activate_chunk(s, h[0], 0);
     int chunk = 0;
@@ -260,12 +262,14 @@ struct FeedForward {
     activate_chunk(s_next, next, chunk + 1);
   }
 
-  __device__ __forceinline__ void run_two(Output& o, OperandA<Traits>& a) {
+  template <class Read>
+  __device__ __forceinline__ void run_two(Output& o, OperandA<Traits>& a, Read&& read) {
     Sums s[2];
     Hidden h[2];
     expand(s[0], a);
     expand(s[1], a);
     cute::warpgroup_wait<1>();
+    read();
     release_w1();
     activate_chunk(s[0], h[0], 0);
     int chunk = 0;
@@ -292,13 +296,18 @@ struct FeedForward {
     if (Traits::kSchedule != Schedule::kDrain && count > 1) release_w2();
   }
 
-  __device__ __forceinline__ void run(Output& o, OperandA<Traits>& a) {
+  // read: called once the first product has finished, from when on A's fragments are in registers for certain.
+  template <class Read>
+  __device__ __forceinline__ void run(Output& o, OperandA<Traits>& a, Read&& read) {
     fence_operands(o);
     if constexpr (Traits::kSchedule == Schedule::kTwoAhead) {
-      run_two(o, a);
+      run_two(o, a, read);
     } else {
-      run_one(o, a);
+      run_one(o, a, read);
     }
+  }
+  __device__ __forceinline__ void run(Output& o, OperandA<Traits>& a) {
+    run(o, a, [] {});
   }
 
   // A warpgroup without a tile in the last round still turns the rings for the others; W1's carried `pieces` of other weights first.

@@ -97,9 +97,17 @@ bool choose_rings(int hidden, int max_shared_memory, FeedForwardRings* rings) {
   if (!fits(*rings)) {
     *rings = {2, 2, Traits::kLeastSlots};
     if (!fits(*rings)) return false;
-    while (rings->w1 < 4 && rings->w1 < chunks && fits({rings->w1 + 1, rings->w2, rings->tile})) {
-      ++rings->w1;
-      if (fits({rings->w1, rings->w2 + 1, rings->tile})) ++rings->w2;
+    // A chunk of W2 is released a step later where the queue never drains: what room there is goes to its ring first.
+    constexpr bool kDrains = Traits::kSchedule == Schedule::kDrain;
+    int &first = kDrains ? rings->w1 : rings->w2, &second = kDrains ? rings->w2 : rings->w1;
+    const auto grow = [&](int& slots) {
+      ++slots;
+      if (!fits(*rings)) --slots;
+    };
+    for (int before = 0; first != before && first < 4 && first < chunks;) {
+      before = first;
+      grow(first);
+      if (first != before) grow(second);
     }
   }
   while (rings->tile < 2 * Traits::kLeastSlots && fits({rings->w1, rings->w2, rings->tile + 1})) ++rings->tile;

@@ -1,6 +1,9 @@
 // Thread-block clusters and dependent launches of sm_90: the few instructions that kernels without TMA or wgmma need.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
 
 namespace convfirst::grid {
@@ -17,10 +20,20 @@ __device__ __forceinline__ int cluster_rank() {
   return static_cast<int>(rank);
 }
 
-// Of all threads of the cluster's blocks.
-__device__ __forceinline__ void cluster_barrier() {
+// Of all threads of the cluster's blocks, in two halves: what was stored before the arrival is visible after the wait.
+__device__ __forceinline__ void cluster_arrive() {
   __syncwarp();  // the instructions are of whole warps
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+  cluster_arrive();
+  cluster_wait();
 }
 
 // Another block's counterpart of a shared-memory address.
@@ -67,6 +80,30 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&r)[4], uint32_
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
+}
+
+// Four registers of one value, one after another, that the compiler takes for different ones: what sums start from.
+__device__ __forceinline__ void fill_quad(float (&quad)[4], float v) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm volatile("mov.f32 %0, %1;" : "=f"(quad[i]) : "f"(v));
+}
+
+// d = start + a b, a 16 x 16, b 16 x 8: `start` serves many products, which moves into d would not.
+template <typename T>
+__device__ __forceinline__ void mma_16816_from(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&start)[4]);
+template <>
+__device__ __forceinline__ void mma_16816_from<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                                       const float (&start)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(start[0]), "f"(start[1]), "f"(start[2]), "f"(start[3]));
+}
+template <>
+__device__ __forceinline__ void mma_16816_from<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                                              const float (&start)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(start[0]), "f"(start[1]), "f"(start[2]), "f"(start[3]));
 }
 
 }  // namespace convfirst::grid

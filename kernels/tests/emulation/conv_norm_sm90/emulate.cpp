@@ -26,9 +26,13 @@ int block_threads, running;  // the block whose memory is in smem
 
 struct Arrivals {
   int arrived = 0, completed = 0;
-  void wait(int expected) {
+  int arrive(int expected) {  // what `completed` must leave
     const int before = completed;
     if (++arrived == expected) arrived = 0, ++completed;
+    return before;
+  }
+  void wait(int expected) {
+    const int before = arrive(expected);
     while (completed == before) yield();
   }
 };
@@ -39,6 +43,7 @@ struct Block {
 };
 std::vector<Block> blocks;
 Arrivals cluster;
+std::vector<int> cluster_before;  // of each thread that has arrived
 
 void fiber() {
   body();
@@ -97,7 +102,10 @@ void run_cluster(int first_block) {
 void yield() { swapcontext(&thread().context, &scheduler); }
 void syncthreads() { blocks[running].barrier.wait(block_threads); }
 int cluster_rank() { return running; }
-void cluster_barrier() { cluster.wait(static_cast<int>(threads.size())); }
+void cluster_arrive() { cluster_before[current] = cluster.arrive(static_cast<int>(threads.size())); }
+void cluster_wait() {
+  while (cluster.completed == cluster_before[current]) yield();
+}
 const unsigned char* memory_of(int rank) {
   if (rank < 0 || rank >= static_cast<int>(blocks.size())) fail("no such block in the cluster", rank);
   return rank == running ? smem : blocks[rank].memory.data();
@@ -109,6 +117,7 @@ void run_clusters(int grid, int cluster_size, int block, int shared_memory, std:
   shared_bytes = shared_memory;
   threads.resize(block * cluster_size);
   warps.resize(threads.size() / 32);
+  cluster_before.resize(threads.size());
   blocks.resize(cluster_size);
   for (int first = 0; first < grid; first += cluster_size) run_cluster(first);
 }

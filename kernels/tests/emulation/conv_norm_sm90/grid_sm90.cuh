@@ -1,12 +1,13 @@
 // Stands in for csrc/common/grid_sm90.cuh.
 #pragma once
 
-#include "cuda_on_cpu.h"
+#include "ptx.cuh"
 
 namespace emulation {
 
 int cluster_rank();
-void cluster_barrier();
+void cluster_arrive();
+void cluster_wait();
 const unsigned char* memory_of(int rank);  // shared memory of a block of the running cluster
 
 inline unsigned byte_perm(unsigned a, unsigned b, unsigned selector) {
@@ -26,7 +27,12 @@ inline void launch_dependents() {}
 inline void wait_for_inputs() {}
 inline void fence_barrier_init() {}
 inline int cluster_rank() { return emulation::cluster_rank(); }
-inline void cluster_barrier() { emulation::cluster_barrier(); }
+inline void cluster_arrive() { emulation::cluster_arrive(); }
+inline void cluster_wait() { emulation::cluster_wait(); }
+inline void cluster_barrier() {
+  cluster_arrive();
+  cluster_wait();
+}
 
 inline float2 load_peer(uint32_t address, int rank) {
   emulation::check_shared(address, 8);
@@ -45,6 +51,16 @@ inline void ldmatrix_x4_transposed(uint32_t (&r)[4], uint32_t address) {
       std::memcpy(&halves[i], emulation::smem + emulation::warp().word[side][m * 8 + lane % 4 * 2 + i] + lane / 4 * 2, 2);
     r[m] = halves[0] | static_cast<uint32_t>(halves[1]) << 16;
   }
+}
+
+inline void fill_quad(float (&quad)[4], float v) {
+  for (float& q : quad) q = v;
+}
+
+template <typename T>
+void mma_16816_from(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&start)[4]) {
+  std::copy(start, start + 4, d);
+  ptx::mma_16816<T>(d, a, b0, b1);
 }
 
 }  // namespace convfirst::grid
