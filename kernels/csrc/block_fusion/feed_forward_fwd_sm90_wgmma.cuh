@@ -10,7 +10,7 @@
 //             +----- S = A W1^T --------------- -- act --> P --> O += P W2^T -- + bias, scale ----------- + ----> y tile
 //
 //   what                       where                                               written by          released when
-//   A, x tiles                 shared, a warpgroup's ring: A(0) x(0) A(1) x(1) ..   TMA                 A read to registers; y stored
+//   A, x tiles                 shared, a warpgroup's ring: A(0) x(0) A(1) x(1) ..   TMA                 first product done; y stored
 //   W1, W2 chunks              shared, resident if all fit, else two rings          TMA                 product done, per chunk
 //   bias and scale vectors     shared, float32                                     prologue            -
 //   S, P, O                    32, 2 x 16, C/2 registers                           wgmma, activation   -
