@@ -173,7 +173,7 @@ struct BackwardDataConsumer {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float slope;
-        activate_with_slope<Traits::kActivation, Traits::kDType>(s[4 * j + i], i % 2 ? b.y : b.x, unused, slope);
+        activate_with_slope<Traits::kActivation>(s[4 * j + i], i % 2 ? b.y : b.x, unused, slope);
         v[i] = fmaf(slope, d[4 * j + i], d[4 * j + i]);
       }
       h[2 * j] = pack2<Element>(v[0], v[1]), h[2 * j + 1] = pack2<Element>(v[2], v[3]);

@@ -50,14 +50,15 @@ struct BackwardTraits {
   static constexpr int kPanels = kChannels / kPanel;
   static constexpr int kPanelBytes = 64 * kRowBytes;         // 64 pixels or hidden units
   static constexpr int kTileBytes = 64 * kChannels * 2;      // of A, of dy, of a chunk of W1 or W2
-  static constexpr int kParts = 2;  // of a chunk's activation: the first part's products run under the next one's activation
 };
 
-// Gradient of A.
+// Gradient of A. kParts, here and below: of a chunk's activation; the first part's products run under the next one's (NOTES.md: what was
+// measured best).
 template <DType kDType_, int kChannels_, Activation kActivation_>
 struct BackwardDataTraits : BackwardTraits<kDType_, kChannels_, kActivation_> {
   using Base = BackwardTraits<kDType_, kChannels_, kActivation_>;
   static constexpr int kWarpgroups = kChannels_ <= 96 ? 3 : 2;
+  static constexpr int kParts = kChannels_ == 192 ? 1 : 2;
   static constexpr int kTileSlots = kChannels_ <= 128 ? 2 : 1;  // a warpgroup's, each of A and dy
   static constexpr int kSlotBytes = 2 * Base::kTileBytes;
   static constexpr int kTilesBytes = kWarpgroups * kTileSlots * kSlotBytes;
@@ -80,7 +81,12 @@ template <DType kDType_, int kChannels_, Activation kActivation_>
 struct BackwardWeightsTraits : BackwardTraits<kDType_, kChannels_, kActivation_> {
   using Base = BackwardTraits<kDType_, kChannels_, kActivation_>;
   static constexpr bool kSplit = kChannels_ > 128;
-  static constexpr bool kAhead = kChannels_ <= 96;  // the next tile's first products go before this tile's sums are done
+  // The next tile's first products go before this tile's sums are done, where their registers allow.
+  static constexpr bool ahead(bool expand, bool project) {
+    return (expand + project) * (kChannels_ / 2 + 16) + (1 + expand) * 32 <= 200;
+  }
+  static constexpr int kParts = kSplit || (kChannels_ == 128 && kActivation_ == Activation::kGelu) ? 2 : 1;  // of GELU one would spill
+  static constexpr bool kOperandRegisters = kChannels_ == 64;  // both chunks stay in registers, else wgmma reads them for every tile
   static constexpr int kWarpgroups = 2;
   static constexpr int kHiddenGroups = kSplit ? 1 : kWarpgroups;  // of 64 units, a block
   static constexpr int kWeightBytes = kHiddenGroups * 2 * Base::kTileBytes;

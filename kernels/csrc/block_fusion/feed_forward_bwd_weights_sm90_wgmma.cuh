@@ -15,6 +15,7 @@
 //   partial sums               global, float32, one set a range of pixels          consumer            launch_backward_reduce
 #pragma once
 
+#include "../common/grid_sm90.cuh"
 #include "../common/sm90_mn_major.cuh"
 #include "activation_bwd_sm90.cuh"
 #include "feed_forward_bwd_data_sm90_wgmma.cuh"
@@ -141,8 +142,25 @@ struct BackwardWeightsConsumer {
   uint32_t weights, stages, scales;  // addresses
   int warp, lane;
   BackwardRing<Traits::kStages> ring;  // next to wait for
+  uint32_t w1_fragments[Traits::kOperandRegisters ? Traits::kChannels / 4 : 1], w2_fragments[Traits::kOperandRegisters ? Traits::kChannels / 4 : 1];
 
-  __device__ __forceinline__ void issue_first(Sums& s, Sums& d, uint32_t stage) const {
+  __device__ __forceinline__ void load_operands() {
+    if constexpr (Traits::kOperandRegisters) {
+#pragma unroll
+      for (int k = 0; k < Traits::kChannels / 16; ++k) {
+        constexpr int kBlocks = Traits::kPanel / 8;
+        const int row = warp * 16 + (lane & 15), j = 2 * k;
+        ldmatrix_x4(*reinterpret_cast<uint32_t(*)[4]>(w1_fragments + 4 * k),
+                    weights + j / kBlocks * Traits::kPanelBytes +
+                        (swizzle<Traits::kRowBytes>(row * Traits::kRowBytes) ^ ((j % kBlocks + (lane >> 4)) << 4)));
+        const int channel = 16 * k + (lane >> 4) * 8 + lane % 8, hidden = warp * 16 + (lane >> 3) % 2 * 8;
+        grid::ldmatrix_x4_transposed(*reinterpret_cast<uint32_t(*)[4]>(w2_fragments + 4 * k),
+                                     weights + Traits::kTileBytes + swizzle<128>(channel * 128 + hidden * 2));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void issue_first(Sums& s, Sums& d, uint32_t stage) {
     uint32_t chunk = weights;
     asm volatile("" : "+r"(chunk));  // else every k's descriptor is computed ahead of the loop, and spilled
     const uint64_t w1 = matrix_descriptor<Traits::kRowBytes>(chunk), x = matrix_descriptor<Traits::kRowBytes>(stage);
@@ -154,13 +172,21 @@ struct BackwardWeightsConsumer {
 #pragma unroll
     for (int k = 0; k < Traits::kChannels / 16; ++k) {
       const int offset = k / kStepsPerPanel * (Traits::kPanelBytes / 16) + k % kStepsPerPanel * 2;
-      wgmma_ss<Element, 64>(s, w1 + offset, x + offset, k > 0);
+      if constexpr (Traits::kOperandRegisters) {
+        wgmma_rs<Element, 64>(s, w1_fragments + 4 * k, x + offset, k > 0);
+      } else {
+        wgmma_ss<Element, 64>(s, w1 + offset, x + offset, k > 0);
+      }
     }
     if constexpr (kExpand) {
 #pragma unroll
       for (int k = 0; k < Traits::kChannels / 16; ++k) {
         const int offset = k / kStepsPerPanel * (Traits::kPanelBytes / 16) + k % kStepsPerPanel * 2;
-        wgmma_ss_major<Element, 64, Major::MN, Major::K>(d, w2 + k * 128, dy + offset, k > 0);
+        if constexpr (Traits::kOperandRegisters) {
+          wgmma_rs<Element, 64>(d, w2_fragments + 4 * k, dy + offset, k > 0);
+        } else {
+          wgmma_ss_major<Element, 64, Major::MN, Major::K>(d, w2 + k * 128, dy + offset, k > 0);
+        }
       }
     }
     cute::warpgroup_commit_batch();
@@ -197,7 +223,7 @@ struct BackwardWeightsConsumer {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       float slope;
-      activate_with_slope<Traits::kActivation, Traits::kDType>(s[first + i], bias[i / 2 % 2], hidden[i], slope);
+      activate_with_slope<Traits::kActivation>(s[first + i], bias[i / 2 % 2], hidden[i], slope);
       if constexpr (kExpand) gradient[i] = fmaf(slope, d[first + i], d[first + i]);
     }
     if (p.pixel_scale != nullptr) {
@@ -274,11 +300,12 @@ struct BackwardWeightsConsumer {
       }
     };
     wait_barrier(bar.weights(), 0);
+    load_operands();
     first();
 #pragma unroll 1
     while (--tiles > 0) {
       sums();
-      if constexpr (Traits::kAhead) {
+      if constexpr (Traits::ahead(kExpand, kProject)) {
         ring.advance();
         first();
         cute::warpgroup_wait<1>();  // sums done, the next tile's first products in flight
@@ -340,13 +367,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     const int tiles = share.end - share.first;
     if constexpr (Traits::kSplit) {
       if (consumer == 0) {
-        BackwardWeightsConsumer<Traits, true, false>{p, bar, base, stages, scales, warp % 4, lane, {}}.run(tiles, share.group * 64);
+        BackwardWeightsConsumer<Traits, true, false>{p, bar, base, stages, scales, warp % 4, lane, {}, {}, {}}.run(tiles, share.group * 64);
       } else {
-        BackwardWeightsConsumer<Traits, false, true>{p, bar, base, stages, scales, warp % 4, lane, {}}.run(tiles, share.group * 64);
+        BackwardWeightsConsumer<Traits, false, true>{p, bar, base, stages, scales, warp % 4, lane, {}, {}, {}}.run(tiles, share.group * 64);
       }
     } else {
       const uint32_t weights = base + consumer * 2 * Traits::kTileBytes;
-      BackwardWeightsConsumer<Traits, true, true>{p, bar, weights, stages, scales, warp % 4, lane, {}}.run(tiles, share.group * 128 + consumer * 64);
+      BackwardWeightsConsumer<Traits, true, true>{p, bar, weights, stages, scales, warp % 4, lane, {}, {}, {}}.run(tiles, share.group * 128 + consumer * 64);
     }
   }
 #endif
