@@ -1,9 +1,9 @@
 """``torch.ops.convfirst.feed_forward_backward``: gradients of the feed-forward half of a block.
 
 The kernels for Hopper, up to 256 channels, are in the compiled library
-(csrc/block_fusion/feed_forward_backward_sm90.cpp): nothing of width hidden leaves the chip there. Elsewhere on a GPU the
-gradients come from matrix products over bounded chunks of pixels: the hidden tensor is never saved, but a chunk of it
-passes through device memory.
+(csrc/block_fusion/feed_forward_backward_sm90.cpp): nothing of width hidden leaves the chip there. Elsewhere on a GPU
+the gradients come from matrix products over bounded chunks of pixels: the hidden tensor is never saved, but a chunk of
+it passes through device memory.
 """
 
 import torch

@@ -7,7 +7,7 @@
 //     W2 chunk^T [64 hidden x C] -- D^T = W2^T dy^T +-- act' --> dS^T [64 x 64] -- dW1   += dS^T A
 //
 //   what                       where                                               written by          released when
-//   W1, W2 chunks              shared, for good                                    TMA                 -
+//   W1, W2 chunks              shared, for good; 64 channels: registers            TMA                 -
 //   A, dy tiles                shared, ring of stages: rows of both products       TMA                 sums done, per tile
 //   S^T, D^T, H^T, dS^T        32, 32, 16, 16 registers                            wgmma, activation   -
 //   dW1, dW2^T                 C/2 registers each; beyond 128 channels one a       wgmma               -
@@ -142,7 +142,8 @@ struct BackwardWeightsConsumer {
   uint32_t weights, stages, scales;  // addresses
   int warp, lane;
   BackwardRing<Traits::kStages> ring;  // next to wait for
-  uint32_t w1_fragments[Traits::kOperandRegisters ? Traits::kChannels / 4 : 1], w2_fragments[Traits::kOperandRegisters ? Traits::kChannels / 4 : 1];
+  uint32_t w1_fragments[Traits::kOperandRegisters ? Traits::kChannels / 4 : 1];
+  uint32_t w2_fragments[Traits::kOperandRegisters ? Traits::kChannels / 4 : 1];
 
   __device__ __forceinline__ void load_operands() {
     if constexpr (Traits::kOperandRegisters) {
@@ -373,7 +374,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       }
     } else {
       const uint32_t weights = base + consumer * 2 * Traits::kTileBytes;
-      BackwardWeightsConsumer<Traits, true, true>{p, bar, weights, stages, scales, warp % 4, lane, {}, {}, {}}.run(tiles, share.group * 128 + consumer * 64);
+      BackwardWeightsConsumer<Traits, true, true>{p, bar, weights, stages, scales, warp % 4, lane, {}, {}, {}}.run(
+          tiles, share.group * 128 + consumer * 64);
     }
   }
 #endif
