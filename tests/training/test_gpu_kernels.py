@@ -80,7 +80,7 @@ def test_a_compiled_step_has_no_graph_break(name):
     loss, expected = gradients(model, model)
     compiled_loss, found = gradients(model, torch.compile(model, fullgraph=True))
     assert compiled_loss == pytest.approx(loss, rel=0.1)  # drop path draws otherwise in compiled code
-    assert torch.isfinite(found).all() and found.norm() == pytest.approx(expected.norm().item(), rel=0.5)
+    assert torch.isfinite(found).all() and found.norm().item() == pytest.approx(expected.norm().item(), rel=0.5)
 
 
 def test_a_compiled_step_without_drop_path_gives_the_same_gradients():
