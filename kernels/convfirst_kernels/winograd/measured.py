@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 FILE = Path(__file__).with_name("measured.json")
 MARGIN = 1.05  # a gain smaller than what runs differ by counts as none
 REACH = 1.1  # how far, in powers of two of channels, outputs and pixels, a measurement speaks for a problem
@@ -31,10 +33,16 @@ class Row(NamedTuple):
     f4_ms: float
 
 
-@cache
+def _read() -> tuple[Row, ...]:
+    return tuple(Row(*row) for row in json.loads(FILE.read_text())["rows"]) if FILE.exists() else ()
+
+
+ROWS = _read()  # at import, since torch.compile traces no file
+
+
 def table() -> tuple[Row, ...]:
     """The measured rows; empty where the package has none."""
-    return tuple(Row(*row) for row in json.loads(FILE.read_text())["rows"]) if FILE.exists() else ()
+    return ROWS
 
 
 @cache
@@ -57,17 +65,22 @@ def nearest(dtype: str, batch: int, height: int, width: int, channels: int, outp
     return found
 
 
+def _lookup(*problem) -> Row | None:
+    """`nearest`; torch.compile traces what it caches."""
+    return nearest.__wrapped__(*problem) if torch.compiler.is_compiling() else nearest(*problem)
+
+
 def fastest(dtype: str, batch: int, height: int, width: int, channels: int, outputs: int) -> str | None:
     """ "f2" or "f4", whichever was measured to be faster; None where nothing near was measured."""
-    row = nearest(dtype, batch, height, width, channels, outputs)
-    if row is None or math.isinf(min(row.f2_ms, row.f4_ms)):
+    row = _lookup(dtype, batch, height, width, channels, outputs)
+    if row is None or min(row.f2_ms, row.f4_ms) == math.inf:
         return None
     return "f4" if row.f4_ms < row.f2_ms else "f2"
 
 
 def faster(dtype: str, batch: int, height: int, width: int, channels: int, outputs: int) -> str | None:
     """ "f2" or "f4", the fastest, where it was measured to be faster than cuDNN by `MARGIN`; None elsewhere."""
-    row = nearest(dtype, batch, height, width, channels, outputs)
+    row = _lookup(dtype, batch, height, width, channels, outputs)
     if row is None or min(row.f2_ms, row.f4_ms) * MARGIN > row.peer_ms:
         return None
     return fastest(dtype, batch, height, width, channels, outputs)

@@ -15,6 +15,9 @@
 //
 //   All tiles' steps are shared out evenly (stream-K), so no multiprocessor idles in a last round; the second launch adds the parts of
 //   split tiles in the order of the depth, so results repeat to the bit.
+//
+//   float32 sums in blocks, since the error of a sum in order grows with its length: with element-wise copies a second set of sums in
+//   registers takes each step's, and of the input gradient every `block_steps` steps are added to the partial sums in device memory.
 #pragma once
 
 #include <type_traits>
@@ -285,10 +288,34 @@ __device__ __forceinline__ void store_tile(const GemmParams& p, const float (&su
   }
 }
 
-template <class Element, class Copies>
-__device__ __forceinline__ void accumulate(const GemmParams& p, float (&sums)[kSums], Copies copies, int steps, uint32_t smem) {
+// sums added to a thread's share of a partial tile, or put there by the first block of the depth.
+__device__ __forceinline__ void flush(float (&sums)[kSums], float* partials, bool first) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    partials[i * kThreads] = first ? sums[i] : partials[i * kThreads] + sums[i];
+    sums[i] = 0.f;
+  }
+}
+
+// The products of a step; kTwoSets: summed apart first.
+template <bool kTwoSets, class Element>
+__device__ __forceinline__ void multiply_step(const Products<Element>& products, float (&sums)[kSums], uint32_t stage) {
+  if constexpr (kTwoSets) {
+    float block[kSums] = {};
+    products.step(block, stage);
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[i] += block[i];
+  } else {
+    products.step(sums, stage);
+  }
+}
+
+// Returns whether earlier blocks of the depth were added to `partials`.
+template <class Element, bool kTwoSets, class Copies>
+__device__ __forceinline__ bool accumulate(const GemmParams& p, float (&sums)[kSums], Copies copies, int steps, uint32_t smem, float* partials) {
   const Products<Element> products;
-  int loaded = 0;
+  int loaded = 0, left_of_block = p.block_steps;
+  bool flushed = false;
 #pragma unroll
   for (; loaded < kStages - 1; ++loaded) {
     if (loaded < steps) copies.issue(smem + loaded * kStageBytes);
@@ -302,11 +329,18 @@ __device__ __forceinline__ void accumulate(const GemmParams& p, float (&sums)[kS
     const bool first = read == smem, last = read == smem + (kStages - 1) * kStageBytes;
     if (steps >= kStages) copies.issue(first ? smem + (kStages - 1) * kStageBytes : read - kStageBytes);
     ptx::cp_async_commit();
-    products.step(sums, read);
+    multiply_step<kTwoSets>(products, sums, read);
     read = last ? smem : read + kStageBytes;
+    if constexpr (std::is_same_v<Element, float> && !kTwoSets) {
+      if (--left_of_block == 0 && steps > 1) {
+        flush(sums, partials, !flushed);
+        flushed = true, left_of_block = p.block_steps;
+      }
+    }
   }
   ptx::cp_async_wait<0>();
   __syncthreads();
+  return flushed;
 }
 
 template <DType kDType, Copying kCopying>
@@ -323,11 +357,17 @@ __global__ void __launch_bounds__(kThreads, kCopying == Copying::kVector ? 2 : 1
   while (left > 0) {
     const int steps = min(left, p.steps - first), tile_row = tile / p.tiles_n, column = (tile - tile_row * p.tiles_n) * kColumns;
     float sums[kSums] = {};
-    accumulate<Element>(p, sums, Copies(p, static_cast<int64_t>(tile_row) * kRows, column, first), steps, smem);
+    // A tile that is not split uses the place as well: what is split comes first or last in a share, and each has its own.
+    float* partials = p.partials + static_cast<int64_t>(part) * kRows * kColumns + threadIdx.x;
+    constexpr bool kTwoSets = std::is_same_v<Element, float> && kCopying == Copying::kScalar;
+    const bool flushed = accumulate<Element, kTwoSets>(p, sums, Copies(p, static_cast<int64_t>(tile_row) * kRows, column, first), steps, smem, partials);
+    if (flushed) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sums[i] += partials[i * kThreads];
+    }
     if (steps == p.steps) {
       store_tile<Element>(p, sums, static_cast<int64_t>(tile_row) * kRows, column);
     } else {
-      float* partials = p.partials + static_cast<int64_t>(part) * kRows * kColumns + threadIdx.x;
 #pragma unroll
       for (int i = 0; i < kSums; ++i) partials[i * kThreads] = sums[i];
     }

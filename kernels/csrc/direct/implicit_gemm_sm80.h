@@ -35,6 +35,7 @@ struct GemmParams {
   int64_t rows;
   int columns, depth;  // depth in elements; of kFilters the pixels
   int steps;           // of a tile
+  int block_steps;     // of float32 that are summed in registers before they are added to the partial sums; 0: all
   int tiles_n;
   int64_t units;       // steps of all tiles
   int height, width, channels;

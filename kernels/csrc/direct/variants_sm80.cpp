@@ -42,6 +42,8 @@ GemmParams params_of(const Problem& q) {
   p.steps = (p.depth + step - 1) / step;
   p.tiles_n = (p.columns + kColumns - 1) / kColumns;
   p.units = (p.rows + kRows - 1) / kRows * p.tiles_n * p.steps;
+  constexpr int kBlockSteps = 16;  // 256 products: near the square root of the longest sums, and 5 % of the products' time
+  p.block_steps = dgrad && q.dtype == DType::kFloat && copying(q) != Copying::kScalar && p.steps > kBlockSteps ? kBlockSteps : 0;
   p.activation = q.direction == Direction::kForward ? q.activation : Activation::kNone;
   return p;
 }
@@ -54,7 +56,9 @@ int blocks_of(const GemmParams& p, const Device& d) {
 
 int64_t align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-int64_t partial_bytes(int blocks) { return blocks > 1 ? align(int64_t{2} * blocks * kPartialBytes) : 0; }
+int64_t partial_bytes(const GemmParams& p, int blocks) {
+  return blocks > 1 || p.block_steps > 0 ? align(int64_t{2} * blocks * kPartialBytes) : 0;
+}
 
 int64_t filter_bytes(const Problem& q) { return q.direction == Direction::kDgrad ? align(int64_t{element_bytes(q)} * q.filters * q.taps() * q.channels) : 0; }
 
@@ -90,7 +94,7 @@ struct Row {
     Config c{};
     c.tile_pixels = kRows, c.hidden_chunk = kColumns, c.stages = kStages, c.threads = kThreads, c.grid = blocks_of(p, d);
     c.shared_memory = kSharedBytes, c.launches = 1 + (c.grid > 1) + (kDirection == Direction::kDgrad);
-    c.workspace = partial_bytes(c.grid) + filter_bytes(q);
+    c.workspace = partial_bytes(p, c.grid) + filter_bytes(q);
     return c;
   }
   static double cost(const Problem& q, const Device& d, const Config&) {
@@ -104,7 +108,7 @@ struct Row {
     p.partials = static_cast<float*>(workspace);
     if (kDirection == Direction::kWgrad) p.matrix = t.y;
     if (kDirection == Direction::kDgrad) {
-      char* filters = static_cast<char*>(workspace) + partial_bytes(c.grid);
+      char* filters = static_cast<char*>(workspace) + partial_bytes(p, c.grid);
       if (const int error = transpose_all_filters(q, t.weight, filters, stream)) return error;
       p.source = t.y, p.matrix = filters;
     }

@@ -72,8 +72,8 @@ GradientPlan plan_weight_gradient(const Problem& p, int multiprocessors) {
   const bool large = outputs % 128 == 0 && channels % 128 == 0;
   const int64_t blocks = 16 * outputs * channels / (large ? 128 * 128 : 64 * 64), resident = large ? 2 : 6;
   const int64_t tiles = p.tiles(2);
-  // Enough splits to fill the device, but slices enough in each to pay for its epilogue.
-  const int64_t wanted = ceil_div(multiprocessors * resident, blocks), longest = std::max<int64_t>(1, tiles / (8 * kSlice));
+  // Enough splits to fill the device, but two slices in each: short sums have small errors too.
+  const int64_t wanted = ceil_div(multiprocessors * resident, blocks), longest = std::max<int64_t>(1, tiles / (2 * kSlice));
   const int splits = static_cast<int>(std::max<int64_t>(1, std::min(wanted, longest)));
   const int64_t grain = int64_t{kSlice} * splits, in_workspace = kWorkspaceBytes / (16 * 4 * (outputs + channels)) / grain * grain;
   return {std::min(round_up(tiles, grain), std::max(in_workspace, 8 * grain)), splits};

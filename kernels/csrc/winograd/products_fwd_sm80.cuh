@@ -28,6 +28,9 @@ struct ProductParams {
   int steps, steps_of_split;  // slices of channels: in all, of a split
   int64_t v_point, u_point, out_point, out_split;  // strides, words of 4 bytes
   int pitch, out_pitch;                            // of a row of v and u, and of out
+  // Slices summed in registers before they are added to out, less one: a power of two less one, since no register is left for a counter.
+  // Sums in blocks have smaller errors.
+  int block_mask;
 };
 
 template <int kBlockRows, int kBlockColumns, int kThreadsPerMultiprocessor>
@@ -91,7 +94,8 @@ struct BlockPlace {
 
 template <typename Tile>
 __device__ __forceinline__ BlockPlace block_place(const ProductParams& p) {
-  int block = blockIdx.x;
+  int block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));  // where it is asked for, not kept
   BlockPlace at;
   at.column = block % p.column_blocks * Tile::kColumns;
   block /= p.column_blocks;
@@ -127,6 +131,33 @@ struct SliceCopy {
     ptx::cp_async_commit();
   }
 };
+
+// A lane's first element of out. The thread is read anew, so that the loop over channels has nothing of this in registers.
+template <typename Tile>
+__device__ __forceinline__ float* out_of_lane(const ProductParams& p) {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  const BlockPlace at = block_place<Tile>(p);
+  const int warp = thread / 32, lane = thread % 32, lane_n = lane % 2 + lane / 4 % 4 * 2, lane_m = lane / 2 % 2 + lane / 16 * 2;
+  const int row = warp / (Tile::kColumns / 64) * 32 + lane_m, column = warp % (Tile::kColumns / 64) * 64 + 4 * lane_n;
+  return p.out + at.split * p.out_split + at.point * p.out_point + (at.row + row) * p.out_pitch + at.column + column;
+}
+
+// A lane's sums to its part of out, added to what earlier blocks of channels left there.
+__device__ __forceinline__ void add_to_out(float (&sums)[8][8], float* out, int pitch, bool first) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float4* const to = reinterpret_cast<float4*>(out + int64_t{4 * i} * pitch + 32 * h);
+      float4 sum = make_float4(sums[i][4 * h], sums[i][4 * h + 1], sums[i][4 * h + 2], sums[i][4 * h + 3]);
+      if (!first) {
+        const float4 before = *to;
+        sum.x += before.x, sum.y += before.y, sum.z += before.z, sum.w += before.w;
+      }
+      *to = sum;
+    }
+}
 
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor) products_fwd_sm80(const ProductParams p) {
@@ -166,16 +197,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerMultiprocessor
       }
       multiply_chunk(sums, a[chunk % 2], stage + u_place[chunk]);
     }
-  }
-
-  float* out = p.out + at.split * p.out_split + at.point * p.out_point + (at.row + warp_row + lane_m) * p.out_pitch + at.column + warp_column;
+    if (((step + 1) & p.block_mask) == 0 && step + 1 < at.steps) {
+      add_to_out(sums, out_of_lane<Tile>(p), p.out_pitch, step == p.block_mask);
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
+      for (int i = 0; i < 8; ++i)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      *reinterpret_cast<float4*>(out + int64_t{4 * i} * p.out_pitch + 32 * h + 4 * lane_n) =
-          make_float4(sums[i][4 * h], sums[i][4 * h + 1], sums[i][4 * h + 2], sums[i][4 * h + 3]);
+        for (int j = 0; j < 8; ++j) sums[i][j] = 0.f;
     }
+  }
+  add_to_out(sums, out_of_lane<Tile>(p), p.out_pitch, at.steps - 1 <= p.block_mask);
 }
 
 }  // namespace convfirst::winograd::sm80

@@ -1,6 +1,8 @@
 // Launches of the split path and of the filter transform.
 #pragma once
 
+#include <climits>
+
 #include "common/launch.cuh"
 #include "winograd/products_mma_fwd_sm80.cuh"
 #include "winograd/transform_sm80.cuh"
@@ -42,9 +44,12 @@ int products(const Problem& p, const SplitPlan& plan, const T* v, const void* u,
   const int words = p.channel_pitch() * static_cast<int>(sizeof(T)) / 4, steps = words / kSlice;
   const int of_split = static_cast<int>(ceil_div(steps, plan.splits));
   const int row_blocks = chunk.rows / Tile::kRows, column_blocks = p.output_pitch() / Tile::kColumns;
+  // F(4x4)'s transforms err more than any order of its sums, and what may be added to out is bound by memory.
+  constexpr int kBlockSteps = 8;  // 128 channels of float32
+  const int block_mask = sizeof(T) == 4 && points == 16 ? kBlockSteps - 1 : INT_MAX;
   const ProductParams params{reinterpret_cast<const float*>(v), static_cast<const float*>(u), out, row_blocks, column_blocks, points, steps,
                              of_split, int64_t{chunk.rows} * words, int64_t{p.output_pitch()} * words, chunk.out_point, chunk.out_split,
-                             words, p.output_pitch()};
+                             words, p.output_pitch(), block_mask};
   const int blocks = row_blocks * column_blocks * points * plan.splits;
   if constexpr (sizeof(T) == 4) {
     return start_kernel(products_fwd_sm80<Tile>, blocks, Tile::kThreads, Tile::kSharedBytes, stream, params);
