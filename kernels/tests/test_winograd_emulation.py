@@ -75,6 +75,10 @@ CASES = [
     (1, 13, 11, 16, 64, 1, "silu", "split 128 64 1 128"),
     (1, 9, 8, 36, 128, 1, "none", "split 128 128 1 128"),
     (1, 1, 1, 1, 1, 1, "none", ""),
+    # Sums of more than one block of 128 channels, the last of 16, 44 and 128.
+    (1, 3, 5, 400, 9, 1, "none", "split 32 64 1 32"),
+    (1, 4, 4, 556, 12, 1, "relu", "split 64 64 2 64"),
+    (1, 5, 3, 256, 70, 1, "none", "split 128 64 1 128"),
     (2, 17, 19, 13, 67, 1, "relu", "fused"),
     (1, 3, 34, 3, 5, 0, "silu", "fused"),
     (3, 6, 6, 24, 33, 2, "none", "fused"),

@@ -94,8 +94,8 @@ struct BlockPlace {
 
 template <typename Tile>
 __device__ __forceinline__ BlockPlace block_place(const ProductParams& p) {
-  int block;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));  // where it is asked for, not kept
+  int block = blockIdx.x;
+  asm volatile("" : "+r"(block));  // what follows is computed where it is asked for, not kept
   BlockPlace at;
   at.column = block % p.column_blocks * Tile::kColumns;
   block /= p.column_blocks;
@@ -132,11 +132,11 @@ struct SliceCopy {
   }
 };
 
-// A lane's first element of out. The thread is read anew, so that the loop over channels has nothing of this in registers.
+// A lane's first element of out. Computed anew, so that the loop over channels has nothing of it in registers.
 template <typename Tile>
 __device__ __forceinline__ float* out_of_lane(const ProductParams& p) {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
   const BlockPlace at = block_place<Tile>(p);
   const int warp = thread / 32, lane = thread % 32, lane_n = lane % 2 + lane / 4 % 4 * 2, lane_m = lane / 2 % 2 + lane / 16 * 2;
   const int row = warp / (Tile::kColumns / 64) * 32 + lane_m, column = warp % (Tile::kColumns / 64) * 64 + 4 * lane_n;
