@@ -60,10 +60,15 @@ struct Barriers {
   __device__ __forceinline__ uint32_t w2_empty(int slot) const { return at(4, slot); }
   __device__ __forceinline__ uint32_t x_empty(int slot) const { return at(5, slot); }
   __device__ __forceinline__ uint32_t conv_full() const { return at(6, 0); }
-  // The other block's slot may be written; this one's has been.
-  __device__ __forceinline__ uint32_t peer_ready(int warpgroup) const { return at(6, 1 + warpgroup); }
-  __device__ __forceinline__ uint32_t peer_sent(int warpgroup) const { return at(6, 4 + warpgroup); }
+  // The warpgroup's turn at each of the weights has come (kAlternates).
+  __device__ __forceinline__ uint32_t w1_turn(int warpgroup) const { return at(6, 1 + warpgroup); }
+  __device__ __forceinline__ uint32_t w2_turn(int warpgroup) const { return at(6, 4 + warpgroup); }
 };
+
+template <class Traits>
+__device__ __forceinline__ bool is_flat(const KernelParams& p) {
+  return Traits::kFlatTiles && p.tile_images == 0;
+}
 
 struct Tile {
   int image, y, x;
@@ -103,36 +108,27 @@ struct PixelMap {
 // ---------------------------------------------------------------------------------------------------------------------------
 // Producer
 
-// Channels [first, first + kConvPieceChannels) of the packed weights [tap][channel][group width], taps kept apart.
-template <class Traits>
-__device__ void load_conv_weights(const KernelParams& p, TransactionBarrier* barrier, char* to, int first) {
-  constexpr int kBytes = Traits::kConvPieceChannels * Traits::kGroupWidth * 2;
-  barrier->arrive_and_expect_tx(Traits::kTaps * kBytes);
-  const char* from = static_cast<const char*>(p.conv_weight) + first * Traits::kGroupWidth * 2;
-  for (int tap = 0; tap < Traits::kTaps; ++tap) {
-    bulk_load(from + tap * Traits::kChannels * Traits::kGroupWidth * 2, barrier, to + tap * kBytes, kBytes);
-  }
+// Tiles of this block. Its consumers have tiles 0, 1, 2 ... of it in turns; the i-th is tile blockIdx.x + i * gridDim.x of the problem.
+__device__ __forceinline__ int tiles_of_block(const KernelParams& p) {
+  const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  return (p.tiles - block + blocks - 1) / blocks;
 }
 
 template <class Traits>
 __device__ void produce_weights(const KernelParams& p, const CUtensorMap& w1_map, const CUtensorMap& w2_map, char* smem,
-                                const SharedLayout& layout, Barriers bar, int rounds) {
-  const bool w1_resident = p.w1_slots == p.chunks, w2_resident = p.w2_slots == p.chunks;
-  RingState<0> w1, w2;
-  if (Traits::kConvWeightsStay) load_conv_weights<Traits>(p, transaction_barrier(bar.conv_full()), smem + layout.conv_weight, 0);
-  for (int round = 0; round < rounds; ++round) {
-    const Round work = round_of<Traits>(p, round, 0);
-    if (!Traits::kConvWeightsStay) {
-      for (int piece = 0; piece < Traits::kConvPieces; ++piece) {
+                                const SharedLayout& layout, Barriers bar) {
+  const bool w1_resident = !Traits::kAlternates && p.w1_slots == p.chunks, w2_resident = !Traits::kAlternates && p.w2_slots == p.chunks;
+  const int tiles = tiles_of_block(p), passes = Traits::kAlternates ? tiles : (tiles + Traits::kWarpgroups - 1) / Traits::kWarpgroups;
+  RingState<Traits::kFixedSlots> w1, w2;
+  if (Traits::kConvWeightsStay) {
+    TransactionBarrier* full = transaction_barrier(bar.conv_full());
+    full->arrive_and_expect_tx(Traits::kConvWeightBytes);
+    bulk_load(p.conv_weight, full, smem + layout.conv_weight, Traits::kConvWeightBytes);
+  }
+  for (int pass = 0; pass < passes; ++pass) {
+    for (int chunk = 0; chunk < p.chunks; ++chunk) {
+      if (!w1_resident || pass == 0) {
         wait_barrier(bar.w1_empty(w1.slot()), w1.phase() ^ 1);  // the slots start empty
-        load_conv_weights<Traits>(p, transaction_barrier(bar.w1_full(w1.slot())), smem + layout.w1 + w1.slot() * Traits::kW1Bytes,
-                                  piece * Traits::kConvPieceChannels);
-        w1.advance(p.w1_slots, false);
-      }
-    }
-    for (int chunk = work.first; chunk < work.first + work.count; ++chunk) {
-      if (!w1_resident || round == 0) {
-        wait_barrier(bar.w1_empty(w1.slot()), w1.phase() ^ 1);
         TransactionBarrier* full = transaction_barrier(bar.w1_full(w1.slot()));
         full->arrive_and_expect_tx(Traits::kW1Bytes);
         char* to = smem + layout.w1 + w1.slot() * Traits::kW1Bytes;
@@ -142,10 +138,10 @@ __device__ void produce_weights(const KernelParams& p, const CUtensorMap& w1_map
         }
         w1.advance(p.w1_slots, false);
       }
-      if (!w2_resident || round == 0) {
+      if (!w2_resident || pass == 0) {
         wait_barrier(bar.w2_empty(w2.slot()), w2.phase() ^ 1);
         load_w2<Traits>(w2_map, transaction_barrier(bar.w2_full(w2.slot())), smem + layout.w2 + w2.slot() * Traits::kW2Bytes, chunk,
-                        work.shared && blockIdx.x % 2 == 1);
+                        false);
         w2.advance(p.w2_slots, false);
       }
     }
@@ -158,7 +154,7 @@ __device__ void load_tile(const KernelParams& p, const CUtensorMap& x_map, const
                           TransactionBarrier* full) {
   constexpr int kPad = Traits::kPad;
   const int halo = kPad * (p.width + 1), flat_rows = kTilePixels + 2 * halo;
-  const bool flat = p.tile_images == 0;
+  const bool flat = is_flat<Traits>(p);
   const int rows = flat ? flat_rows + 1 : p.tile_images * (p.tile_height + 2 * kPad) * (p.tile_width + 2 * kPad);
   full->arrive_and_expect_tx(rows * Traits::kRowBytes * Traits::kPanels);
 #pragma unroll
@@ -174,11 +170,9 @@ __device__ void load_tile(const KernelParams& p, const CUtensorMap& x_map, const
 
 template <class Traits>
 __device__ void produce_pixels(const KernelParams& p, const CUtensorMap& x_map, const CUtensorMap& zeros_map, char* smem,
-                               const SharedLayout& layout, Barriers bar, int rounds) {
+                               const SharedLayout& layout, Barriers bar) {
   RingState<0> ring;
-  for (int i = 0; i < rounds * Traits::kWarpgroups; ++i) {
-    const int index = round_of<Traits>(p, i / Traits::kWarpgroups, i % Traits::kWarpgroups).tile;
-    if (index >= p.tiles) return;
+  for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
     wait_barrier(bar.x_empty(ring.slot()), ring.phase() ^ 1);  // the slots start empty
     load_tile<Traits>(p, x_map, zeros_map, Tile(p, index), smem + layout.x + ring.slot() * p.x_slot_bytes,
                       transaction_barrier(bar.x_full(ring.slot())));
@@ -206,7 +200,7 @@ struct TapRows {
   uint32_t offset[kLoads];
   __device__ __forceinline__ TapRows(const KernelParams& p, const int2* pixels, const Tile& tile, int warp, int lane) {
     const int pixel = warp * 16 + (lane & 15);
-    const bool flat = p.tile_images == 0;
+    const bool flat = is_flat<Traits>(p);
     const int width = flat ? p.width : p.tile_width + 2 * kPad;
     const int center = max(pixels[pixel].x, kPad * width + kPad);
     int y = kPad, x = kPad, height = Traits::kKernel, columns = Traits::kKernel;  // a rectangle's taps all exist
@@ -231,7 +225,7 @@ struct TapRows {
 template <class Traits>
 struct ConvStep {
   static constexpr int kRow = Traits::kGroupWidth * 2;  // bytes of one output channel of one tap
-  static constexpr int kTap = Traits::kConvPieceChannels * kRow;
+  static constexpr int kTap = Traits::kChannels * kRow;
   uint32_t w[4];     // B fragments of both blocks, from weights in the packed layout [tap][channel][group width]
   uint32_t a[2][4];  // pixels
 
@@ -261,19 +255,43 @@ struct ConvStep {
     }
   }
 
+  // weights: w, or where they did not come through shared memory the B fragments of this product.
   template <int kProduct>
-  __device__ __forceinline__ void multiply(float* sums) const {
+  __device__ __forceinline__ void multiply(float* sums, const uint32_t (&weights)[4]) const {
     using Element = ElementOf<Traits>;
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
       if (Products<Traits>::single(kProduct)) {
-        mma_1688<Element>(sums + 4 * b, a[b], w[2 * b]);
+        mma_1688<Element>(sums + 4 * b, a[b], weights[2 * b]);
       } else {
-        mma_16816<Element>(sums + 4 * b, a[Traits::kGroupWidth == 16 ? 0 : b], w[2 * b], w[2 * b + 1]);
+        mma_16816<Element>(sums + 4 * b, a[Traits::kGroupWidth == 16 ? 0 : b], weights[2 * b], weights[2 * b + 1]);
       }
     }
   }
+};
 
+// A word of a tensor that no launch in flight writes; volatile, so that it stays as far ahead of its use as it is written.
+__device__ __forceinline__ uint32_t load_constant(const uint32_t* from) {
+  uint32_t v;
+  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(v) : "l"(from));
+  return v;
+}
+
+// B fragments of two neighbouring 8-channel blocks, all products, from global memory (group width 8).
+template <class Traits>
+struct BlockWeights {
+  uint32_t w[Products<Traits>::kCount][4];
+
+  // lane_weights: this lane's part of block 0, tap 0.
+  __device__ __forceinline__ void load(const uint32_t* lane_weights, int block) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+#pragma unroll
+      for (int tap = 0; tap < Traits::kTaps; ++tap) {
+        w[tap / 2][2 * b + tap % 2] = load_constant(lane_weights + (tap * Traits::kChannels + (block + b) * 8) * 4);
+      }
+    }
+  }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------------
@@ -327,6 +345,20 @@ constexpr int batch_of(int n) {
   return batch;
 }
 
+// The same value, unknown to the compiler: what is derived from it is worked out where it is used. Else layouts stay in uniform
+// registers from the kernel's start on and the epilogue's addresses in others throughout the tile, and spill.
+__device__ __forceinline__ int opaque(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
+// Of a warpgroup, read again from the special register rather than kept.
+__device__ __forceinline__ int thread_of_warpgroup() {
+  int v;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+  return v % 128;
+}
+
 template <class Traits>
 struct Consumer {
   using Element = ElementOf<Traits>;
@@ -347,59 +379,70 @@ struct Consumer {
     return v != nullptr ? make_float2(__ldg(v + channel), __ldg(v + channel + 1)) : make_float2(absent, absent);
   }
 
-  __device__ __forceinline__ void initialise_sums(float (&sums)[kChannels / 2]) const {
+  // Every pixel's sums start from the bias: vector 0 of the convolution's, 3 of O.
+  __device__ __forceinline__ void initialise_sums(float (&sums)[kChannels / 2], int bias) const {
 #pragma unroll
     for (int j = 0; j < kChannels / 8; ++j) {
-      const float2 b = vector_at(0, 8 * j + 2 * (lane % 4));
+      const float2 b = vector_at(bias, 8 * j + 2 * (lane % 4));
       sums[4 * j] = sums[4 * j + 2] = b.x;
       sums[4 * j + 1] = sums[4 * j + 3] = b.y;
     }
   }
 
+  // Where the convolution's weights come from: shared memory, or global memory some channel blocks ahead of their use.
+  static constexpr int kWeightsAhead = 2, kStepsAhead = 2;  // pairs of channel blocks; products
+  struct WeightSource {
+    uint32_t shared;
+    const uint32_t* global;
+    BlockWeights<Traits> ahead[Traits::kConvWeightsStay ? 1 : kWeightsAhead + 1];
+  };
+
   // The convolution of this warp's 16 pixels, all channels, in the wgmma accumulator layout: sums[4 j + i] is channel
   // 8 j + 2 (lane % 4) + i % 2 of pixel lane / 4 + 8 (i / 2). Two blocks a pass; each step's operands are loaded a step ahead.
-  __device__ __forceinline__ void convolve(float (&sums)[kChannels / 2], uint32_t slot, const Tile& tile, Barriers bar,
-                                           FeedForward<Traits, Barriers>& ring) const {
+  __device__ __forceinline__ void convolve(float (&sums)[kChannels / 2], uint32_t slot, const Tile& tile, Barriers bar) const {
     constexpr int kSteps = kChannels / 16 * Products<Traits>::kCount;
+    WeightSource weights{smem_address(smem + layout.conv_weight), static_cast<const uint32_t*>(p.conv_weight) + lane, {}};
+    if constexpr (!Traits::kConvWeightsStay) {
+#pragma unroll
+      for (int i = 0; i < kWeightsAhead; ++i) weights.ahead[i].load(weights.global, 2 * i);
+    }
     TapRows<Traits> rows(p, reinterpret_cast<const int2*>(smem + layout.pixels), tile, warp, lane);
 #pragma unroll
     for (int i = 0; i < TapRows<Traits>::kLoads; ++i) rows.offset[i] += slot;
-    uint32_t weights = smem_address(smem + layout.conv_weight);
     if (Traits::kConvWeightsStay) wait_barrier(bar.conv_full(), 0);
-    ConvStep<Traits> steps[2];
-    convolve_steps(sums, rows, weights, steps, ring, std::make_index_sequence<kSteps + 1>{});
+    ConvStep<Traits> steps[kStepsAhead + 1];
+    convolve_steps(sums, rows, weights, steps, std::make_index_sequence<kSteps + kStepsAhead>{});
   }
 
   template <size_t... kStep>
-  __device__ __forceinline__ void convolve_steps(float (&sums)[kChannels / 2], const TapRows<Traits>& rows, uint32_t& weights,
-                                                 ConvStep<Traits> (&steps)[2], FeedForward<Traits, Barriers>& ring,
-                                                 std::index_sequence<kStep...>) const {
-    (convolve_step<kStep>(sums, rows, weights, steps, ring), ...);
+  __device__ __forceinline__ void convolve_steps(float (&sums)[kChannels / 2], const TapRows<Traits>& rows, WeightSource& weights,
+                                                 ConvStep<Traits> (&steps)[kStepsAhead + 1], std::index_sequence<kStep...>) const {
+    (convolve_step<kStep>(sums, rows, weights, steps), ...);
   }
 
-  // Loads step kStep and multiplies step kStep - 1.
+  // Loads step kStep and multiplies step kStep - kStepsAhead.
   template <int kStep>
-  __device__ __forceinline__ void convolve_step(float (&sums)[kChannels / 2], const TapRows<Traits>& rows, uint32_t& weights,
-                                                ConvStep<Traits> (&steps)[2], FeedForward<Traits, Barriers>& ring) const {
-    constexpr int kCount = Products<Traits>::kCount, kChunks = Traits::kPanel / 8;
-    constexpr int kPieceSteps = Traits::kConvPieceChannels / 16 * kCount;
-    if constexpr (!Traits::kConvWeightsStay && kStep % kPieceSteps == 0) {
-      if (kStep > 0) {
-        __syncwarp();
-        ring.release_w1();
-      }
-      if constexpr (kStep < kChannels / 16 * kCount) weights = ring.wait_w1();
-    }
-    if constexpr (kStep < kChannels / 16 * kCount) {
+  __device__ __forceinline__ void convolve_step(float (&sums)[kChannels / 2], const TapRows<Traits>& rows, WeightSource& weights,
+                                                ConvStep<Traits> (&steps)[kStepsAhead + 1]) const {
+    constexpr int kCount = Products<Traits>::kCount, kChunks = Traits::kPanel / 8, kSteps = kChannels / 16 * kCount;
+    if constexpr (kStep < kSteps) {
       constexpr int kProduct = kStep % kCount, kBlock = kStep / kCount * 2;
-      ConvStep<Traits>& step = steps[kStep % 2];
-      step.template load_weights<kProduct>(weights + kBlock * 8 % Traits::kConvPieceChannels * ConvStep<Traits>::kRow, lane);
+      ConvStep<Traits>& step = steps[kStep % (kStepsAhead + 1)];
+      if constexpr (Traits::kConvWeightsStay) {
+        step.template load_weights<kProduct>(weights.shared + kBlock * 8 * ConvStep<Traits>::kRow, lane);
+      } else if constexpr (kProduct == kStepsAhead && kBlock + 2 * kWeightsAhead < kChannels / 8) {  // into what was just used
+        weights.ahead[(kBlock / 2 + kWeightsAhead) % (kWeightsAhead + 1)].load(weights.global, kBlock + 2 * kWeightsAhead);
+      }
       step.template load_pixels<kProduct>(rows.offset[kProduct] + kBlock / kChunks * p.x_panel_bytes, kBlock % kChunks);
     }
-    if constexpr (kStep > 0) {
-      constexpr int kProduct = (kStep - 1) % kCount, kBlock = (kStep - 1) / kCount * 2;
-      ConvStep<Traits>& step = steps[(kStep - 1) % 2];
-      step.template multiply<kProduct>(sums + 4 * kBlock);
+    if constexpr (kStep >= kStepsAhead) {
+      constexpr int kDone = kStep - kStepsAhead, kProduct = kDone % kCount, kBlock = kDone / kCount * 2;
+      ConvStep<Traits>& step = steps[kDone % (kStepsAhead + 1)];
+      if constexpr (Traits::kConvWeightsStay) {
+        step.template multiply<kProduct>(sums + 4 * kBlock, step.w);
+      } else {
+        step.template multiply<kProduct>(sums + 4 * kBlock, weights.ahead[kBlock / 2 % (kWeightsAhead + 1)].w[kProduct]);
+      }
     }
   }
 
@@ -425,55 +468,40 @@ struct Consumer {
   }
 
   // The warp's 16 pixels as rows of a dense tile.
-  template <int kCount = kChannels>
   __device__ __forceinline__ void store_pixels(const float (&v)[kChannels / 2], uint32_t slot) const {
 #pragma unroll
-    for (int j = 0; j < kCount / 8; j += 2) {
+    for (int j = 0; j < kChannels / 8; j += 2) {
       stmatrix_x4(matrix_address(slot, Traits::kAPanelBytes, warp * 16 + (lane & 15), j), pack2<Element>(v[4 * j], v[4 * j + 1]),
                   pack2<Element>(v[4 * j + 2], v[4 * j + 3]), pack2<Element>(v[4 * j + 4], v[4 * j + 5]),
                   pack2<Element>(v[4 * j + 6], v[4 * j + 7]));
     }
   }
 
-  // O <- (O + bias) * layer scale * sample scale, for kCount channels from `channel` on.
-  template <int kCount>
-  __device__ __forceinline__ void scale_output(float (&o)[kChannels / 2], const Tile& tile, int channel) const {
+  // O <- O * layer scale * sample scale.
+  __device__ __forceinline__ void scale_output(float (&o)[kChannels / 2], const Tile& tile) const {
+    if (p.layer_scale == nullptr && p.sample_scale == nullptr) return;
     const int2* pixels = reinterpret_cast<const int2*>(smem + layout.pixels);
     float sample[2] = {1.f, 1.f};
     if (p.sample_scale != nullptr) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int pixel = warp * 16 + lane / 4 + 8 * r;
-        const int image = p.tile_images == 0 ? (tile.first + pixel) / (p.height * p.width) : tile.image + (pixels[pixel].y >> 16);
+        const int image = is_flat<Traits>(p) ? (tile.first + pixel) / (p.height * p.width) : tile.image + (pixels[pixel].y >> 16);
         if (image < p.batch) sample[r] = __ldg(p.sample_scale + image);
       }
     }
-    if (p.layer_scale == nullptr && p.sample_scale == nullptr) {
 #pragma unroll
-      for (int j = 0; j < kCount / 8; ++j) {
-        const float2 b = vector_at(3, channel + 8 * j + 2 * (lane % 4));
-        o[4 * j] += b.x, o[4 * j + 1] += b.y, o[4 * j + 2] += b.x, o[4 * j + 3] += b.y;
-      }
-      return;
-    }
+    for (int j = 0; j < kChannels / 8; ++j) {
+      const float2 scale = vector_at(4, 8 * j + 2 * (lane % 4));
 #pragma unroll
-    for (int j = 0; j < kCount / 8; ++j) {
-      const int at = channel + 8 * j + 2 * (lane % 4);
-      const float2 b = vector_at(3, at), s = vector_at(4, at);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        o[4 * j + 2 * r] = (o[4 * j + 2 * r] + b.x) * (s.x * sample[r]);
-        o[4 * j + 2 * r + 1] = (o[4 * j + 2 * r + 1] + b.y) * (s.y * sample[r]);
-      }
+      for (int r = 0; r < 2; ++r) o[4 * j + 2 * r] *= scale.x * sample[r], o[4 * j + 2 * r + 1] *= scale.y * sample[r];
     }
   }
 
   // Writes O over the tile in shared memory, the residual added where the x tile is still there.
-  template <int kCount>
   __device__ __forceinline__ void stage_output(const float (&o)[kChannels / 2], uint32_t slot) const {
-    static_assert(kCount == kChannels || !Traits::kKeepsX);
     if constexpr (!Traits::kKeepsX) {
-      store_pixels<kCount>(o, slot);
+      store_pixels(o, slot);
     } else {
       // Rows of pixels that the tile shape lacks go to row 0, a corner of the halo.
       const int row = max(reinterpret_cast<const int2*>(smem + layout.pixels)[warp * 16 + (lane & 15)].x, 0);
@@ -513,31 +541,46 @@ struct Consumer {
     return a;
   }
 
-  // Copies the staged tile to y, 16 bytes a thread, a pixel's channels side by side; loads in batches ahead of their use.
-  template <int kCount>
-  __device__ __forceinline__ void store_output(uint32_t slot, const Tile& tile, int channel) const {
-    constexpr int kVectors = kCount / 8, kChunks = Traits::kPanel / 8, kIterations = kTilePixels * kVectors / 128;
-    constexpr int kBatch = batch_of(kIterations);
-    const int2* pixels = reinterpret_cast<const int2*>(smem + layout.pixels);
+  // The tile in memory, 16 bytes a thread, a pixel's channels side by side: kPieces a thread.
+  static constexpr int kPieces = kTilePixels * kChannels / 8 / 128;
+
+  // Of this thread's piece i: its place in x and y (-1: beyond the images) and in shared memory.
+  template <bool kFlat>
+  __device__ __forceinline__ void locate(int i, int thread, const Tile& tile, uint32_t slot, int& offset, uint32_t& staged) const {
+    constexpr int kVectors = kChannels / 8, kChunks = Traits::kPanel / 8;
+    const int index = i * 128 + thread, pixel = index / kVectors, j = index % kVectors;
+    int row = pixel;
+    if constexpr (kFlat) {
+      offset = tile.first + pixel < p.pixels ? tile.first * kVectors + index : -1;
+      if (Traits::kKeepsX) row = pixel + Traits::kPad * (p.width + 1);
+    } else {
+      const int2 map = reinterpret_cast<const int2*>(smem + layout.pixels)[pixel];
+      const int image = tile.image + (map.y >> 16), y = tile.y + (map.y >> 8 & 255), x = tile.x + (map.y & 255);
+      const bool inside = map.x >= 0 && image < p.batch && y < p.height && x < p.width;
+      offset = inside ? ((image * p.height + y) * p.width + x) * kVectors + j : -1;
+      if (Traits::kKeepsX) row = max(map.x, 0);
+    }
+    staged = slot + j / kChunks * (Traits::kKeepsX ? p.x_panel_bytes : Traits::kAPanelBytes) +
+             (swizzle<Traits::kRowBytes>(row * Traits::kRowBytes) ^ (j % kChunks << 4));
+  }
+
+  // Copies the staged tile to y, the residual added where the x tile is overwritten; loads in batches ahead of their use.
+  template <bool kFlat>
+  __device__ __forceinline__ void store_output(uint32_t slot, const Tile& tile) const {
+    constexpr int kBatch = batch_of(kPieces);
+    const int thread = thread_of_warpgroup();
 #pragma unroll
-    for (int first = 0; first < kIterations; first += kBatch) {
+    for (int first = 0; first < kPieces; first += kBatch) {
       uint4 v[kBatch], x[Traits::kKeepsX ? 1 : kBatch];
       int offset[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int index = (first + i) * 128 + warp * 32 + lane, pixel = index / kVectors, j = index % kVectors;
-        const int2 map = pixels[pixel];
-        const int image = tile.image + (map.y >> 16), y = tile.y + (map.y >> 8 & 255), x_ = tile.x + (map.y & 255);
-        const bool flat = p.tile_images == 0;
-        const bool inside = flat ? tile.first + pixel < p.pixels : map.x >= 0 && image < p.batch && y < p.height && x_ < p.width;
-        const int number = flat ? tile.first + pixel : (image * p.height + y) * p.width + x_;
-        offset[i] = inside ? number * (kChannels / 8) + channel / 8 + j : -1;
-        const int row = Traits::kKeepsX ? max(map.x, 0) : pixel;
-        v[i] = load_shared_128(slot + j / kChunks * (Traits::kKeepsX ? p.x_panel_bytes : Traits::kAPanelBytes) +
-                               (swizzle<Traits::kRowBytes>(row * Traits::kRowBytes) ^ (j % kChunks << 4)));
+        uint32_t staged;
+        locate<kFlat>(first + i, thread, tile, slot, offset[i], staged);
         if constexpr (!Traits::kKeepsX) {
-          if (inside) x[i] = __ldg(static_cast<const uint4*>(p.x) + offset[i]);
+          if (offset[i] >= 0) x[i] = __ldg(static_cast<const uint4*>(p.x) + offset[i]);
         }
+        v[i] = load_shared_128(staged);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -548,46 +591,49 @@ struct Consumer {
     }
   }
 
-  template <int kCount>
-  __device__ __forceinline__ void finish_tile(float (&o)[kChannels / 2], uint32_t slot, const Tile& tile, int channel) const {
-    scale_output<kCount>(o, tile, channel);
-    warpgroup_barrier(1 + warpgroup);  // every warp has read its taps, A and what came from the other block
-    stage_output<kCount>(o, slot);
+  __device__ __forceinline__ void finish_tile(float (&o)[kChannels / 2], uint32_t slot, const Tile& tile) const {
+    scale_output(o, tile);
+    warpgroup_barrier(1 + warpgroup);  // every warp has read its taps and A
+    stage_output(o, slot);
     warpgroup_barrier(1 + warpgroup);
-    store_output<kCount>(slot, tile, channel);
+    if (is_flat<Traits>(p)) {
+      store_output<true>(slot, tile);
+    } else {
+      store_output<false>(slot, tile);
+    }
   }
 
-  __device__ void run(Barriers bar, int rounds) {
+  __device__ __forceinline__ void run(Barriers bar) {
+    constexpr int kTurns = Traits::kWarpgroups;
     FeedForward<Traits, Barriers> feed_forward{p, bar, smem_address(smem + layout.w1), smem_address(smem + layout.w2),
                                                smem_address(smem + layout.expand_bias), lane, 0, p.chunks, {}, {}, {}, {}};
-    for (int round = 0; round < rounds; ++round) {
-      const Round work = round_of<Traits>(p, round, warpgroup);
-      if constexpr (Traits::kSharesTail) feed_forward.first = work.first, feed_forward.count = work.count;
-      if (work.tile >= p.tiles) {
-        feed_forward.skip(Traits::kConvWeightsStay ? 0 : Traits::kConvPieces);
-        break;
-      }
-      const Tile tile(p, work.tile);
-      const int i = round * Traits::kWarpgroups + warpgroup, slot_index = i % p.x_slots;
+    const int tiles = tiles_of_block(p);
+    if constexpr (Traits::kAlternates) {
+      const int next = (warpgroup + 1) % kTurns;
+      feed_forward.turn_w1 = bar.w1_turn(warpgroup), feed_forward.turn_w2 = bar.w2_turn(warpgroup);
+      feed_forward.next_w1 = bar.w1_turn(next), feed_forward.next_w2 = bar.w2_turn(next);
+      feed_forward.jump(warpgroup * p.chunks);
+    }
+    for (int i = warpgroup; i < tiles; i += kTurns) {
+      const int slot_index = i % p.x_slots;
       const uint32_t slot = smem_address(smem + layout.x + slot_index * p.x_slot_bytes);
       float sums[kChannels / 2];
       OperandA<Traits> a;
-      initialise_sums(sums);
+      initialise_sums(sums, 0);
       wait_barrier(bar.x_full(slot_index), i / p.x_slots & 1);
-      convolve(sums, slot, tile, bar, feed_forward);
+      convolve(sums, slot, Tile(p, blockIdx.x + i * gridDim.x), bar);
       to_operand(sums, a, slot);
+      if constexpr (Traits::kAlternates) feed_forward.turn = i == 0 ? -1 : (i - 1) / kTurns & 1;
+      initialise_sums(sums, 3);
       feed_forward.run(sums, a);
-      if (Traits::kSharesTail && work.shared) {
-        const int rank = static_cast<int>(blockIdx.x) % 2;
-        exchange_halves<kChannels>(sums, slot, bar.peer_ready(warpgroup), bar.peer_sent(warpgroup), rank, warp * 32 + lane);
-        finish_tile<Traits::kSharesTail ? kChannels / 2 : kChannels>(sums, slot, tile, rank * (kChannels / 2));
-        break;
-      }
-      finish_tile<kChannels>(sums, slot, tile, 0);
+      if constexpr (Traits::kAlternates) feed_forward.jump((kTurns - 1) * p.chunks);
+      finish_tile(sums, slot, Tile(p, blockIdx.x + opaque(i) * gridDim.x));
       fence_async_proxy();
       __syncwarp();
       if (lane == 0) arrive_barrier(bar.x_empty(slot_index));
     }
+    // A warpgroup without a tile in the last round still turns the rings for the others.
+    if (!Traits::kAlternates && tiles % kTurns > 0 && warpgroup >= tiles % kTurns) feed_forward.skip();
   }
 };
 
@@ -620,40 +666,45 @@ __device__ void load_vectors(const KernelParams& p, char* smem, const SharedLayo
 }
 
 template <class Traits>
+__device__ __forceinline__ SharedLayout layout_of(const KernelParams& p, int x_slots) {
+  constexpr int kFixed = Traits::kFixedSlots;
+  return shared_layout<Traits>(kFixed > 0 ? kFixed : p.w1_slots, kFixed > 0 ? kFixed : p.w2_slots, x_slots, p.x_slot_bytes,
+                               p.chunks * kHiddenChunk);
+}
+
+template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     conv_first_block_fwd_sm90(const __grid_constant__ KernelParams p, const __grid_constant__ CUtensorMap x_map,
                               const __grid_constant__ CUtensorMap zeros_map, const __grid_constant__ CUtensorMap w1_map,
                               const __grid_constant__ CUtensorMap w2_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char smem[];
-  const SharedLayout layout =
-      shared_layout<Traits>(p.w1_slots, p.w2_slots, p.x_slots, p.x_slot_bytes, p.chunks * kHiddenChunk);
+  const SharedLayout layout = layout_of<Traits>(p, p.x_slots);
   const Barriers bar{smem_address(smem + layout.barriers)};
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  const int rounds = rounds_of_block<Traits>(p);
   if (threadIdx.x == 0) {
     for (int i = 0; i < 7 * kMaxSlots; ++i) {
-      const int group = i / kMaxSlots, slot = i % kMaxSlots;
-      const int arrivals = group < 3 || i == 6 * kMaxSlots ? 1 : group < 5 ? 4 * Traits::kWarpgroups : group == 5 || slot < 4 ? 4 : 128;
-      transaction_barrier(bar.at(group, slot))->init(arrivals);
+      const int group = i / kMaxSlots;
+      const bool weights_empty = group == 3 || group == 4;
+      const int arrivals = group < 3 || i == 6 * kMaxSlots ? 1 : weights_empty && !Traits::kAlternates ? 4 * Traits::kWarpgroups : 4;
+      transaction_barrier(bar.at(group, i % kMaxSlots))->init(arrivals);
     }
     cutlass::arch::fence_barrier_init();
   }
   load_vectors<Traits>(p, smem, layout);
   __syncthreads();
-  if (Traits::kSharesTail && p.shared) grid::cluster_barrier();  // the other block's barriers exist
   wait_for_previous_launch();
   allow_next_launch();  // after the wait: the next launch may count on what came before this one
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (threadIdx.x % 32 == 0) {
-      if (warp == 0) produce_weights<Traits>(p, w1_map, w2_map, smem, layout, bar, rounds);
-      if (warp == 1) produce_pixels<Traits>(p, x_map, zeros_map, smem, layout, bar, rounds);
+      if (warp == 0) produce_weights<Traits>(p, w1_map, w2_map, smem, layout, bar);
+      if (warp == 1) produce_pixels<Traits>(p, x_map, zeros_map, smem, layout, bar);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
-    Consumer<Traits> consumer{p, smem, layout, warp / 4 - 1, warp % 4, static_cast<int>(threadIdx.x % 32)};
-    consumer.run(bar, rounds);
+    Consumer<Traits> consumer{p, smem, layout_of<Traits>(p, opaque(p.x_slots)), warp / 4 - 1, warp % 4, static_cast<int>(threadIdx.x % 32)};
+    consumer.run(bar);
   }
 #endif
 }

@@ -78,6 +78,7 @@ struct RingState {
   __device__ __forceinline__ uint32_t phase() const { return index / kSlots & 1; }
   __device__ __forceinline__ int before() const { return (index - 1) % kSlots; }  // the slot passed last
   __device__ __forceinline__ void advance(int, bool) { ++index; }
+  __device__ __forceinline__ void jump(int, int steps) { index += steps; }
 };
 template <>
 struct RingState<0> {
@@ -90,6 +91,10 @@ struct RingState<0> {
       place = 0;
       if (!resident) parity ^= 1;
     }
+  }
+  __device__ __forceinline__ void jump(int slots, int steps) {
+    const int to = place + steps;
+    place = to % slots, parity ^= to / slots & 1;
   }
 };
 
@@ -141,7 +146,7 @@ __device__ __forceinline__ void issue_project(float (&o)[Traits::kChannels / 2],
                                               bool accumulate) {
 #pragma unroll
   for (int k = 0; k < kHiddenChunk / 16; ++k) {
-    wgmma_rs<ElementOf<Traits>, Traits::kChannels>(o, h + 4 * k, w2 + k * 2, accumulate || k > 0);
+    wgmma_rs<ElementOf<Traits>, Traits::kChannels>(o, h + 4 * k, w2 + k * 2, Traits::kBiasFirst || accumulate || k > 0);
   }
 }
 
@@ -161,8 +166,23 @@ struct FeedForward {
   RingState<kFixed> w1, w2;                               // next to wait for
   RingState<kFixed> w1_free, w2_free;                     // next to release: products trail waits
 
-  __device__ bool w1_resident() const { return kFixed == 0 && p.w1_slots == p.chunks; }
-  __device__ bool w2_resident() const { return kFixed == 0 && p.w2_slots == p.chunks; }
+  // Where warpgroups alternate, the other's turns: `turn` must have come before a tile's first chunk, `next` gets it after the last.
+  uint32_t turn_w1 = 0, turn_w2 = 0, next_w1 = 0, next_w2 = 0;
+  int turn = -1;  // phase of the turn; negative: nothing to wait for
+
+  __device__ bool w1_resident() const { return kFixed == 0 && !Traits::kAlternates && p.w1_slots == p.chunks; }
+  __device__ bool w2_resident() const { return kFixed == 0 && !Traits::kAlternates && p.w2_slots == p.chunks; }
+  __device__ __forceinline__ void pass_w1() {
+    if (Traits::kAlternates && lane == 0) arrive_barrier(next_w1);
+  }
+  __device__ __forceinline__ void pass_w2() {
+    if (Traits::kAlternates && lane == 0) arrive_barrier(next_w2);
+  }
+  // Over the chunks of the other warpgroups' tiles.
+  __device__ __forceinline__ void jump(int steps) {
+    w1.jump(p.w1_slots, steps), w2.jump(p.w2_slots, steps);
+    if constexpr (kFixed == 0) w1_free.jump(p.w1_slots, steps), w2_free.jump(p.w2_slots, steps);
+  }
   __device__ __forceinline__ uint32_t wait_w1() {
     wait_barrier(bar.w1_full(w1.slot()), w1.phase());
     const uint32_t address = w1_base + w1.slot() * Traits::kW1Bytes;
@@ -200,6 +220,7 @@ struct FeedForward {
     cute::warpgroup_commit_batch();
   }
   __device__ __forceinline__ void project(Output& o, Hidden& h, bool accumulate) {
+    if (Traits::kAlternates && !accumulate && turn >= 0) wait_barrier(turn_w2, turn);
     const uint64_t w2_chunk = matrix_descriptor<128>(wait_w2());
     cute::warpgroup_arrive();
     issue_project<Traits>(o, h, w2_chunk, accumulate);
@@ -214,6 +235,7 @@ struct FeedForward {
   // complete in order, so wait<1> says that the previous step's second product is done too; the queue never drains.
   __device__ __forceinline__ void step(Output& o, Sums& s, OperandA<Traits>& a, Hidden& h, Hidden& next, int chunk) {
     expand(s, a);
+    if (chunk + 2 == count) pass_w1();
     project(o, h, chunk > 0);
     cute::warpgroup_wait<1>();
     release_w1();
@@ -255,7 +277,10 @@ struct FeedForward {
   template <bool kMore>
   __device__ __forceinline__ void step_two(Output& o, Sums& s, Sums& s_next, OperandA<Traits>& a, Hidden& h, Hidden& next, int chunk) {
     project(o, h, chunk > 0);
-    if (kMore) expand(s, a);
+    if (kMore) {
+      expand(s, a);
+      if (chunk + 3 == count) pass_w1();
+    }
     cute::warpgroup_wait<kMore ? 2 : 1>();
     release_w1();
     if (chunk > 0) release_w2();
@@ -268,6 +293,7 @@ struct FeedForward {
     Hidden h[2];
     expand(s[0], a);
     expand(s[1], a);
+    if (count == 2) pass_w1();
     cute::warpgroup_wait<1>();
     read();
     release_w1();
@@ -290,6 +316,7 @@ struct FeedForward {
 
   __device__ __forceinline__ void finish(Output& o, Hidden& h) {
     project(o, h, count > 1);
+    pass_w2();
     cute::warpgroup_wait<0>();
     fence_operands(o);
     release_w2();
@@ -300,6 +327,7 @@ struct FeedForward {
   template <class Read>
   __device__ __forceinline__ void run(Output& o, OperandA<Traits>& a, Read&& read) {
     fence_operands(o);
+    if (Traits::kAlternates && turn >= 0) wait_barrier(turn_w1, turn);
     if constexpr (Traits::kSchedule == Schedule::kTwoAhead) {
       run_two(o, a, read);
     } else {

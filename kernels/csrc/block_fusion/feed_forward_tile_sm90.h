@@ -52,6 +52,8 @@ struct FeedForwardTraits {
   static constexpr int kAPanelBytes = kTilePixels * kRowBytes;
   static constexpr int kSlotBytes = kTilePixels * kChannels * 2;
   static constexpr int kLeastSlots = kXShared ? 2 : 1;  // a warpgroup's slots of A and x
+  static constexpr bool kAlternates = false;
+  static constexpr bool kBiasFirst = false;
   static constexpr bool kSharesTail = kChannels == 256;  // two blocks may share the tiles of a last round
   static constexpr int kW2Parts = kSharesTail ? 2 : 1;
   static constexpr int kFixedSlots = kSharesTail ? 2 : 0;  // of both weights, where no more fit: spares the registers of counting them

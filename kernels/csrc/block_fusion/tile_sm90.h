@@ -29,15 +29,17 @@ enum class Schedule { kDrain, kOneAhead, kTwoAhead };
 struct WidthChoice {
   int warpgroups;
   bool a_registers;        // the first product's operand A stays in registers, else it lies in shared memory
-  bool conv_weights_stay;  // in shared memory; else they come through the W1 ring before every round
+  bool conv_weights_stay;  // in shared memory; else each warp reads them from global memory, two channel blocks ahead
+  bool alternates;         // the warpgroups take turns at the weights, a tile each: one convolves while another multiplies
   Schedule schedule;
 };
 
 constexpr WidthChoice width_choice(int channels) {
-  if (channels <= 64) return {3, true, true, Schedule::kOneAhead};
-  if (channels <= 128) return {2, true, true, Schedule::kTwoAhead};
-  if (channels <= 192) return {2, false, true, Schedule::kOneAhead};
-  return {2, false, false, Schedule::kDrain};
+  if (channels <= 64) return {3, true, true, false, Schedule::kOneAhead};
+  if (channels <= 96) return {2, true, true, false, Schedule::kTwoAhead};
+  if (channels <= 128) return {2, true, true, true, Schedule::kTwoAhead};
+  if (channels <= 192) return {2, false, true, true, Schedule::kOneAhead};
+  return {2, false, false, true, Schedule::kDrain};
 }
 
 // Compile-time description of one variant.
@@ -55,9 +57,12 @@ struct BlockTraits {
   static constexpr bool kARegisters = kChoice.a_registers;
   static constexpr bool kConvWeightsStay = kChoice.conv_weights_stay;
   static constexpr Schedule kSchedule = kChoice.schedule;
-  static constexpr bool kSharesTail = kChannels == 256;  // two blocks may share the tiles of a last round
-  static constexpr int kW2Parts = kSharesTail ? 2 : 1;
-  static constexpr int kFixedSlots = kSharesTail ? 2 : 0;  // of both weights, where no more fit: spares the registers of counting them
+  static constexpr bool kAlternates = kChoice.alternates;
+  static constexpr bool kFlatTiles = kChannels > 64;  // the checks of flat tiles cost 4 % at 64 channels, whose large maps take none
+  static constexpr bool kSharesTail = false;
+  static constexpr bool kBiasFirst = true;  // O starts from the projection's bias
+  static constexpr int kW2Parts = 1;
+  static constexpr int kFixedSlots = kChannels == 256 ? 2 : 0;  // of both weights, where no more fit: spares the registers of counting them
   static constexpr int kPanel = kChannels % 64 == 0 ? 64 : 32;  // channels of one swizzled panel
   static constexpr int kRowBytes = kPanel * 2;
   static constexpr int kPanels = kChannels / kPanel;
@@ -71,13 +76,11 @@ struct BlockTraits {
   static constexpr int kABytes = kTilePixels * kChannels * 2;
   static constexpr int kAPanelBytes = kTilePixels * kRowBytes;
   static constexpr int kConvWeightBytes = kTaps * kChannels * kGroupWidth * 2;
-  static constexpr int kConvPieces = kConvWeightsStay ? 1 : (kConvWeightBytes + kW1Bytes - 1) / kW1Bytes;
-  static constexpr int kConvPieceChannels = kChannels / kConvPieces;
   static constexpr int kVectors = 5;  // convolution bias, norm weight, norm bias, project bias, layer scale
   static constexpr bool kVectorsInShared = kChannels < 256;
   static constexpr bool kHalfActivation = kDType == DType::kHalf;
   static constexpr int kExpandBiasBytes = kHalfActivation ? 2 : 4;
-  static_assert(kChannels % 32 == 0 && kChannels <= 256 && kConvPieceChannels % 32 == 0);
+  static_assert(kChannels % 32 == 0 && kChannels <= 256 && (kConvWeightsStay || kGroupWidth == 8));
 };
 
 // Byte offsets into dynamic shared memory; the same function serves the host's planning and the kernel.
@@ -132,6 +135,7 @@ inline int64_t tile_count(const Problem& q, const TileShape& t) {
 }
 
 // How the warpgroups of `blocks` blocks share the tiles out: rounds of a tile each, then perhaps one of tiles that two blocks share.
+// Where warpgroups alternate, a round is one tile a block.
 struct Rounds {
   int full;
   bool shared;
@@ -139,7 +143,7 @@ struct Rounds {
 
 template <class Traits>
 Rounds share_out(int64_t tiles, int chunks, int blocks) {
-  const int64_t workers = int64_t{blocks} * Traits::kWarpgroups, rest = tiles % workers;
+  const int64_t workers = int64_t{blocks} * (Traits::kAlternates ? 1 : Traits::kWarpgroups), rest = tiles % workers;
   const bool shared = Traits::kSharesTail && rest > 0 && rest <= workers / 2 && tiles > workers / 2 && chunks % 2 == 0 && blocks % 2 == 0;
   return {static_cast<int>(tiles / workers) + (rest > 0 && !shared ? 1 : 0), shared};
 }
@@ -164,7 +168,7 @@ bool choose_slots(const Problem& q, const Device& device, const TileShape& t, Sl
     if (fits(slots->w1, slots->w2, least_x + 1)) slots->x = least_x + 1;  // a spare x tile: the next load runs under this tile's work
     return true;
   }
-  if (chunks <= kMaxSlots && fits(chunks, chunks, least_x)) {  // all weights stay
+  if (!Traits::kAlternates && chunks <= kMaxSlots && fits(chunks, chunks, least_x)) {  // all weights stay
     *slots = {chunks, chunks, least_x};
     while (slots->x < 2 * Traits::kWarpgroups && fits(chunks, chunks, slots->x + 1)) ++slots->x;
     return true;
@@ -183,7 +187,7 @@ bool choose_slots(const Problem& q, const Device& device, const TileShape& t, Sl
 // Rounds of a tile with its halo; a last round that blocks share takes somewhat more than half.
 template <class Traits>
 double tile_cost(const Problem& q, const Device& device, const TileShape& t) {
-  const int64_t tiles = tile_count(q, t), workers = static_cast<int64_t>(device.multiprocessors) * Traits::kWarpgroups;
+  const int64_t tiles = tile_count(q, t), workers = static_cast<int64_t>(device.multiprocessors) * (Traits::kAlternates ? 1 : Traits::kWarpgroups);
   const Rounds share = share_out<Traits>(tiles, q.hidden / kHiddenChunk, device.multiprocessors);
   const double rounds = tiles <= 4 * workers ? share.full + (share.shared ? 0.7 : 0) : static_cast<double>(tiles) / workers;
   const double halo = static_cast<double>(x_panel_bytes<Traits>(t)) / (kTilePixels * Traits::kRowBytes);
@@ -210,7 +214,7 @@ bool choose_tile(const Problem& q, const Device& device, TileShape* best, Slots*
     }
   }
   // TMA boxes have at most 256 rows.
-  if (kTilePixels + 2 * Traits::kPad * (q.width + 1) <= 256) consider({0, 1, static_cast<int>(q.width)});
+  if (Traits::kFlatTiles && kTilePixels + 2 * Traits::kPad * (q.width + 1) <= 256) consider({0, 1, static_cast<int>(q.width)});
   return best_cost < 1e30;
 }
 
