@@ -1,6 +1,7 @@
 // The Hopper path's rows of the planner's table: one a width, whatever the dtype and the activation.
 #include <iterator>
 
+#include "latency_row_sm90.h"
 #include "split_sm90.h"
 #include "tile_sm90.h"
 
@@ -91,6 +92,7 @@ constexpr Variant kVariants[] = {
     SplitRow<128>::row("sm90_split_c128"),
     SplitRow<192>::row("sm90_split_c192"),       SplitRow<256>::row("sm90_split_c256"),
     SplitLinearRow::row("sm90_split_linear"),
+    LatencyRow<64>::row("sm90_latency_c64", false), LatencyRow<128>::row("sm90_latency_c128", false), LatencyRow<256>::row("sm90_latency_c256", false),
 };
 
 }  // namespace

@@ -9,6 +9,8 @@ ACTIVATIONS = ("kRelu", "kSilu", "kGelu")
 FEED_FORWARD_WIDTHS = (64, 96, 128, 192, 256)
 FEED_FORWARD_BACKWARD_WIDTHS = (32, 64, 96, 128, 192, 256)
 
+LATENCY_WIDTHS = (64, 128, 256)
+
 # Indices of kLinearTiles (linear_sm90.h) that serve each layer.
 EXPAND_TILES = (2, 3)
 PROJECT_TILES = (0, 1, 3)
@@ -48,6 +50,11 @@ def sources():
             rows = [f"template struct FeedForwardBackwardKernels<{names}>;" for names in arguments]
             file = f"feed_forward_bwd_sm90_c{width}_{dtype[1:].lower()}.cu"
             yield file, "launch_feed_forward_bwd_sm90.cuh", "\n".join(rows)
+    for width in LATENCY_WIDTHS:
+        for dtype in DTYPES:
+            traits = (f"LatencyTraits<DType::{dtype}, {width}, Activation::{activation}>" for activation in ACTIVATIONS)
+            rows = [f"template struct LatencyKernel<{name}>;" for name in traits]
+            yield f"latency_sm90_c{width}_{dtype[1:].lower()}.cu", "launch_latency_sm90.cuh", "\n".join(rows)
     for dtype in DTYPES:
         for tile in EXPAND_TILES:
             traits = (f"LinearTraits<DType::{dtype}, Layer::kExpand, Activation::{a}, {tile}>" for a in ACTIVATIONS)
