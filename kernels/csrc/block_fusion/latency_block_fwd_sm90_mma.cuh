@@ -151,11 +151,28 @@ struct ConvWeights {
   }
 };
 
+// What depends on the shape alone.
 template <class Traits>
-struct LatencyBlock {
+struct LatencyPlaces {
+  uint32_t taps[Traits::kConvTiles][5];
+  int x[Traits::kXPieces];
+  // The compiler would compute them where they are used.
+  __device__ __forceinline__ void keep() {
+#pragma unroll
+    for (int i = 0; i < Traits::kConvTiles * 5; ++i) asm volatile("" : "+r"(taps[i / 5][i % 5]));
+#pragma unroll
+    for (int i = 0; i < Traits::kXPieces; ++i) asm volatile("" : "+r"(x[i]));
+  }
+};
+
+// What every width shares: x, convolution, norm, exchange.
+template <class Traits>
+struct LatencyTile {
   using Element = ElementOf<Traits>;
   using Layout = LatencyLayout<Traits>;
   static constexpr int kPixelTiles = Traits::kPixelTiles;
+  static constexpr int kPieces = Traits::kOwned / 8;  // of a pixel of x, 16 bytes each
+  static constexpr int kZeros = -1, kNothing = -2;    // in the place of an offset into x
   const LatencyParams& p;
   uint32_t smem;
   int rank, first;  // in the cluster; first pixel of the tile
@@ -206,6 +223,155 @@ struct LatencyBlock {
 
   // ---- before the wait: weights ----
 
+  // The norm's affine part, and the pixel of zeros that stands for neighbours outside an image.
+  __device__ void fill_shared() const {
+    for (int i = thread; i < Traits::kChannels; i += Traits::kThreads) {
+      store_shared_32(smem + Layout::kNorm + i * 4, __float_as_uint(optional(p.norm_weight, i, 1.f)));
+      store_shared_32(smem + Layout::kNorm + (Traits::kChannels + i) * 4, __float_as_uint(optional(p.norm_bias, i, 0.f)));
+    }
+    if (thread < Traits::kXPitch / 4) store_shared_32(smem + Layout::kX + rows.count * Traits::kXPitch + thread * 4, 0);
+  }
+
+  // Which 8 own channels this warp convolves, and the first 16 pixels.
+  __device__ int conv_block() const { return warp % Traits::kConvBlocks; }
+  __device__ int conv_tile(int i) const { return warp / Traits::kConvBlocks + i * (Traits::kWarps / Traits::kConvBlocks); }
+
+  // Addresses that this lane hands to ldmatrix for the taps of 16 pixels: a pair of taps each.
+  __device__ __forceinline__ void tap_addresses(uint32_t (&address)[5], int tile) const {
+    const int pixel = tile * 16 + lane % 16, number = first + pixel, line = number / p.width;
+    const int y = number < p.pixels ? line % p.height : -2, x = number - line * p.width;
+#pragma unroll
+    for (int i = 0; i < 5; ++i) {
+      const int tap = min(2 * i + lane / 16, Traits::kTaps - 1), dy = tap / 3, dx = tap % 3;
+      const bool exists = y + dy >= 1 && y + dy <= p.height && x + dx >= 1 && x + dx <= p.width;
+      const int row = exists ? dy * rows.step + pixel + dx : rows.count;
+      address[i] = smem + Layout::kX + row * Traits::kXPitch + conv_block() * 16;
+    }
+  }
+
+  // Where a thread's 16-byte pieces of x come from: own channels of the tile's pixels and of their neighbours, in units of 16 bytes.
+  __device__ __forceinline__ int x_offset(int i) const {
+    const int row = i / kPieces, segment = min(row / rows.step, 2), pixel = first + (segment - 1) * p.width - 1 + row - segment * rows.step;
+    if (row >= rows.count) return kNothing;
+    return pixel >= 0 && pixel < p.pixels ? (pixel * Traits::kChannels + rank * Traits::kOwned) / 8 + i % kPieces : kZeros;
+  }
+
+  // All of these before the wait: their divisions took a fifth of the kernel's time after it.
+  __device__ __forceinline__ void prepare(LatencyPlaces<Traits>& places) const {
+#pragma unroll
+    for (int i = 0; i < Traits::kConvTiles; ++i) tap_addresses(places.taps[i], conv_tile(i));
+#pragma unroll
+    for (int i = 0; i < Traits::kXPieces; ++i) places.x[i] = x_offset(i * Traits::kThreads + thread);
+    places.keep();
+  }
+
+  // ---- after the wait ----
+
+  __device__ __forceinline__ void load_x(const LatencyPlaces<Traits>& places) const {
+    const uint32_t to = smem + Layout::kX + thread / kPieces * Traits::kXPitch + thread % kPieces * 16;
+#pragma unroll
+    for (int i = 0; i < Traits::kXPieces; ++i) {
+      const int offset = places.x[i];
+      if (offset == kNothing) continue;
+      const char* from = static_cast<const char*>(p.x) + int64_t{max(offset, 0)} * 16;
+      ptx::cp_async16(to + i * (Traits::kThreads / kPieces) * Traits::kXPitch, from, offset != kZeros);
+    }
+    ptx::cp_async_commit();
+  }
+
+  // 16 pixels of 8 channels, with their sums and sums of squares, into what is sent.
+  __device__ __forceinline__ void convolve_tile(int tile, const uint32_t (&address)[5], const ConvWeights& w, float2 bias) const {
+    uint32_t a[5][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) ldmatrix_x4(a[i], address[i]);
+    ldmatrix_x2(*reinterpret_cast<uint32_t(*)[2]>(a[4]), address[4]);
+    float s[2][4] = {{bias.x, bias.y, bias.x, bias.y}, {}};  // two chains
+#pragma unroll
+    for (int i = 0; i < 4; ++i) mma_16816<Element>(s[i % 2], a[i], w.fragments[2 * i], w.fragments[2 * i + 1]);
+    mma_1688<Element>(s[0], a[4], w.fragments[8]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[0][i] += s[1][i];
+    const int block = conv_block();
+    stmatrix_x2(smem + Layout::kSent + sent_offset(block, tile * 16 + lane % 16),
+                pack2<Element>(s[0][0], s[0][1]), pack2<Element>(s[0][2], s[0][3]));
+    if (!p.has_norm) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float2 m = make_float2(s[0][2 * r] + s[0][2 * r + 1], s[0][2 * r] * s[0][2 * r] + s[0][2 * r + 1] * s[0][2 * r + 1]);
+#pragma unroll
+      for (int d = 1; d < 4; d *= 2) m.x += __shfl_xor_sync(~0u, m.x, d), m.y += __shfl_xor_sync(~0u, m.y, d);
+      if (lane % 4 == 0) store_shared_float2(smem + Layout::kSentMoments + (block * Traits::kPixels + tile * 16 + 8 * r + lane / 4) * 8, m);
+    }
+  }
+
+  // In A, own chunks begin at a multiple of two: the permutation of pixels goes by the chunk's number there.
+  __device__ __forceinline__ int sent_offset(int block, int pixel) const {
+    const int chunk = rank * Traits::kConvBlocks + block;
+    return (block * Traits::kPixels + (pixel ^ ((chunk & 3) << 1))) * 16;
+  }
+
+  __device__ __forceinline__ void convolve(const LatencyPlaces<Traits>& places, const ConvWeights& w, float2 bias) const {
+#pragma unroll
+    for (int i = 0; i < Traits::kConvTiles; ++i) {
+      if (conv_tile(i) < Traits::kPixels / 16) convolve_tile(conv_tile(i), places.taps[i], w, bias);
+    }
+  }
+
+  // A <- norm(A): a lane has every 32nd pixel, a warp every eighth chunk.
+  __device__ __forceinline__ void normalise() const {
+#pragma unroll
+    for (int pixel = lane; pixel < Traits::kPixels; pixel += 32) normalise_pixel(pixel);
+  }
+
+  __device__ __forceinline__ void normalise_pixel(int pixel) const {
+    float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+    for (int r = 0; r < Traits::kCluster; ++r) {
+      const float2 part = load_shared_float2(smem + Layout::kMoments + (r * Traits::kPixels + pixel) * 8);
+      sum.x += part.x, sum.y += part.y;
+    }
+    const float mean = sum.x * (1.f / Traits::kChannels);
+    const float scale = rsqrtf(fmaxf(sum.y * (1.f / Traits::kChannels) - mean * mean, 0.f) + p.eps), shift = -mean * scale;
+    const bool affine = p.norm_weight != nullptr || p.norm_bias != nullptr;
+#pragma unroll
+    for (int i = 0; i < Traits::kChannels / 64; ++i) {
+      const int chunk = warp + 8 * i;
+      const uint32_t address = operand_address<Traits>(smem + Layout::kA, chunk, pixel);
+      uint4 v = load_shared_128(address);
+      uint32_t* pairs = reinterpret_cast<uint32_t*>(&v);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float2 f = unpack2<Element>(pairs[j]);
+        f.x = fmaf(f.x, scale, shift), f.y = fmaf(f.y, scale, shift);
+        if (affine) {
+          const uint32_t at = smem + Layout::kNorm + (chunk * 8 + 2 * j) * 4;
+          const float2 w = load_shared_float2(at), b = load_shared_float2(at + Traits::kChannels * 4);
+          f.x = fmaf(f.x, w.x, b.x), f.y = fmaf(f.y, w.y, b.y);
+        }
+        pairs[j] = pack2<Element>(f.x, f.y);
+      }
+      store_shared_128(address, v);
+    }
+  }
+
+  // Two pixels of one hidden unit.
+  __device__ __forceinline__ uint32_t activate_pair(float s0, float s1, float bias) const {
+    if constexpr (Traits::kDType == DType::kHalf) {
+      return activate_half<Traits::kActivation>(s0, s1, pack2<__half>(bias, bias));
+    } else {
+      return pack2<Element>(activate_float<Traits::kActivation>(s0, bias), activate_float<Traits::kActivation>(s1, bias));
+    }
+  }
+};
+
+template <class Traits>
+struct LatencyBlock : LatencyTile<Traits> {
+  using Base = LatencyTile<Traits>;
+  using Element = ElementOf<Traits>;
+  using Layout = LatencyLayout<Traits>;
+  using Base::kPixelTiles, Base::first, Base::lane, Base::p, Base::rank, Base::rows, Base::smem, Base::thread, Base::warp;
+  using Base::activate_pair, Base::received, Base::reduced, Base::send;
+
   // Row tiles and part of the depth of this warp.
   __device__ int expand_row() const { return warp % (Traits::kWarps / Traits::kExpandSplit) * Traits::kExpandRows; }
   __device__ int expand_part() const { return warp / (Traits::kWarps / Traits::kExpandSplit); }
@@ -237,83 +403,6 @@ struct LatencyBlock {
     ptx::cp_async_commit();
   }
 
-  // The norm's affine part, and the pixel of zeros that stands for neighbours outside an image.
-  __device__ void fill_shared() const {
-    for (int i = thread; i < Traits::kChannels; i += Traits::kThreads) {
-      store_shared_32(smem + Layout::kNorm + i * 4, __float_as_uint(optional(p.norm_weight, i, 1.f)));
-      store_shared_32(smem + Layout::kNorm + (Traits::kChannels + i) * 4, __float_as_uint(optional(p.norm_bias, i, 0.f)));
-    }
-    if (thread < Traits::kXPitch / 4) store_shared_32(smem + Layout::kX + rows.count * Traits::kXPitch + thread * 4, 0);
-  }
-
-  // ---- after the wait ----
-
-  // Own channels of the tile's pixels and of their neighbours; beyond the tensor, zeros.
-  __device__ __forceinline__ void load_x() const {
-    constexpr int kPieces = Traits::kOwned / 8;
-    for (int i = thread; i < rows.count * kPieces; i += Traits::kThreads) {
-      const int row = i / kPieces, piece = i % kPieces, segment = min(row / rows.step, 2);
-      const int pixel = first + (segment - 1) * p.width - 1 + row - segment * rows.step;
-      const bool exists = pixel >= 0 && pixel < p.pixels;
-      const char* from = static_cast<const char*>(p.x) + (int64_t{exists ? pixel : 0} * Traits::kChannels + rank * Traits::kOwned) * 2;
-      ptx::cp_async16(smem + Layout::kX + row * Traits::kXPitch + piece * 16, from + piece * 16, exists);
-    }
-    ptx::cp_async_commit();
-  }
-
-  // Which 8 own channels this warp convolves, and the first 16 pixels.
-  __device__ int conv_block() const { return warp % Traits::kConvBlocks; }
-  __device__ int conv_tile() const { return warp / Traits::kConvBlocks; }
-
-  // Addresses that this lane hands to ldmatrix for the taps of 16 pixels: a pair of taps each.
-  __device__ __forceinline__ void tap_addresses(uint32_t (&address)[5], int tile) const {
-    const int pixel = tile * 16 + lane % 16, number = first + pixel, line = number / p.width;
-    const int y = number < p.pixels ? line % p.height : -2, x = number - line * p.width;
-#pragma unroll
-    for (int i = 0; i < 5; ++i) {
-      const int tap = min(2 * i + lane / 16, Traits::kTaps - 1), dy = tap / 3, dx = tap % 3;
-      const bool exists = y + dy >= 1 && y + dy <= p.height && x + dx >= 1 && x + dx <= p.width;
-      const int row = exists ? dy * rows.step + pixel + dx : rows.count;
-      address[i] = smem + Layout::kX + row * Traits::kXPitch + conv_block() * 16;
-    }
-  }
-
-  // 16 pixels of 8 channels, with their sums and sums of squares, into what is sent.
-  __device__ __forceinline__ void convolve_tile(int tile, const ConvWeights& w, float2 bias) const {
-    uint32_t address[5], a[5][4];
-    tap_addresses(address, tile);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) ldmatrix_x4(a[i], address[i]);
-    ldmatrix_x2(*reinterpret_cast<uint32_t(*)[2]>(a[4]), address[4]);
-    float s[2][4] = {{bias.x, bias.y, bias.x, bias.y}, {}};  // two chains
-#pragma unroll
-    for (int i = 0; i < 4; ++i) mma_16816<Element>(s[i % 2], a[i], w.fragments[2 * i], w.fragments[2 * i + 1]);
-    mma_1688<Element>(s[0], a[4], w.fragments[8]);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) s[0][i] += s[1][i];
-    const int block = conv_block();
-    stmatrix_x2(smem + Layout::kSent + sent_offset(block, tile * 16 + lane % 16),
-                pack2<Element>(s[0][0], s[0][1]), pack2<Element>(s[0][2], s[0][3]));
-    if (!p.has_norm) return;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float2 m = make_float2(s[0][2 * r] + s[0][2 * r + 1], s[0][2 * r] * s[0][2 * r] + s[0][2 * r + 1] * s[0][2 * r + 1]);
-#pragma unroll
-      for (int d = 1; d < 4; d *= 2) m.x += __shfl_xor_sync(~0u, m.x, d), m.y += __shfl_xor_sync(~0u, m.y, d);
-      if (lane % 4 == 0) store_shared_float2(smem + Layout::kSentMoments + (block * Traits::kPixels + tile * 16 + 8 * r + lane / 4) * 8, m);
-    }
-  }
-
-  // In A, own chunks begin at a multiple of two: the permutation of pixels goes by the chunk's number there.
-  __device__ __forceinline__ int sent_offset(int block, int pixel) const {
-    const int chunk = rank * Traits::kConvBlocks + block;
-    return (block * Traits::kPixels + (pixel ^ ((chunk & 3) << 1))) * 16;
-  }
-
-  __device__ __forceinline__ void convolve(const ConvWeights& w, float2 bias) const {
-    for (int tile = conv_tile(); tile < Traits::kPixels / 16; tile += Traits::kWarps / Traits::kConvBlocks) convolve_tile(tile, w, bias);
-  }
-
   // Own results into every block's A, own sums of each pixel beside them.
   __device__ __forceinline__ void send_results() const {
     constexpr int kPieces = Traits::kConvBlocks * Traits::kPixels;
@@ -335,47 +424,6 @@ struct LatencyBlock {
     const uint32_t moments = smem + Layout::kMoments + (rank * Traits::kPixels + lane) * 8;
     for (int to = warp; to < Traits::kCluster; to += Traits::kWarps) {
       send(moments, m, received(), to);
-    }
-  }
-
-  // A <- norm(A): a lane has a pixel, a warp every eighth chunk.
-  __device__ __forceinline__ void normalise() const {
-    float2 sum = make_float2(0.f, 0.f);
-#pragma unroll
-    for (int r = 0; r < Traits::kCluster; ++r) {
-      const float2 part = load_shared_float2(smem + Layout::kMoments + (r * Traits::kPixels + lane) * 8);
-      sum.x += part.x, sum.y += part.y;
-    }
-    const float mean = sum.x * (1.f / Traits::kChannels);
-    const float scale = rsqrtf(fmaxf(sum.y * (1.f / Traits::kChannels) - mean * mean, 0.f) + p.eps), shift = -mean * scale;
-    const bool affine = p.norm_weight != nullptr || p.norm_bias != nullptr;
-#pragma unroll
-    for (int i = 0; i < Traits::kChannels / 64; ++i) {
-      const int chunk = warp + 8 * i;
-      const uint32_t address = operand_address<Traits>(smem + Layout::kA, chunk, lane);
-      uint4 v = load_shared_128(address);
-      uint32_t* pairs = reinterpret_cast<uint32_t*>(&v);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float2 f = unpack2<Element>(pairs[j]);
-        f.x = fmaf(f.x, scale, shift), f.y = fmaf(f.y, scale, shift);
-        if (affine) {
-          const uint32_t at = smem + Layout::kNorm + (chunk * 8 + 2 * j) * 4;
-          const float2 w = load_shared_float2(at), b = load_shared_float2(at + Traits::kChannels * 4);
-          f.x = fmaf(f.x, w.x, b.x), f.y = fmaf(f.y, w.y, b.y);
-        }
-        pairs[j] = pack2<Element>(f.x, f.y);
-      }
-      store_shared_128(address, v);
-    }
-  }
-
-  // Two pixels of one hidden unit.
-  __device__ __forceinline__ uint32_t activate_pair(float s0, float s1, float bias) const {
-    if constexpr (Traits::kDType == DType::kHalf) {
-      return activate_half<Traits::kActivation>(s0, s1, pack2<__half>(bias, bias));
-    } else {
-      return pack2<Element>(activate_float<Traits::kActivation>(s0, bias), activate_float<Traits::kActivation>(s1, bias));
     }
   }
 
@@ -497,8 +545,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 2) latency_block_fwd_sm90(co
   using Layout = LatencyLayout<Traits>;
   const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread / 32, 0), lane = thread % 32;
   const int rank = static_cast<int>(blockIdx.x) % Traits::kCluster, tile = static_cast<int>(blockIdx.x) / Traits::kCluster;
-  const LatencyBlock<Traits> block{p,      smem_address(latency_smem), rank, tile * Traits::kPixels, thread, warp, lane,
-                                   latency_rows<Traits>(p.width)};
+  const LatencyBlock<Traits> block{{p, smem_address(latency_smem), rank, tile * Traits::kPixels, thread, warp, lane,
+                                    latency_rows<Traits>(p.width)}};
   block.initialise_barriers(latency_smem + Layout::kBarriers);
 
   uint4 w1[Traits::kExpandRows][Traits::kExpandSteps][2];
@@ -518,14 +566,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 2) latency_block_fwd_sm90(co
   }
   block.load_output_vectors(output_vectors);
   block.fill_shared();
+  LatencyPlaces<Traits> places;
+  block.prepare(places);
   if (Traits::kCluster > 1) grid::cluster_barrier();  // every block of the cluster runs, its barriers exist
 
   wait_for_previous_launch();
   allow_next_launch();  // after the wait: the next launch may count on what came before this one
-  block.load_x();
+  block.load_x(places);
   ptx::cp_async_wait<0>();
   __syncthreads();
-  block.convolve(conv_weights, conv_bias);
+  block.convolve(places, conv_weights, conv_bias);
   __syncthreads();
   block.send_results();
   block.wait_for_all(block.received());

@@ -35,6 +35,8 @@ struct LatencyTraits {
   static constexpr int kSources = kCluster * kProjectSplit;           // partial sums of each output
   static constexpr int kOwnedTiles = kOwned / 16;
   static constexpr int kOutputs = kOwnedTiles * kPixelTiles * 64 / kThreads;  // pairs of pixels that a thread finishes
+  static constexpr int kConvTiles = kPixels / 16 * kConvBlocks > kWarps ? kPixels / 16 * kConvBlocks / kWarps : 1;  // of 16 pixels, a warp
+  static constexpr int kXPieces = (3 * (kPixels + 2) * kConvBlocks + kThreads - 1) / kThreads;  // of 16 bytes, at most, that a thread loads
   static constexpr int kXPitch = kOwned * 2 + 16;                     // bytes of a pixel of x in shared memory: no bank conflicts
   static constexpr int kExchangeBytes = kPixels * (kChannels * 2 + kCluster * 8);  // that a block receives before the products
   static constexpr int kReduceBytes = kSources * kOwned * kPixels * 4;             // and after them

@@ -8,8 +8,7 @@
 
 namespace convfirst::block_fusion::sm90 {
 
-template <class Traits>
-int LatencyKernel<Traits>::launch(const Problem& q, const Tensors& t, cudaStream_t stream) {
+inline LatencyParams latency_params(const Problem& q, const Tensors& t) {
   LatencyParams p{};
   p.x = t.x, p.y = t.y, p.conv_weight = t.conv_weight, p.conv_bias = t.conv_bias;
   p.norm_weight = t.norm_weight, p.norm_bias = t.norm_bias, p.expand_weight = t.expand_weight, p.expand_bias = t.expand_bias;
@@ -17,6 +16,12 @@ int LatencyKernel<Traits>::launch(const Problem& q, const Tensors& t, cudaStream
   p.sample_scale = t.sample_scale, p.eps = t.eps, p.has_norm = q.has_norm;
   p.height = static_cast<int>(q.height), p.width = static_cast<int>(q.width);
   p.pixels = static_cast<int>(q.batch * q.height * q.width);
+  return p;
+}
+
+template <class Traits>
+int LatencyKernel<Traits>::launch(const Problem& q, const Tensors& t, cudaStream_t stream) {
+  const LatencyParams p = latency_params(q, t);
   const auto kernel = &latency_block_fwd_sm90<Traits>;
   if (Traits::kCluster > 8) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);

@@ -2,6 +2,7 @@
 #include <iterator>
 
 #include "latency_row_sm90.h"
+#include "latency_wide_row_sm90.h"
 #include "split_sm90.h"
 #include "tile_sm90.h"
 
@@ -92,7 +93,8 @@ constexpr Variant kVariants[] = {
     SplitRow<128>::row("sm90_split_c128"),
     SplitRow<192>::row("sm90_split_c192"),       SplitRow<256>::row("sm90_split_c256"),
     SplitLinearRow::row("sm90_split_linear"),
-    LatencyRow<64>::row("sm90_latency_c64", false), LatencyRow<128>::row("sm90_latency_c128", false), LatencyRow<256>::row("sm90_latency_c256", false),
+    LatencyRow<64>::row("sm90_latency_c64"),     LatencyRow<128>::row("sm90_latency_c128"),
+    LatencyRow<256>::row("sm90_latency_c256"),   LatencyWideRow::row("sm90_latency_c512", false),
 };
 
 }  // namespace
