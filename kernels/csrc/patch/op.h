@@ -17,6 +17,9 @@ Tensor patch_stem(const Tensor& x, const Tensor& weight, const Tensor& bias, con
 
 Tensor downsample(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, bool has_norm);
 
+// The same, made for few rows of y.
+Tensor downsample_few(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, bool has_norm);
+
 Tensor normalised_patches(const Tensor& x, double eps, bool has_norm);
 
 // The same operators' checks alone, on tensors of any device; they return a line that describes the problem.

@@ -91,6 +91,7 @@ struct Path {
   int (*patch_stem)(const PatchStem&, const Device&, cudaStream_t);
   int (*downsample)(const Downsample&, const Device&, cudaStream_t);
   int (*gather)(const Gather&, const Device&, cudaStream_t);
+  int (*downsample_few)(const Downsample&, const Device&, cudaStream_t);
 };
 
 // nullptr where the build has no kernels for the path.
