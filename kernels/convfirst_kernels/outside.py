@@ -158,12 +158,13 @@ class DownsampleParts:
         return rows >= FUSED_ROWS and not _uncovered("downsample", *shape)
 
     def few(self, x: Tensor) -> bool:
-        """Whether the kernel for few rows computes it: beyond a block or two a multiprocessor it reads too much twice."""
+        """Whether the kernel for few rows computes it: with more blocks it reads too much too often."""
         if x.device.type != "cuda":
             return False
         rows = x.shape[0] * (x.shape[2] // 2) * (x.shape[3] // 2)
         shape = self.conv.in_channels, self.conv.out_channels, x.device.index or 0
-        return -(-rows // 32) * (self.conv.out_channels // 16) <= FEW_BLOCKS and not _uncovered("downsample_few", *shape)
+        blocks = -(-rows // 32) * (self.conv.out_channels // 16)
+        return blocks <= FEW_BLOCKS and not _uncovered("downsample_few", *shape)
 
     def pack(self, dtype: torch.dtype, absorb: bool = True) -> tuple:
         conv = self.conv

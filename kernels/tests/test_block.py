@@ -308,7 +308,12 @@ class TestPlanner:
             (128, 128, 28, "sm90_conv_first_c128"),
             (128, 256, 14, "sm90_conv_first_c256"),
             (128, 512, 7, "sm90_split_linear"),
-            (1, 256, 14, "sm90_split_linear"),
+            (1, 64, 56, "sm90_latency_c64"),
+            (1, 128, 28, "sm90_latency_c128"),
+            (1, 256, 14, "sm90_latency_c256"),
+            (4, 64, 56, "sm90_conv_first_c64"),
+            (4, 128, 28, "sm90_conv_first_c128"),
+            (4, 256, 14, "sm90_split_linear"),
         ],
     )
     def test_hopper_variant_that_was_measured_fastest(self, batch, channels, side, variant):
