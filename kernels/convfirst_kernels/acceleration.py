@@ -1,6 +1,7 @@
 """Swaps a model's residual blocks for fused ones, in place, and back."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -115,6 +116,17 @@ class OutsideForward(FusedForward):
         return parts.launch(x.to(dtype), self.weights(parts, dtype, x.device))
 
 
+class HeadForward(OutsideForward):
+    """Stands in for the ``forward`` of a classifier's head, for few images; more of them run its own code."""
+
+    reader = staticmethod(outside.read_head)
+
+    def __call__(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if pre_logits or self.block.training or x.shape[0] > outside.HEAD_IMAGES:
+            return type(self.block).forward(self.block, x, pre_logits)
+        return super().__call__(x)
+
+
 _BATCH_STATISTICS = "batch norm in training mode needs the batch's statistics; only evaluation mode folds"
 
 
@@ -173,6 +185,7 @@ class Report:
     rows: list[Row]  # residual blocks
     kernels: str
     outside: list[Row] = field(default_factory=list)  # stems and downsampling layers
+    heads: list[Row] = field(default_factory=list)
     convolutions: list[Row] = field(default_factory=list)  # 3x3, stride 1, outside of all those
     _blocks: list[nn.Module] = field(default_factory=list, repr=False)
 
@@ -191,7 +204,7 @@ class Report:
         self._blocks.clear()
 
     def __str__(self) -> str:
-        others = self.outside + self.convolutions
+        others = self.outside + self.heads + self.convolutions
         width = max((len(row.name) for row in self.rows + others), default=0)
         lines = [f"{len(self.swapped)} of {len(self.rows)} blocks fused (kernels={self.kernels!r})"]
         for row in self.rows + others:
@@ -202,8 +215,8 @@ class Report:
 def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, winograd: bool = False) -> Report:
     """Make the residual blocks of ConvFirst and of timm's ConvNeXt run as fused kernels, in place.
 
-    So do, in inference, their stems and downsampling layers; where a gradient may be asked for, those run their own
-    code.
+    So do, in inference, their stems, downsampling layers and, for few images, heads; where a gradient may be asked
+    for, those run their own code.
     Parameters, buffers, state_dict, hooks on blocks, training, deepcopy and pickle stay as they were. Batch norms fold
     in evaluation mode; in training mode such blocks run their own code, with exact batch statistics. Put the model in
     channels_last: a fused block converts its input otherwise.
@@ -232,13 +245,14 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, wi
     found = [(name, module, *_examine(module)) for name, module in model.named_modules()]
     found = [entry for entry in found if entry[2] is not None or entry[3] is not None]
     layers = [(name, module, *_examine_outside(module)) for name, module in outside.find_outside(model)]
+    heads = [(name, head, *_examine_outside(head, outside.read_head)) for name, head in outside.find_heads(model)]
     taken = [name for name, *_ in found + layers]
     convolutions = find_convolutions(model, taken) if winograd or kernels == "off" else []
     if kernels == "off":
-        for _, module, _, _ in found + layers + convolutions:
+        for _, module, _, _ in found + layers + heads + convolutions:
             _restore(module)
-        rows = [[Row(n, type(m).__name__, "kernels='off'", False) for n, m, _, _ in part] for part in (found, layers)]
-        rows.append([Row(n, type(m).__name__, "kernels='off'", False) for n, m, _, _ in convolutions])
+        parts = found, layers, heads, convolutions
+        rows = [[Row(n, type(m).__name__, "kernels='off'", False) for n, m, _, _ in part] for part in parts]
         return Report(rows[0], kernels, *rows[1:])
     if kernels == "required":
         _require(found)
@@ -248,7 +262,11 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, wi
         if reason is None:
             conv.forward = WinogradForward(conv, frozen)
             report._blocks.append(conv)
-    for entries, rows, stand_in in ((found, report.rows, FusedForward), (layers, report.outside, OutsideForward)):
+    for entries, rows, stand_in in (
+        (found, report.rows, FusedForward),
+        (layers, report.outside, OutsideForward),
+        (heads, report.heads, HeadForward),
+    ):
         for name, module, parts, reason in entries:
             detail = f"{_describe(parts)}{_backward_note(parts)}" if reason is None else reason
             rows.append(Row(name, type(module).__name__, detail, reason is None))
@@ -303,10 +321,12 @@ def _backward_refusal(parts: Parts, device: torch.device, dtype: torch.dtype) ->
     )  # fmt: skip
 
 
-def _examine_outside(layer: nn.Module) -> tuple[outside.OutsideParts | None, str | None]:
-    """(parts, None) of a stem or downsampling layer that kernels can run, (parts or None, reason) of others."""
+def _examine_outside(
+    layer: nn.Module, read: Callable[[nn.Module], outside.OutsideParts] = outside.read_outside
+) -> tuple[outside.OutsideParts | None, str | None]:
+    """(parts, None) of a stem, downsampling layer or head that kernels can run, (parts or None, reason) of others."""
     try:
-        parts = outside.read_outside(layer)
+        parts = read(layer)
         check_hooks(layer)
     except Unsupported as reason:
         return None, str(reason)

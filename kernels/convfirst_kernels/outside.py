@@ -16,6 +16,7 @@ from convfirst_kernels.planner import Device
 operators = torch.ops.convfirst
 # One H200, 64 channels: 7.8 us against 5.2 in two launches at 784 rows, 42 against 65 at 100352. In between: a guess.
 FUSED_ROWS = 16384
+HEAD_IMAGES = 4  # every block of the head's kernel reads all of an image
 FEW_BLOCKS = 264  # of 32 rows and 16 columns: two a multiprocessor of an H100
 
 
@@ -193,7 +194,40 @@ class DownsampleParts:
         return f"downsampling C={self.conv.in_channels} to {self.conv.out_channels} {name}"
 
 
-OutsideParts = StemParts | PatchStemParts | DownsampleParts
+@dataclass
+class HeadParts:
+    """A classifier's head: average over pixels, layer norm, linear layer."""
+
+    layer_norm: nn.LayerNorm
+    linear: nn.Linear
+    least_size = 1
+    batch_norms = ()
+
+    @property
+    def conv(self) -> nn.Linear:
+        return self.linear
+
+    def tensors(self) -> list[Tensor]:
+        return _tensors(self.linear, None, self.layer_norm)
+
+    def uncovered(self, index: int) -> str:
+        return _uncovered("head", self.linear.in_features, self.linear.out_features, index)
+
+    def pack(self, dtype: torch.dtype, absorb: bool = True) -> tuple:
+        weight, norm = self.linear.weight.float(), self.layer_norm
+        bias = weight.new_zeros(weight.shape[0]) if self.linear.bias is None else self.linear.bias
+        if norm.weight is not None:
+            weight, bias = _after_affine(weight, bias, norm.weight, norm.bias)
+        return weight.to(dtype).contiguous(), pack_vector(bias), norm.eps
+
+    def launch(self, x: Tensor, packed: tuple) -> Tensor:
+        return operators.head(x.contiguous(memory_format=torch.channels_last), *packed)
+
+    def describe(self) -> str:
+        return f"head C={self.linear.in_features} to {self.linear.out_features}, of at most {HEAD_IMAGES} images"
+
+
+OutsideParts = StemParts | PatchStemParts | DownsampleParts | HeadParts
 
 
 def refusal(parts: OutsideParts, x: Tensor, dtype: torch.dtype) -> str | None:
@@ -251,6 +285,38 @@ _PLACES = (
     ("ConvFirstStage", "downsample"),
     ("ConvNeXtStage", "downsample"),
 )
+
+
+def find_heads(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and modules of the pooling, normalising heads of every ConvFirst and timm ConvNeXt in the model."""
+    found = []
+    for name, module in model.named_modules():
+        head = getattr(module, "head", None)
+        if {"ConvFirst", "ConvNeXt"} & {cls.__name__ for cls in type(module).__mro__} and _is_head(head):
+            found.append((f"{name}.head" if name else "head", head))
+    return found
+
+
+def _is_head(module: nn.Module | None) -> bool:
+    return type(module).__name__ == "NormMlpClassifierHead" and isinstance(module.fc, nn.Linear)
+
+
+def read_head(module: nn.Module) -> HeadParts:
+    """The parts of a head.
+
+    Raises:
+        Unsupported: it has something that the kernel does not do.
+    """
+    if not _is_head(module):
+        raise Unsupported(f"it is a {type(module).__name__} without a linear layer of its own")
+    if module.global_pool.pool_type not in ("avg", "fast", "fastavg"):
+        raise Unsupported(f"it pools by {module.global_pool.pool_type!r}; supported is the average")
+    if not isinstance(module.pre_logits, nn.Identity):
+        raise Unsupported("it has a hidden layer")
+    _, norm = _split_norm(module.norm)
+    if norm is None:
+        raise Unsupported(f"its norm is {type(module.norm).__name__}; supported is LayerNorm")
+    return HeadParts(norm, module.fc)
 
 
 def read_outside(module: nn.Module) -> OutsideParts:

@@ -90,6 +90,20 @@ def downsample(x: Tensor, weight: Tensor, bias: Tensor, eps: float, has_norm: bo
     return rows.reshape(n, height // 2, width // 2, -1).permute(0, 3, 1, 2)
 
 
+def head(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """``linear(norm(mean(x)))``, LayerNorm over channels without affine part, in x's dtype; made for few images.
+
+    Args:
+        x: [N, C, H, W].
+        weight: [K, C]; bias: [K], float32.
+
+    Returns:
+        [N, K].
+    """
+    pooled = F.layer_norm(x.mean((2, 3)), (x.shape[1],), eps=eps)
+    return F.linear(pooled, weight, _as(bias, x))
+
+
 def normalised_patches(x: Tensor, eps: float, has_norm: bool) -> Tensor:
     """The rows that `downsample` multiplies: [N, C, H, W] -> [N * (H // 2) * (W // 2), 4 C]."""
     n, channels, height, width = x.shape
@@ -129,6 +143,11 @@ def _downsample_fake(x: Tensor, weight: Tensor, *arguments) -> Tensor:
 torch.library.register_fake("convfirst::downsample_few", _downsample_fake)
 
 
+@torch.library.register_fake("convfirst::head")
+def _head_fake(x: Tensor, weight: Tensor, *arguments) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
 @torch.library.register_fake("convfirst::normalised_patches")
 def _normalised_patches_fake(x: Tensor, *arguments) -> Tensor:
     return x.new_empty((x.shape[0] * (x.shape[2] // 2) * (x.shape[3] // 2), 4 * x.shape[1]))
@@ -145,4 +164,5 @@ _cpu("stem", stem)
 _cpu("patch_stem", patch_stem)
 _cpu("downsample", downsample)
 _cpu("downsample_few", downsample)
+_implementations.impl("head", head, "CPU")
 _implementations.impl("normalised_patches", lambda *arguments: normalised_patches(*arguments).clone(), "CPU")

@@ -12,6 +12,7 @@ from torch import nn
 import convfirst_kernels as ck
 from convfirst_kernels import outside, patches
 from convfirst_kernels.acceleration import OutsideForward
+from convfirst_kernels.blocks import Unsupported
 
 timm = pytest.importorskip("timm")
 operators = torch.ops.convfirst
@@ -49,6 +50,49 @@ def test_opcheck(case):
     if case.kind == "downsample":
         x, *_, eps, has_norm = arguments
         torch.library.opcheck(operators.normalised_patches.default, (x, eps, has_norm), test_utils=checks)
+
+
+def head_of(channels: int, classes: int, **more) -> nn.Module:
+    head = timm.layers.NormMlpClassifierHead(channels, classes, **more).eval().requires_grad_(False)
+    for tensor in head.parameters():
+        tensor.normal_(0, 0.2)
+    return head
+
+
+def test_packed_weights_compute_the_head():
+    head, x = head_of(24, 10).double(), torch.randn(2, 24, 3, 5, dtype=torch.float64)
+    parts = outside.read_head(head)
+    packed = parts.pack(torch.float64)
+    torch.testing.assert_close(parts.launch(x, packed), head(x), rtol=1e-5, atol=1e-5)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(operators.head.default, (x, *packed), test_utils=checks)
+
+
+def test_heads_that_the_kernel_does_not_do():
+    for more, reason in (({"hidden_size": 8}, "hidden layer"), ({"pool_type": "max"}, "it pools by 'max'")):
+        with pytest.raises(Unsupported, match=reason):
+            outside.read_head(head_of(24, 10, **more))
+
+
+@torch.no_grad()
+def test_accelerates_the_head_for_few_images(images, monkeypatch):
+    monkeypatch.setattr(outside, "unavailable", lambda *arguments: None)
+    monkeypatch.setattr(outside, "uncovered", lambda *arguments: None)
+    calls, launch = [], outside.HeadParts.launch
+    monkeypatch.setattr(outside.HeadParts, "launch", lambda *arguments: calls.append(1) or launch(*arguments))
+    network = build("convfirst")
+    features = network.forward_features(images)
+    expected = network.forward_head(features)
+    report = ck.accelerate(network)
+    assert [(row.name, row.swapped) for row in report.heads] == [("head", True)] and "head C=" in str(report)
+    torch.testing.assert_close(network.forward_head(features), expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 1
+    network.forward_head(features, pre_logits=True)
+    network.forward_head(features.repeat(outside.HEAD_IMAGES, 1, 1, 1)[: outside.HEAD_IMAGES + 1])
+    network.train().forward_head(features)
+    assert len(calls) == 1
+    report.undo()
+    assert "forward" not in network.head.__dict__
 
 
 def test_centring_is_what_layer_norm_does():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import guards_intact, worst_ratio
+from cases import guarded, guards_intact, worst_ratio
 from patch_cases import Patch, in_one_launch, module, network_cases, patch_cases, patch_inputs, run
 from torch import Tensor
 
@@ -63,6 +63,29 @@ def test_portable_kernels_on_this_device(case, seed):
     with ck.force_path("sm80"):
         _, result, truth, peer = computed(case, seed, one_launch=True)
     assert worst_ratio(result, truth, peer) <= 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("batch, side, classes", [(1, 7, 1000), (3, 1, 10), (4, 9, 21)])
+@pytest.mark.parametrize("channels", [256, 512, 768, 1024])
+def test_head(channels, batch, side, classes, dtype, seed):
+    layers = pytest.importorskip("timm.layers")
+    torch.manual_seed(seed)
+    network = layers.NormMlpClassifierHead(channels, classes).eval().requires_grad_(False)
+    for tensor in network.parameters():
+        tensor.normal_(0, 0.2 if tensor.dim() == 1 else channels**-0.5)
+    network.norm.weight += 1
+    network = network.cuda().to(dtype)
+    x = guarded(batch, channels, side, side, dtype, "cuda")
+    x.copy_(torch.randn(x.shape, device="cuda") + 0.3)
+    parts = outside.read_head(network)
+    packed, peer = parts.pack(dtype), network(x)
+    result = parts.launch(x, packed)
+    truth = network.double()(x.double())
+    assert torch.equal(result, parts.launch(x, packed)) and guards_intact(x)
+    as_maps = (t[:, :, None, None] for t in (result, truth, peer))
+    assert worst_ratio(*as_maps) <= 1
 
 
 @pytest.mark.parametrize("kind", ["stem", "patch_stem", "downsample"])

@@ -51,7 +51,7 @@ struct LatencyRow {
   }
 
   // Microseconds of a round, in a chain of launches, measured: of as many clusters as have a multiprocessor a block, and of twice as many.
-  static constexpr double kAlone = kWidth == 256 ? 6.9 : 5.1, kShared = kWidth == 256 ? 11.0 : kWidth == 128 ? 7.6 : 7.1;
+  static constexpr double kAlone = kWidth == 256 ? 6.3 : 4.5, kShared = kWidth == 256 ? 10.2 : kWidth == 128 ? 6.8 : 6.5;
 
   static double cost(const Problem& q, const Device& device, const Config&) {
     const int64_t at_once = clusters(device);

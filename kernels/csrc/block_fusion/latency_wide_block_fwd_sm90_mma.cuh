@@ -197,8 +197,8 @@ __global__ void __launch_bounds__(Traits::kChannels / 4) latency_wide_finish_sm9
   float bias[4], scale[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) bias[i] = optional(p.project_bias, channel + i, 0.f), scale[i] = optional(p.layer_scale, channel + i, 1.f);
+  allow_next_launch();  // the next block's weights load under the first launch, which has waited for what came before it
   wait_for_previous_launch();
-  allow_next_launch();
   uint4 part[Traits::kGroups];
 #pragma unroll
   for (int g = 0; g < Traits::kGroups; ++g) {

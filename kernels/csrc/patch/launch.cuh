@@ -6,6 +6,7 @@
 
 #include "../common/launch.cuh"
 #include "downsample_fwd_mma.cuh"
+#include "head_fwd.cuh"
 #include "patch_stem_fwd_mma.cuh"
 #include "stem_fwd_mma.cuh"
 #if defined(CONVFIRST_PATCH_SM90)
@@ -205,6 +206,25 @@ int gather(const Gather& s, const Device&, cudaStream_t stream) {
   return launch_gather<kHopper, 12>(s, stream);
 }
 
+template <bool kHopper, int kPieces>
+int launch_head(const Head& h, cudaStream_t stream) {
+  const int grid = h.batch * ceil_divide(h.classes, sm80::kHeadClasses);
+  return with_element(h.dtype, [&](auto element) {
+    return start<kHopper>(&sm80::head_fwd<decltype(element), kPieces, kHopper>, grid, sm80::kHeadThreads, 0, stream, h);
+  });
+}
+
+template <bool kHopper>
+int head(const Head& h, const Device&, cudaStream_t stream) {
+  switch (h.channels) {
+    case 256: return launch_head<kHopper, 1>(h, stream);
+    case 512: return launch_head<kHopper, 2>(h, stream);
+    case 768: return launch_head<kHopper, 3>(h, stream);
+    case 1024: return launch_head<kHopper, 4>(h, stream);
+    default: return kNotCovered;
+  }
+}
+
 template <bool kHopper>
 Path make_path(const char* name, int min_capability, int max_capability, bool tested) {
   return {name,
@@ -215,7 +235,8 @@ Path make_path(const char* name, int min_capability, int max_capability, bool te
           &patch_stem<kHopper>,
           &downsample<kHopper>,
           &gather<kHopper>,
-          &downsample_few<kHopper>};
+          &downsample_few<kHopper>,
+          &head<kHopper>};
 }
 
 }  // namespace convfirst::patch

@@ -96,7 +96,7 @@ void launch(const Checks& checks, const Tensor& x, int64_t columns, Start start)
   check_cuda(status, checks.op, path->name);
 }
 
-constexpr Checks kStem{"stem"}, kPatchStem{"patch_stem"}, kDownsample{"downsample"}, kDownsampleFew{"downsample_few"},
+constexpr Checks kStem{"stem"}, kPatchStem{"patch_stem"}, kDownsample{"downsample"}, kDownsampleFew{"downsample_few"}, kHead{"head"},
     kPatches{"normalised_patches"};
 
 struct StemArguments {
@@ -226,6 +226,25 @@ Tensor normalised_patches(const Tensor& x, double eps, bool has_norm) {
   return patches;
 }
 
+Tensor head(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
+  kHead.image("x", x);
+  kHead.shape("weight", weight, {-1, x.size(1)}, "[classes, channels]");
+  kHead.weight("weight", weight, x, {weight.size(0), x.size(1)}, "[classes, channels]");
+  kHead.vector("bias", bias, x, weight.size(0), "[classes]");
+  kHead.cuda("x", x);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const int64_t sizes[2] = {x.size(0), weight.size(0)};
+  const Tensor y = torch::stable::empty({sizes, 2}, x.scalar_type(), std::nullopt, x.device());
+  if (y.numel() == 0) return y;
+  const Head arguments{x.const_data_ptr(), static_cast<int>(x.size(0)), static_cast<int>(x.size(2) * x.size(3)),
+                       static_cast<int>(x.size(1)), static_cast<int>(weight.size(0)), dtype_of(x), static_cast<float>(eps),
+                       weight.const_data_ptr(), floats(bias), y.mutable_data_ptr()};
+  launch(kHead, x, weight.size(0), [&](const Path& path, const Device& device, cudaStream_t stream) {
+    return path.head(arguments, device, stream);
+  });
+  return y;
+}
+
 std::string stem_check(const Tensor& x, const Tensor& conv1_weight, const Tensor& norm1_weight, const Tensor& norm1_bias,
                        const Tensor& conv2_weight, const Tensor& conv2_bias, const Tensor& norm2_weight, const Tensor& norm2_bias,
                        const std::string& activation, double, double, bool) {
@@ -286,11 +305,15 @@ std::string refusal(const std::string& op, int64_t channels, int64_t columns, in
     return "it goes from " + std::to_string(channels) + " to " + std::to_string(columns) +
            " channels; supported are 64, 128 and 256 to a multiple of 16";
   }
+  if (op == "head") {
+    if (channels == 256 || channels == 512 || channels == 768 || channels == 1024) return "";
+    return "it has " + std::to_string(channels) + " channels; supported are 256, 512, 768 and 1024";
+  }
   if (op == "normalised_patches") {
     if (channels % 8 == 0 && channels >= 8 && channels <= kGatherWidest) return "";
     return "it has " + std::to_string(channels) + " channels; supported are multiples of 8 up to " + std::to_string(kGatherWidest);
   }
-  throw std::runtime_error("refusal: op is '" + op + "'; known are 'stem', 'patch_stem', 'downsample', 'downsample_few' and 'normalised_patches'");
+  throw std::runtime_error("refusal: op is '" + op + "'; known are 'stem', 'patch_stem', 'downsample', 'downsample_few', 'head' and 'normalised_patches'");
 }
 
 }  // namespace convfirst::patch

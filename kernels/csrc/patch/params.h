@@ -79,6 +79,17 @@ struct Gather {
   void* patches;  // [batch, height / 2, width / 2, 2, 2, channels]
 };
 
+// y = W norm(mean of x over pixels) + bias; norm is LayerNorm over channels without its affine part.
+struct Head {
+  const void* x;  // [batch, pixels, channels]
+  int batch, pixels, channels, classes;
+  DType dtype;
+  float eps;
+  const void* weight;  // [classes, channels]
+  const float* bias;   // [classes]
+  void* y;             // [batch, classes]
+};
+
 // The functions return a cudaError_t, or kNotCovered.
 constexpr int kNotCovered = -1;
 
@@ -92,6 +103,7 @@ struct Path {
   int (*downsample)(const Downsample&, const Device&, cudaStream_t);
   int (*gather)(const Gather&, const Device&, cudaStream_t);
   int (*downsample_few)(const Downsample&, const Device&, cudaStream_t);
+  int (*head)(const Head&, const Device&, cudaStream_t);
 };
 
 // nullptr where the build has no kernels for the path.
