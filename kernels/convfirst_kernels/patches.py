@@ -1,7 +1,6 @@
 """What lies between a network's residual blocks, as operators: definitions, CPU path and fake implementations.
 
-``torch.ops.convfirst.{stem, patch_stem, downsample, normalised_patches}`` are for inference: they have no gradient.
-``downsample_few`` computes what `downsample` does, in a kernel for few rows of y.
+``torch.ops.convfirst.{stem, patch_stem, downsample, normalised_patches, head}`` are for inference: they have no gradient.
 Their CUDA kernels are in csrc/patch; `outside` packs the weights.
 """
 
@@ -140,9 +139,6 @@ def _downsample_fake(x: Tensor, weight: Tensor, *arguments) -> Tensor:
     return _empty_image(x, weight.shape[0], x.shape[2] // 2, x.shape[3] // 2)
 
 
-torch.library.register_fake("convfirst::downsample_few", _downsample_fake)
-
-
 @torch.library.register_fake("convfirst::head")
 def _head_fake(x: Tensor, weight: Tensor, *arguments) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
@@ -163,6 +159,5 @@ def _cpu(name: str, function) -> None:
 _cpu("stem", stem)
 _cpu("patch_stem", patch_stem)
 _cpu("downsample", downsample)
-_cpu("downsample_few", downsample)
 _implementations.impl("head", head, "CPU")
 _implementations.impl("normalised_patches", lambda *arguments: normalised_patches(*arguments).clone(), "CPU")

@@ -54,7 +54,6 @@ STABLE_TORCH_LIBRARY(convfirst, m) {
   m.def("patch_stem_check(" PATCH_STEM_ARGUMENTS ") -> str");
   m.def("downsample(" DOWNSAMPLE_ARGUMENTS ") -> Tensor");
   m.def("downsample_check(" DOWNSAMPLE_ARGUMENTS ") -> str");
-  m.def("downsample_few(" DOWNSAMPLE_ARGUMENTS ") -> Tensor");
   m.def("head(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
   m.def("normalised_patches(Tensor x, float eps, bool has_norm) -> Tensor");
   m.def("patch_refusal(str op, int channels, int columns, int capability, int max_shared_memory) -> str");
@@ -68,7 +67,6 @@ STABLE_TORCH_LIBRARY_IMPL(convfirst, CUDA, m) {
   m.impl("stem", TORCH_BOX(&convfirst::patch::stem));
   m.impl("patch_stem", TORCH_BOX(&convfirst::patch::patch_stem));
   m.impl("downsample", TORCH_BOX(&convfirst::patch::downsample));
-  m.impl("downsample_few", TORCH_BOX(&convfirst::patch::downsample_few));
   m.impl("head", TORCH_BOX(&convfirst::patch::head));
   m.impl("normalised_patches", TORCH_BOX(&convfirst::patch::normalised_patches));
 }

@@ -154,8 +154,6 @@ def test_uncovered_says_what_is():
     assert operators.patch_refusal("downsample", 64, 128, 90, 232448) == ""
     assert operators.patch_refusal("downsample", 96, 192, 90, 232448) == ""
     assert "from 128 to 256 channels" in operators.patch_refusal("downsample", 128, 256, 90, 232448)
-    assert operators.patch_refusal("downsample_few", 128, 256, 90, 232448) == ""
-    assert "from 192 to 384 channels" in operators.patch_refusal("downsample_few", 192, 384, 90, 232448)
 
 
 def test_kernels_that_have_not_run_on_a_gpu_are_asked_for_by_name():

@@ -45,19 +45,6 @@ def test_downsampling_in_one_launch(case, seed):
     assert guards_intact(x)
 
 
-@pytest.mark.parametrize("case", [case for case in patch_cases() if case.kind == "downsample"], ids=str)
-def test_downsampling_of_few_rows(case, seed):
-    """The kernel for few rows, whatever the size."""
-    x, network = patch_inputs(case, seed), module(case, seed + 1).cuda()
-    if outside._uncovered("downsample_few", case.channels, 2 * case.channels, 0):
-        pytest.skip("not covered")
-    truth, network = network(x.double()), network.to(x.dtype)
-    weight, bias, _, eps, has_norm = outside.read_outside(network).pack(x.dtype)
-    result = torch.ops.convfirst.downsample_few(x, weight, bias, eps, has_norm)
-    assert torch.equal(result, torch.ops.convfirst.downsample_few(x, weight, bias, eps, has_norm))
-    assert worst_ratio(result, truth, network(x)) <= 1 and guards_intact(x)
-
-
 @pytest.mark.parametrize("case", [Patch("stem", 64, 2, 33, 40), Patch("downsample", 64, 3, 9, 14)], ids=str)
 def test_portable_kernels_on_this_device(case, seed):
     with ck.force_path("sm80"):

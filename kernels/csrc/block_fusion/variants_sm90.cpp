@@ -2,7 +2,6 @@
 #include <iterator>
 
 #include "latency_row_sm90.h"
-#include "latency_wide_row_sm90.h"
 #include "split_sm90.h"
 #include "tile_sm90.h"
 
@@ -94,7 +93,7 @@ constexpr Variant kVariants[] = {
     SplitRow<192>::row("sm90_split_c192"),       SplitRow<256>::row("sm90_split_c256"),
     SplitLinearRow::row("sm90_split_linear"),
     LatencyRow<64>::row("sm90_latency_c64"),     LatencyRow<128>::row("sm90_latency_c128"),
-    LatencyRow<256>::row("sm90_latency_c256"),   LatencyWideRow::row("sm90_latency_c512", false),
+    LatencyRow<256>::row("sm90_latency_c256"),
 };
 
 }  // namespace

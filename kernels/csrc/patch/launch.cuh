@@ -10,7 +10,6 @@
 #include "patch_stem_fwd_mma.cuh"
 #include "stem_fwd_mma.cuh"
 #if defined(CONVFIRST_PATCH_SM90)
-#include "downsample_few_sm90_mma.cuh"
 #include "downsample_fwd_sm90_wgmma.cuh"
 #endif
 
@@ -154,36 +153,6 @@ int downsample(const Downsample& d, const Device& device, cudaStream_t stream) {
 #endif
 }
 
-#if defined(CONVFIRST_PATCH_SM90)
-template <int kC>
-int launch_downsample_few(const Downsample& d, cudaStream_t stream) {
-  const int height = d.height / 2, width = d.width / 2;
-  DownsampleParams p{};
-  p.d = d;
-  p.rows = d.batch * height * width;
-  p.by_image = divider(height * width), p.by_row = divider(width);
-  const int grid = ceil_divide(p.rows, kFewRows) * (d.columns / kFewColumns);
-  return with_element(d.dtype, [&](auto element) {
-    return start<true>(&sm90::downsample_few_sm90<decltype(element), kC>, grid, kFewThreads, few_bytes<kC>(), stream, p);
-  });
-}
-#endif
-
-template <bool kHopper>
-int downsample_few(const Downsample& d, const Device&, cudaStream_t stream) {
-#if defined(CONVFIRST_PATCH_SM90)
-  if (d.columns % kFewColumns != 0) return kNotCovered;
-  switch (d.channels) {
-    case 64: return launch_downsample_few<64>(d, stream);
-    case 128: return launch_downsample_few<128>(d, stream);
-    case 256: return launch_downsample_few<256>(d, stream);
-    default: return kNotCovered;
-  }
-#else
-  return kNotCovered;
-#endif
-}
-
 template <bool kHopper, int kChunks>
 int launch_gather(const Gather& s, cudaStream_t stream) {
   const int height = s.height / 2, width = s.width / 2;
@@ -235,7 +204,6 @@ Path make_path(const char* name, int min_capability, int max_capability, bool te
           &patch_stem<kHopper>,
           &downsample<kHopper>,
           &gather<kHopper>,
-          &downsample_few<kHopper>,
           &head<kHopper>};
 }
 

@@ -96,8 +96,7 @@ void launch(const Checks& checks, const Tensor& x, int64_t columns, Start start)
   check_cuda(status, checks.op, path->name);
 }
 
-constexpr Checks kStem{"stem"}, kPatchStem{"patch_stem"}, kDownsample{"downsample"}, kDownsampleFew{"downsample_few"}, kHead{"head"},
-    kPatches{"normalised_patches"};
+constexpr Checks kStem{"stem"}, kPatchStem{"patch_stem"}, kDownsample{"downsample"}, kHead{"head"}, kPatches{"normalised_patches"};
 
 struct StemArguments {
   const Tensor &x, &conv1_weight, &norm1_weight, &norm1_bias, &conv2_weight, &conv2_bias, &norm2_weight, &norm2_bias;
@@ -137,31 +136,12 @@ void check_image(const Checks& checks, const Tensor& x) {
   }
 }
 
-void check(const Checks& checks, const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  check_image(checks, x);
-  checks.shape("weight", weight, {-1, 4 * x.size(1)}, "[columns, 2 x 2 x channels]");
-  checks.weight("weight", weight, x, {weight.size(0), 4 * x.size(1)}, "[columns, 2 x 2 x channels]");
-  checks.vector("bias", bias, x, weight.size(0), "[columns]");
-  check_output(checks, x, x.size(2) / 2, x.size(3) / 2, weight.size(0));
-}
-
-using PathFunction = int (*Path::*)(const Downsample&, const Device&, cudaStream_t);
-
-Tensor downsample_by(PathFunction function, const Checks& checks, const Tensor& x, const Tensor& weight, const Tensor& bias, double eps,
-                     bool has_norm) {
-  check(checks, x, weight, bias);
-  checks.cuda("x", x);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const int64_t columns = weight.size(0);
-  const Tensor y = empty_image(x, columns, x.size(2) / 2, x.size(3) / 2);
-  if (y.numel() == 0) return y;
-  const Downsample arguments{x.const_data_ptr(), static_cast<int>(x.size(0)), static_cast<int>(x.size(2)),
-                             static_cast<int>(x.size(3)), static_cast<int>(x.size(1)), static_cast<int>(columns), dtype_of(x),
-                             has_norm, static_cast<float>(eps), weight.const_data_ptr(), floats(bias), y.mutable_data_ptr()};
-  launch(checks, x, columns, [&](const Path& path, const Device& device, cudaStream_t stream) {
-    return (path.*function)(arguments, device, stream);
-  });
-  return y;
+void check(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  check_image(kDownsample, x);
+  kDownsample.shape("weight", weight, {-1, 4 * x.size(1)}, "[columns, 2 x 2 x channels]");
+  kDownsample.weight("weight", weight, x, {weight.size(0), 4 * x.size(1)}, "[columns, 2 x 2 x channels]");
+  kDownsample.vector("bias", bias, x, weight.size(0), "[columns]");
+  check_output(kDownsample, x, x.size(2) / 2, x.size(3) / 2, weight.size(0));
 }
 
 }  // namespace
@@ -203,11 +183,19 @@ Tensor patch_stem(const Tensor& x, const Tensor& weight, const Tensor& bias, con
 }
 
 Tensor downsample(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, bool has_norm) {
-  return downsample_by(&Path::downsample, kDownsample, x, weight, bias, eps, has_norm);
-}
-
-Tensor downsample_few(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, bool has_norm) {
-  return downsample_by(&Path::downsample_few, kDownsampleFew, x, weight, bias, eps, has_norm);
+  check(x, weight, bias);
+  kDownsample.cuda("x", x);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const int64_t columns = weight.size(0);
+  const Tensor y = empty_image(x, columns, x.size(2) / 2, x.size(3) / 2);
+  if (y.numel() == 0) return y;
+  const Downsample arguments{x.const_data_ptr(), static_cast<int>(x.size(0)), static_cast<int>(x.size(2)),
+                             static_cast<int>(x.size(3)), static_cast<int>(x.size(1)), static_cast<int>(columns), dtype_of(x),
+                             has_norm, static_cast<float>(eps), weight.const_data_ptr(), floats(bias), y.mutable_data_ptr()};
+  launch(kDownsample, x, columns, [&](const Path& path, const Device& device, cudaStream_t stream) {
+    return path.downsample(arguments, device, stream);
+  });
+  return y;
 }
 
 Tensor normalised_patches(const Tensor& x, double eps, bool has_norm) {
@@ -260,7 +248,7 @@ std::string patch_stem_check(const Tensor& x, const Tensor& weight, const Tensor
 }
 
 std::string downsample_check(const Tensor& x, const Tensor& weight, const Tensor& bias, double, bool) {
-  check(kDownsample, x, weight, bias);
+  check(x, weight, bias);
   return describe("downsample", x, weight.size(0));
 }
 
@@ -299,12 +287,6 @@ std::string refusal(const std::string& op, int64_t channels, int64_t columns, in
     return "it goes from " + std::to_string(channels) + " to " + std::to_string(columns) +
            " channels; supported are 32, 64 and, on compute capability 9.0, 96 to twice as many";
   }
-  if (op == "downsample_few") {
-    if (!hopper) return "it needs compute capability 9.0";
-    if ((channels == 64 || channels == 128 || channels == 256) && columns % 16 == 0) return "";
-    return "it goes from " + std::to_string(channels) + " to " + std::to_string(columns) +
-           " channels; supported are 64, 128 and 256 to a multiple of 16";
-  }
   if (op == "head") {
     if (channels == 256 || channels == 512 || channels == 768 || channels == 1024) return "";
     return "it has " + std::to_string(channels) + " channels; supported are 256, 512, 768 and 1024";
@@ -313,7 +295,7 @@ std::string refusal(const std::string& op, int64_t channels, int64_t columns, in
     if (channels % 8 == 0 && channels >= 8 && channels <= kGatherWidest) return "";
     return "it has " + std::to_string(channels) + " channels; supported are multiples of 8 up to " + std::to_string(kGatherWidest);
   }
-  throw std::runtime_error("refusal: op is '" + op + "'; known are 'stem', 'patch_stem', 'downsample', 'downsample_few', 'head' and 'normalised_patches'");
+  throw std::runtime_error("refusal: op is '" + op + "'; known are 'stem', 'patch_stem', 'downsample', 'head' and 'normalised_patches'");
 }
 
 }  // namespace convfirst::patch

@@ -17,9 +17,6 @@ Tensor patch_stem(const Tensor& x, const Tensor& weight, const Tensor& bias, con
 
 Tensor downsample(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, bool has_norm);
 
-// The same, made for few rows of y.
-Tensor downsample_few(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, bool has_norm);
-
 Tensor head(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps);
 
 Tensor normalised_patches(const Tensor& x, double eps, bool has_norm);
@@ -34,7 +31,7 @@ std::string patch_stem_check(const Tensor& x, const Tensor& weight, const Tensor
 
 std::string downsample_check(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, bool has_norm);
 
-// Why no kernel of this build computes operator `op` ("stem", "patch_stem", "downsample", "downsample_few", "head", "normalised_patches") of such channels on
+// Why no kernel of this build computes operator `op` ("stem", "patch_stem", "downsample", "head", "normalised_patches") of such channels on
 // a device of such a capability and shared memory; "" where one does.
 std::string refusal(const std::string& op, int64_t channels, int64_t columns, int64_t capability, int64_t max_shared_memory);
 

@@ -102,7 +102,6 @@ struct Path {
   int (*patch_stem)(const PatchStem&, const Device&, cudaStream_t);
   int (*downsample)(const Downsample&, const Device&, cudaStream_t);
   int (*gather)(const Gather&, const Device&, cudaStream_t);
-  int (*downsample_few)(const Downsample&, const Device&, cudaStream_t);
   int (*head)(const Head&, const Device&, cudaStream_t);
 };
 

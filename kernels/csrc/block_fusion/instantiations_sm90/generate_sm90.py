@@ -56,10 +56,6 @@ def sources():
             rows = [f"template struct LatencyKernel<{name}>;" for name in traits]
             yield f"latency_sm90_c{width}_{dtype[1:].lower()}.cu", "launch_latency_sm90.cuh", "\n".join(rows)
     for dtype in DTYPES:
-        traits = (f"LatencyWideTraits<DType::{dtype}, Activation::{activation}>" for activation in ACTIVATIONS)
-        rows = [f"template struct LatencyWideKernel<{name}>;" for name in traits]
-        yield f"latency_sm90_c512_{dtype[1:].lower()}.cu", "launch_latency_wide_sm90.cuh", "\n".join(rows)
-    for dtype in DTYPES:
         for tile in EXPAND_TILES:
             traits = (f"LinearTraits<DType::{dtype}, Layer::kExpand, Activation::{a}, {tile}>" for a in ACTIVATIONS)
             rows = [f"template struct LinearKernel<{name}>;" for name in traits]
