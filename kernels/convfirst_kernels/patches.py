@@ -1,7 +1,7 @@
 """What lies between a network's residual blocks, as operators: definitions, CPU path and fake implementations.
 
-``torch.ops.convfirst.{stem, patch_stem, downsample, normalised_patches, head}`` are for inference: they have no gradient.
-Their CUDA kernels are in csrc/patch; `outside` packs the weights.
+``torch.ops.convfirst.{stem, patch_stem, downsample, normalised_patches, head}`` are for inference: they have no
+gradient. Their CUDA kernels are in csrc/patch; `outside` packs the weights.
 """
 
 import torch
