@@ -53,7 +53,7 @@ struct GemmTile {
   constexpr int shared_bytes() const { return slots() * slot_bytes() + bias_bytes() + kBarrierBytes; }
 };
 
-constexpr GemmTile kGemmTiles[] = {{3, 1, 128, 2}, {2, 1, 128, 2}, {3, 1, 192, 1}, {2, 2, 128, 1}, {2, 1, 256, 1}, {3, 1, 64, 2}};
+constexpr GemmTile kGemmTiles[] = {{3, 1, 128, 2}, {2, 1, 128, 2}, {3, 1, 192, 1}, {2, 2, 128, 1}, {2, 1, 256, 1}, {3, 1, 64, 2}, {3, 1, 96, 2}};
 constexpr int kGemmTileCount = sizeof(kGemmTiles) / sizeof(kGemmTiles[0]);
 
 struct GemmPlan {

@@ -3,6 +3,7 @@
 
 #include "dgrad_sm90.h"
 #include "first_layer_sm90.h"
+#include "first_layer_wgrad_sm90.h"
 #include "launch_sm90.h"
 #include "wgrad_sm90.h"
 
@@ -110,33 +111,52 @@ struct DgradRow {
   static constexpr Variant row() { return {"sm90_dgrad", 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
-// kAhead: the producer's divisions are made once a piece; has not run on a GPU.
-template <bool kAhead>
+template <int kTile>
 struct WgradRow {
   static bool supports(const Problem& q, const Device& d) { return wgrad_supports(q) && d.max_shared_memory >= kWgradSharedMemory; }
   static Config configure(const Problem& q, const Device& d) {
-    const WgradPlan plan = plan_wgrad(q, d);
-    const WgradTile& t = kWgradTiles[plan.tile];
+    const WgradPlan plan = plan_wgrad_tile(q, d, kTile);
+    const WgradTile& t = kWgradTiles[kTile];
     Config c{};
-    c.tile_pixels = kWgradPixels, c.hidden_chunk = t.columns(), c.stages = t.slots(), c.threads = t.threads(), c.grid = plan.grid;
-    c.shared_memory = t.shared_bytes(), c.launches = 1 + (plan.grid > 1), c.workspace = plan.workspace, c.multiprocessors = d.multiprocessors;
+    c.tile_pixels = kWgradPixels, c.hidden_chunk = t.columns, c.stages = t.slots(), c.threads = t.threads(), c.grid = plan.grid;
+    c.shared_memory = t.shared_bytes(), c.launches = 1 + (plan.units > 0), c.workspace = plan.workspace, c.multiprocessors = d.multiprocessors;
     return c;
   }
-  static double cost(const Problem& q, const Device& d, const Config&) { return plan_wgrad(q, d).cost; }
+  static double cost(const Problem& q, const Device& d, const Config&) { return plan_wgrad_tile(q, d, kTile).cost; }
   static int launch(const Problem& q, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
-    return launch_wgrad(q, t, device_of(c), kAhead, workspace, stream);
+    return launch_wgrad(q, t, plan_wgrad_tile(q, device_of(c), kTile), workspace, stream);
   }
-  static const void* kernel(const Problem& q) { return wgrad_kernel(q, {90, 132, kSharedMemory}, kAhead); }
-  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, !kAhead}; }
+  static const void* kernel(const Problem& q) { return wgrad_kernel(q.dtype, kTile, wgrad_panel(q.channels)); }
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel}; }
+};
+
+struct FirstWgradRow {
+  static bool supports(const Problem& q, const Device& d) { return first_wgrad_supports(q, d); }
+  static Config configure(const Problem& q, const Device& d) {
+    const FirstWgradPlan plan = plan_first_wgrad(q, d);
+    Config c{};
+    c.tile_pixels = 64, c.hidden_chunk = kFirstWgradColumns, c.stages = plan.slots, c.threads = kFirstWgradThreads, c.grid = plan.groups * plan.sharers;
+    c.shared_memory = plan.shared_memory, c.launches = 3, c.workspace = plan.workspace, c.multiprocessors = d.multiprocessors;
+    return c;
+  }
+  static double cost(const Problem& q, const Device& d, const Config&) { return plan_first_wgrad(q, d).cost; }
+  static int launch(const Problem& q, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
+    return launch_first_wgrad(q, t, plan_first_wgrad(q, device_of(c)), workspace, stream);
+  }
+  static const void* kernel(const Problem& q) { return first_wgrad_kernel(q.dtype); }
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
 constexpr Variant kTable[] = {
     GemmRow<0>::row("sm90_gemm_192x128"), GemmRow<1>::row("sm90_gemm_128x128"), GemmRow<2>::row("sm90_gemm_192x192"),
     GemmRow<3>::row("sm90_gemm_256x128"), GemmRow<4>::row("sm90_gemm_128x256"), GemmRow<5>::row("sm90_gemm_192x64"),
+    GemmRow<6>::row("sm90_gemm_192x96"),
     FirstRow<true>::row("sm90_first_layer"), FirstRow<false>::row("sm90_first_layer_any"), DgradRow::row(),
-    WgradRow<false>::row("sm90_wgrad"), WgradRow<true>::row("sm90_wgrad_ahead"),
+    WgradRow<0>::row("sm90_wgrad_256x192"), WgradRow<1>::row("sm90_wgrad_192x192"), WgradRow<2>::row("sm90_wgrad_192x128"),
+    WgradRow<3>::row("sm90_wgrad_128x256"), WgradRow<4>::row("sm90_wgrad_256x128"),
+    FirstWgradRow::row("sm90_first_layer_wgrad"),
 };
-static_assert(std::size(kTable) == kGemmTileCount + 5);
+static_assert(std::size(kTable) == kGemmTileCount + kWgradTileCount + 4);
 
 }  // namespace
 }  // namespace sm90
