@@ -111,8 +111,9 @@ def plan_of(case: tuple, dtype: torch.dtype, direction: str = "forward", path: s
     return plan_direct((n, c, h, w), (k, c, r, s), *case[7:10], **options)
 
 
-def variants() -> list[str]:
-    return [row["name"] for row in plan_direct((1, 64, 8, 8), (64, 64, 3, 3), device="h100")["candidates"]]
+def variants(part: str = "") -> list[str]:
+    rows = plan_direct((1, 64, 8, 8), (64, 64, 3, 3), device="h100")["candidates"]
+    return [row["name"] for row in rows if part in row["name"]]
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
@@ -147,6 +148,49 @@ def test_gradients(case, dtype, path, seed):
     with ck.force_path(path):
         check(lambda: ops.direct_conv2d_dgrad(dy, weight, *size, *flat(case)), truths[0], peers[0])
         check(lambda: ops.direct_conv2d_wgrad(dy, x, *kernel, *flat(case)), truths[1], peers[1])
+
+
+# Large enough for whole rounds of tiles and for tiles that many blocks share.
+LARGE = [
+    (40, 128, 14, 14, 512, 3, 3, (1, 1), (1, 1), (1, 1), "none"),
+    (64, 96, 16, 16, 192, 5, 5, (1, 1), (0, 0), (1, 1), "none"),
+    (2, 1024, 7, 7, 1024, 3, 3, (1, 1), (1, 1), (1, 1), "none"),
+    (24, 3, 99, 99, 96, 11, 11, (4, 4), (0, 0), (1, 1), "none"),
+]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("variant", variants("wgrad"))
+def test_each_weight_gradient_variant(variant, dtype, seed):
+    """Every row of the planner's table on what it covers, chosen by the planner or not."""
+    options = {"direction": "wgrad", "path": variant}
+    covered = [case for case in CASES + LARGE if plan_of(case, dtype, **options)["chosen"]]
+    assert covered or variant.startswith("sm90"), variant
+    if not covered:
+        pytest.skip(f"{variant} covers no case on this device")
+    with ck.force_path(variant):
+        for case in covered:
+            x, weight, _ = inputs(case, dtype, seed)
+            dy = torch.randn_like(F.conv2d(x, weight, None, *case[7:10])).contiguous(memory_format=torch.channels_last)
+            arguments = (None, *([*pair] for pair in case[7:10]), False, [0, 0], 1, [False, True, False])
+            truth = torch.ops.aten.convolution_backward(dy.double(), x.double(), weight.double(), *arguments)[1]
+            peer = torch.ops.aten.convolution_backward(dy, x, weight, *arguments)[1]
+            check(lambda: torch.ops.convfirst.direct_conv2d_wgrad(dy, x, *case[5:7], *flat(case)), truth, peer)  # noqa: B023
+            assert guards_intact(x), "wrote around its input"
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", [(128, 256, 512, 12), (128, 384, 256, 13), (64, 96, 256, 24)], ids=str)
+def test_input_gradient_of_large_batches(shape, dtype, seed):
+    """Where full rounds of tiles and the rest go to two launches, and where tiles have 96 columns."""
+    n, c, k, size = shape
+    case = (n, c, size, size, k, 3, 3, (1, 1), (1, 1), (1, 1), "none")
+    x, weight, _ = inputs(case, dtype, seed)
+    dy = torch.randn_like(F.conv2d(x, weight, None, *case[7:10])).contiguous(memory_format=torch.channels_last)
+    arguments = (None, *([*pair] for pair in case[7:10]), False, [0, 0], 1, [True, False, False])
+    truth = torch.ops.aten.convolution_backward(dy.double(), x.double(), weight.double(), *arguments)[0]
+    peer = torch.ops.aten.convolution_backward(dy, x, weight, *arguments)[0]
+    check(lambda: torch.ops.convfirst.direct_conv2d_dgrad(dy, weight, size, size, *flat(case)), truth, peer)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[13]], ids=str)

@@ -1,5 +1,5 @@
-// The input gradient on Hopper as implicit matrix products of the output's gradient with transposed filters: one for each phase of
-// the stride, since the input pixels of a phase meet the same taps.
+// The input gradient on Hopper as implicit matrix products of the output's gradient with the filters, read transposed: one for each phase of
+// the stride, since the input pixels of a phase meet the same taps; one or two launches each, so that the last round of tiles is full.
 #pragma once
 
 #include "implicit_gemm_sm90.h"
@@ -22,7 +22,7 @@ inline bool dgrad_supports(const Problem& q) {
   return (q.stride_h == 1 || q.dilation_h == 1) && (q.stride_w == 1 || q.dilation_w == 1) && q.channels % 8 == 0 && q.filters % 8 == 0;
 }
 
-inline GemmProblem dgrad_problem(const Problem& q, int phase_h, int phase_w, const Phase& h, const Phase& w) {
+inline GemmProblem dgrad_problem(const Problem& q, const Phase& h, const Phase& w) {
   GemmProblem g{};
   g.batch = q.batch, g.height = q.out_h(), g.width = q.out_w(), g.channels = q.filters;
   g.out_h = h.positions, g.out_w = w.positions, g.filters = q.channels;
@@ -31,8 +31,42 @@ inline GemmProblem dgrad_problem(const Problem& q, int phase_h, int phase_w, con
   g.y_stride_q = int64_t{q.stride_w} * q.channels, g.y_stride_p = int64_t{q.stride_h} * q.width * q.channels;
   g.y_stride_n = int64_t{q.height} * q.width * q.channels;
   g.dtype = q.dtype, g.activation = Activation::kNone;
-  (void)phase_h, (void)phase_w;
+  g.transposed = true, g.w_taps = q.taps();
+  const int step_h = q.stride_h, step_w = q.stride_w;  // of the taps that a phase meets; 1 where the stride is
+  g.w_first = (h.first + (h.taps - 1) * step_h) * q.kernel_w + w.first + (w.taps - 1) * step_w;
+  g.w_step_r = -step_h * q.kernel_w, g.w_step_s = -step_w;
   return g;
+}
+
+// The first images by one plan, the rest, if any, by another.
+struct DgradPlan {
+  GemmProblem first_problem, rest_problem;
+  GemmPlan first, rest;
+  double cost() const { return first.cost + (rest_problem.batch > 0 ? rest.cost : 0); }
+};
+
+// Images that full rounds of a tile hold go first where a smaller tile then wastes less on the others.
+inline DgradPlan plan_dgrad(const GemmProblem& g, const Device& device) {
+  constexpr double kLeastGain = 0.97;
+  DgradPlan best{g, g, plan_gemm(g, device), {}};
+  best.rest_problem.batch = 0;
+  if (best.first.grid == 0) return best;
+  const double whole = best.first.cost;
+  for (int i = 0; i < kGemmTileCount; ++i) {
+    if (!tile_supports(g, i)) continue;
+    const GemmTile& t = kGemmTiles[i];
+    const int64_t columns = (g.filters + t.columns - 1) / t.columns, pixels = int64_t{g.out_h} * g.out_w;
+    for (int rounds = 1;; ++rounds) {
+      const int64_t images = rounds * device.multiprocessors / columns * t.rows() / pixels;
+      if (images >= g.batch || rounds > 16) break;
+      if (images == 0) continue;
+      DgradPlan plan{g, g, {}, {}};
+      plan.first_problem.batch = images, plan.rest_problem.batch = g.batch - images;
+      plan.first = plan_gemm_tile(plan.first_problem, device, i), plan.rest = plan_gemm(plan.rest_problem, device);
+      if (plan.cost() < std::min(kLeastGain * whole, best.cost())) best = plan;
+    }
+  }
+  return best;
 }
 
 // function(phase_h, phase_w, h, w) of every phase that has pixels.

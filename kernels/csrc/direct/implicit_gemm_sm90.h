@@ -22,6 +22,9 @@ struct GemmProblem {
   int64_t y_stride_n, y_stride_p, y_stride_q;  // elements
   DType dtype;
   Activation activation;
+  // Filters that lie transposed, w[channels, w_taps, filters]: tap (r, s) is w_first + r w_step_r + s w_step_s of them. No bias, no activation.
+  bool transposed;
+  int w_taps, w_first, w_step_r, w_step_s;
 
   constexpr int64_t pixels() const { return batch * out_h * out_w; }
   constexpr int taps() const { return kernel_h * kernel_w; }
@@ -29,7 +32,7 @@ struct GemmProblem {
 
 struct GemmTensors {
   const void* x;      // [batch, height, width, channels]
-  const void* w;      // [filters, kernel_h, kernel_w, channels]
+  const void* w;      // [filters, kernel_h, kernel_w, channels], or transposed as GemmProblem says
   const float* bias;  // [filters] or nullptr
   void* y;
 };
@@ -68,8 +71,9 @@ struct GemmPlan {
 };
 
 // Compile-time description of one kernel.
-template <DType kDType_, int kTile_>
+template <DType kDType_, int kTile_, bool kTransposed_ = false>
 struct GemmTraits {
+  static constexpr bool kTransposed = kTransposed_;
   static constexpr DType kDType = kDType_;
   static constexpr GemmTile kTile = kGemmTiles[kTile_];
   static constexpr int kWarpgroups = kTile.warpgroups, kBands = kTile.bands, kColumns = kTile.columns, kSets = kTile.sets;
@@ -77,6 +81,7 @@ struct GemmTraits {
   static constexpr int kSlots = kTile.slots(), kSlotBytes = kTile.slot_bytes(), kABytes = kRows * kDepth * 2;
   static constexpr int kBiasOffset = kSlots * kSlotBytes, kBarrierOffset = kBiasOffset + kTile.bias_bytes();
   static constexpr int kThreads = kTile.threads();
+  static constexpr int kWPanel = kColumns % 64 == 0 ? 64 : 32, kWPanelBytes = kDepth * kWPanel * 2;  // of transposed filters
   // No more in all than the launch gave, or the consumers wait for registers for ever.
   static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
@@ -143,11 +148,13 @@ inline GemmPlan plan_gemm_tile(const GemmProblem& q, const Device& device, int i
   plan.shared_memory = t.shared_bytes();
   plan.threads = t.threads();
   // Measured on an H200 (NOTES.md): large tiles ask less of shared memory and L2 and so leave the tensor cores a higher clock.
-  const double area = t.rows() * t.columns, rate = t.columns == 192 ? 0.93 : area >= 256 * 128 ? 1.09 : area >= 128 * 128 ? 1.0 : 0.82;
+  const double area = t.rows() * t.columns, rate = t.columns == 192 ? 1.05 : area >= 256 * 128 ? 1.09 : area >= 128 * 128 ? 1.0 : 0.82;
   // Narrow panels take as many copies more, and then those bind.
   const double copies = plan.panel == 64 ? 0 : 900.0 * 32 / plan.panel;
   const double slice = std::max(area * kDepth / 2048.0 / rate, copies), epilogue = 2000.0 * t.columns / 128;
-  const double clocks = plan.rounds * (plan.steps * slice + (t.sets == 1 ? t.bands * epilogue : 0)) + epilogue + 3000;
+  // A tile's first slices are waited for, and with one set of sums its last ones too.
+  const double tile_clocks = plan.steps * slice + (t.sets == 1 ? t.bands * epilogue + 1500 : 4000);
+  const double clocks = plan.rounds * tile_clocks + epilogue + 3000;
   plan.cost = kFixedMicroseconds + clocks / kClockMhz;
   return plan;
 }

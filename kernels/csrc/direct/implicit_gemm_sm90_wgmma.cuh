@@ -19,10 +19,13 @@
 //
 //   W's rows are permuted on their way into shared memory (by the tensor map), so that the 16 sums that a thread has of 32
 //   columns, (row, 8 j + 2 q + i) for j < 4, i < 2 and its q = lane % 4, are the 8 neighbouring columns 8 q + 2 j + i of two rows.
+//
+//   kTransposed, the input gradient: filters lie with the depth as rows, as the forward pass has them, and wgmma transposes them (MN-major).
+//   Their columns cannot be permuted on the way, so four lanes exchange their results.
 #pragma once
 
 #include "common/activation.cuh"
-#include "common/sm90.cuh"
+#include "common/sm90_mn_major.cuh"
 #include "implicit_gemm_sm90.h"
 
 namespace convfirst::direct::sm90 {
@@ -37,6 +40,7 @@ struct GemmParams {
   int out_w, out_hw, kernel_w, taps;
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int channels, panel;
+  int w_first, w_step_r, w_step_s;  // taps of transposed filters
   bool merged;                     // W's tensor map: depth is one dimension
   bool dense;                      // y's pixels lie one after another
   int y_stride_n, y_stride_p, y_stride_q;
@@ -74,6 +78,14 @@ struct GemmProducer {
   char* smem;
   GemmBarriers& bar;
 
+  __device__ __forceinline__ void load_transposed(TransactionBarrier* full, char* to, const Panel& at, int c, int column) const {
+    const int tap = c < p.channels ? p.w_first + at.r * p.w_step_r + at.s * p.w_step_s : 0;
+#pragma unroll
+    for (int i = 0; i < Traits::kColumns / Traits::kWPanel; ++i) {
+      cute::SM90_TMA_LOAD_3D::copy(&w_map, barrier_pointer(full), kEvictLast, to + i * Traits::kWPanelBytes, column + i * Traits::kWPanel, tap, c);
+    }
+  }
+
   // Past the last tap both operands are zeros: channels beyond the last.
   __device__ __forceinline__ void load_panel(TransactionBarrier* full, char* slot, int i, const Panel& at, int n, int h, int w, int column) const {
     const bool valid = at.tap < p.taps;
@@ -81,6 +93,10 @@ struct GemmProducer {
     char* a = slot + i * Traits::kRows * p.panel * 2;
     cute::SM90_TMA_LOAD_IM2COL_4D::copy(&x_map, barrier_pointer(full), a, c, w, h, n, static_cast<uint16_t>(valid ? at.s * p.dilation_w : 0),
                                         static_cast<uint16_t>(valid ? at.r * p.dilation_h : 0));
+    if constexpr (Traits::kTransposed) {
+      load_transposed(full, slot + Traits::kABytes + i * p.panel * Traits::kWPanel * 2, at, valid ? c : p.channels, column);
+      return;
+    }
     char* b = slot + Traits::kABytes + i * Traits::kColumns * p.panel * 2;
     if (p.merged) {
       const int depth = valid ? tap * p.channels + c : p.taps * p.channels;
@@ -176,15 +192,20 @@ struct GemmConsumer {
     if (!ready) bar.full[slot].wait(phase);
     const uint32_t address = smem_address(smem) + slot * Traits::kSlotBytes;
     const uint64_t a = layout.high | ((address & 0x3FFFF) >> 4) ;
-    const uint64_t w = layout.high | (((address + Traits::kABytes) & 0x3FFFF) >> 4);
+    const uint64_t w = Traits::kTransposed ? mn_descriptor<2 * Traits::kWPanel>(address + Traits::kABytes, Traits::kWPanelBytes)
+                                           : layout.high | (((address + Traits::kABytes) & 0x3FFFF) >> 4);
     const int band = 64 * p.panel * 2 >> 4;
     cute::warpgroup_arrive();
 #pragma unroll
     for (int k = 0; k < kDepth / 16; ++k) {
 #pragma unroll
       for (int i = 0; i < Traits::kBands; ++i) {
-        wgmma_ss<Element, Traits::kColumns>(sums[i], a + (warpgroup * Traits::kBands + i) * band + layout.a[k], w + layout.b[k],
-                                            accumulate || k > 0);
+        const uint64_t a_k = a + (warpgroup * Traits::kBands + i) * band + layout.a[k];
+        if constexpr (Traits::kTransposed) {
+          wgmma_ss_major<Element, Traits::kColumns, Major::K, Major::MN>(sums[i], a_k, w + (k * 16 * Traits::kWPanel * 2 >> 4), accumulate || k > 0);
+        } else {
+          wgmma_ss<Element, Traits::kColumns>(sums[i], a_k, w + layout.b[k], accumulate || k > 0);
+        }
       }
     }
     cute::warpgroup_commit_batch();
@@ -225,9 +246,36 @@ struct GemmConsumer {
     return p.activation == Activation::kSilu ? silu(v) : gelu(v);
   }
 
+  // Four lanes with pairs 8 j + 2 lane, + 1 for j < 4 of a row's 32 columns: each gets the four of columns 8 lane to 8 lane + 7.
+  __device__ __forceinline__ void exchange(uint32_t (&v)[4]) const {
+#pragma unroll
+    for (int distance = 1; distance <= 2; distance *= 2) {
+      const bool upper = lane & distance;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int low = distance == 1 ? 2 * i : i, high = low + distance;
+        const uint32_t received = __shfl_xor_sync(0xffffffffu, upper ? v[low] : v[high], distance);
+        (upper ? v[low] : v[high]) = received;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_transposed(const float* s, const Result& result, int band, int block) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      uint32_t v[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) v[j] = pack2<Element>(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]);
+      exchange(v);
+      if (result.offset[band][r] < 0 || 32 * block >= result.columns_left) continue;
+      *reinterpret_cast<uint4*>(static_cast<Element*>(p.y) + result.offset[band][r] + 32 * block) = make_uint4(v[0], v[1], v[2], v[3]);
+    }
+  }
+
   // 32 columns. This thread has sums of 8 neighbouring columns 2 j + i of two rows r, at 4 j + 2 r + i.
   __device__ __forceinline__ void store_block(const float* sums, const Result& result, int band, int block) const {
     const float* s = sums + 16 * block;
+    if constexpr (Traits::kTransposed) return store_transposed(s, result, band, block);
     float bias[8];
     load_bias(bias, result.buffer, block);
 #pragma unroll

@@ -7,23 +7,25 @@
 
 namespace convfirst::direct::sm90 {
 
-template <DType kDType, int kTile = 0, class Function>
+template <DType kDType, bool kTransposed, int kTile = 0, class Function>
 auto with_tile(int tile, Function function) {
   if constexpr (kTile + 1 == kGemmTileCount) {
-    return function(GemmKernel<GemmTraits<kDType, kTile>>{});
+    return function(GemmKernel<GemmTraits<kDType, kTile, kTransposed>>{});
   } else {
-    return tile == kTile ? function(GemmKernel<GemmTraits<kDType, kTile>>{}) : with_tile<kDType, kTile + 1>(tile, function);
+    return tile == kTile ? function(GemmKernel<GemmTraits<kDType, kTile, kTransposed>>{}) : with_tile<kDType, kTransposed, kTile + 1>(tile, function);
   }
 }
 
 template <DType kDType>
 int Kernels<kDType>::gemm(const GemmProblem& q, const GemmTensors& t, const GemmPlan& plan, cudaStream_t stream) {
-  return with_tile<kDType>(plan.tile, [&](auto kernel) { return kernel.launch(q, t, plan, stream); });
+  const auto launch = [&](auto kernel) { return kernel.launch(q, t, plan, stream); };
+  return q.transposed ? with_tile<kDType, true>(plan.tile, launch) : with_tile<kDType, false>(plan.tile, launch);
 }
 
 template <DType kDType>
-const void* Kernels<kDType>::gemm_kernel(int tile) {
-  return with_tile<kDType>(tile, [](auto kernel) { return kernel.kernel(); });
+const void* Kernels<kDType>::gemm_kernel(int tile, bool transposed) {
+  const auto address = [](auto kernel) { return kernel.kernel(); };
+  return transposed ? with_tile<kDType, true>(tile, address) : with_tile<kDType, false>(tile, address);
 }
 
 template <DType kDType>

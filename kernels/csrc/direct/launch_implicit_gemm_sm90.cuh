@@ -10,9 +10,13 @@ namespace convfirst::direct::sm90 {
 template <class Traits>
 int GemmKernel<Traits>::launch(const GemmProblem& q, const GemmTensors& t, const GemmPlan& plan, cudaStream_t stream) {
   CUtensorMap x_map, w_map;
-  if (!encode_im2col_map(&x_map, q, t.x, Traits::kRows, plan.panel) || !encode_filter_map(&w_map, q, t.w, Traits::kColumns, plan.panel)) {
-    return cudaErrorInvalidValue;
-  }
+  const auto encode_filters = [&] {
+    if constexpr (!Traits::kTransposed) return encode_filter_map(&w_map, q, t.w, Traits::kColumns, plan.panel);
+    const int64_t k = q.filters;
+    return encode_tiled_map<3>(&w_map, q.dtype, t.w, {k, q.w_taps, q.channels}, {k, k * q.w_taps}, {Traits::kWPanel, 1, plan.panel},
+                               map_swizzle(Traits::kWPanel));
+  };
+  if (!encode_im2col_map(&x_map, q, t.x, Traits::kRows, plan.panel) || !encode_filters()) return cudaErrorInvalidValue;
   GemmParams p{};
   p.y = t.y, p.bias = t.bias;
   p.pixels = static_cast<int>(q.pixels()), p.filters = q.filters;
@@ -21,6 +25,7 @@ int GemmKernel<Traits>::launch(const GemmProblem& q, const GemmTensors& t, const
   p.stride_h = q.stride_h, p.stride_w = q.stride_w, p.pad_h = q.pad_h, p.pad_w = q.pad_w;
   p.dilation_h = q.dilation_h, p.dilation_w = q.dilation_w;
   p.channels = q.channels, p.panel = plan.panel, p.merged = merged_filters(q, plan.panel);
+  p.w_first = q.w_first, p.w_step_r = q.w_step_r, p.w_step_s = q.w_step_s;
   p.dense = q.y_stride_q == q.filters && q.y_stride_p == q.y_stride_q * q.out_w && q.y_stride_n == q.y_stride_p * q.out_h;
   p.y_stride_n = static_cast<int>(q.y_stride_n), p.y_stride_p = static_cast<int>(q.y_stride_p), p.y_stride_q = static_cast<int>(q.y_stride_q);
   p.activation = q.activation;

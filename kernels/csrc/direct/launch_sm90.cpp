@@ -11,8 +11,8 @@ int launch_first(const Problem& q, const Tensors& t, const FirstPlan& plan, void
   return q.dtype == DType::kHalf ? Kernels<DType::kHalf>::first(q, t, plan, workspace, stream) : Kernels<DType::kBFloat16>::first(q, t, plan, workspace, stream);
 }
 
-const void* gemm_kernel(DType dtype, int tile) {
-  return dtype == DType::kHalf ? Kernels<DType::kHalf>::gemm_kernel(tile) : Kernels<DType::kBFloat16>::gemm_kernel(tile);
+const void* gemm_kernel(DType dtype, int tile, bool transposed) {
+  return dtype == DType::kHalf ? Kernels<DType::kHalf>::gemm_kernel(tile, transposed) : Kernels<DType::kBFloat16>::gemm_kernel(tile, transposed);
 }
 
 const void* first_kernel(DType dtype, int columns) {

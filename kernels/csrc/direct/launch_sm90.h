@@ -11,11 +11,11 @@ namespace convfirst::direct::sm90 {
 // Each returns cudaError_t as int and never synchronises.
 int launch_gemm(const GemmProblem&, const GemmTensors&, const GemmPlan&, cudaStream_t);
 int launch_first(const Problem&, const Tensors&, const FirstPlan&, void* workspace, cudaStream_t);
-int launch_dgrad(const Problem&, const Tensors&, const Device&, void* workspace, cudaStream_t);
+int launch_dgrad(const Problem&, const Tensors&, const Device&, cudaStream_t);
 int launch_wgrad(const Problem&, const Tensors&, const WgradPlan&, void* workspace, cudaStream_t);
 int launch_first_wgrad(const Problem&, const Tensors&, const FirstWgradPlan&, void* workspace, cudaStream_t);
 
-const void* gemm_kernel(DType dtype, int tile);
+const void* gemm_kernel(DType dtype, int tile, bool transposed);
 const void* first_kernel(DType dtype, int columns);
 const void* wgrad_kernel(DType dtype, int tile, int panel);
 const void* first_wgrad_kernel(DType dtype);
@@ -25,7 +25,7 @@ template <DType kDType>
 struct Kernels {
   static int gemm(const GemmProblem&, const GemmTensors&, const GemmPlan&, cudaStream_t);
   static int first(const Problem&, const Tensors&, const FirstPlan&, void* workspace, cudaStream_t);
-  static const void* gemm_kernel(int tile);
+  static const void* gemm_kernel(int tile, bool transposed);
   static const void* first_kernel(int columns);
 };
 

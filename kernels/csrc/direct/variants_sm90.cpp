@@ -47,7 +47,7 @@ struct GemmRow {
     const GemmProblem g = forward_problem(q);
     return launch_gemm(g, {t.x, t.weight, t.bias, t.result}, plan_gemm_tile(g, device_of(c), kTile), stream);
   }
-  static const void* kernel(const Problem& q) { return gemm_kernel(q.dtype, kTile); }
+  static const void* kernel(const Problem& q) { return gemm_kernel(q.dtype, kTile, false); }
   static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
@@ -78,9 +78,9 @@ struct DgradRow {
   static bool supports(const Problem& q, const Device& d) {
     if (q.direction != Direction::kDgrad || q.dtype == DType::kFloat || !dgrad_supports(q)) return false;
     bool all = true;
-    for_each_phase(q, [&](int a, int b, const Phase& h, const Phase& w) {
+    for_each_phase(q, [&](int, int, const Phase& h, const Phase& w) {
       if (h.taps == 0 || w.taps == 0) return;
-      const GemmProblem g = dgrad_problem(q, a, b, h, w);
+      const GemmProblem g = dgrad_problem(q, h, w);
       all = all && gemm_supports(g) && plan_gemm(g, d).grid > 0;
     });
     return all;
@@ -88,26 +88,26 @@ struct DgradRow {
   static Config configure(const Problem& q, const Device& d) {
     Config c{};
     int launches = 0;
-    for_each_phase(q, [&](int a, int b, const Phase& h, const Phase& w) {
+    for_each_phase(q, [&](int, int, const Phase& h, const Phase& w) {
       if (h.taps == 0 || w.taps == 0) return;
-      if (c.grid == 0) c = config_of(plan_gemm(dgrad_problem(q, a, b, h, w), d));
-      launches += 2;
+      const DgradPlan plan = plan_dgrad(dgrad_problem(q, h, w), d);
+      if (c.grid == 0) c = config_of(plan.first);
+      launches += plan.rest_problem.batch > 0 ? 2 : 1;
     });
     c.launches = launches, c.multiprocessors = d.multiprocessors;
-    c.workspace = int64_t{2} * q.filters * q.taps() * q.channels;
     return c;
   }
   static double cost(const Problem& q, const Device& d, const Config&) {
     double sum = 0;
-    for_each_phase(q, [&](int a, int b, const Phase& h, const Phase& w) {
-      if (h.taps > 0 && w.taps > 0) sum += 2 + plan_gemm(dgrad_problem(q, a, b, h, w), d).cost;
+    for_each_phase(q, [&](int, int, const Phase& h, const Phase& w) {
+      if (h.taps > 0 && w.taps > 0) sum += plan_dgrad(dgrad_problem(q, h, w), d).cost();
     });
     return sum;
   }
-  static int launch(const Problem& q, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
-    return launch_dgrad(q, t, device_of(c), workspace, stream);
+  static int launch(const Problem& q, const Tensors& t, const Config& c, void*, cudaStream_t stream) {
+    return launch_dgrad(q, t, device_of(c), stream);
   }
-  static const void* kernel(const Problem& q) { return gemm_kernel(q.dtype, 0); }
+  static const void* kernel(const Problem& q) { return gemm_kernel(q.dtype, 0, true); }
   static constexpr Variant row() { return {"sm90_dgrad", 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
