@@ -106,28 +106,40 @@ __device__ void load_filters(const FirstParams& p, uint32_t weights, int first_f
   }
 }
 
+// Two pixels of three channels that begin at element `first`, the fourth of each zero. Words of two elements: half the loads, at either parity.
+__device__ __forceinline__ uint4 load_two_rgb(const uint16_t* x, int64_t first) {
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(x) + (first >> 1);
+  const uint32_t a = __ldg(words), b = __ldg(words + 1), c = __ldg(words + 2);
+  if (first & 1) return make_uint4(__byte_perm(a, b, 0x5432), b >> 16, c, __ldg(reinterpret_cast<const uint16_t*>(words + 3)));
+  return make_uint4(a, b & 0xffffu, __byte_perm(b, c, 0x5432), c >> 16);
+}
+
 // One chunk a thread; what lies outside the image becomes zero. kChannels: 3, the usual case, or 0 for any.
 template <int kChannels>
 __global__ void __launch_bounds__(256) rearrange_sm90(const __grid_constant__ FirstParams p) {
   wait_for_previous_launch();
   allow_next_launch();
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  const uint32_t index = blockIdx.x * 256 + threadIdx.x;  // fewer than x has elements, 2^31
   if (index >= p.chunks) return;
   const FirstLayout& l = p.layout;
   const int channels = kChannels > 0 ? kChannels : p.channels;
-  const uint32_t line = static_cast<uint32_t>(index / l.pitch), place = static_cast<uint32_t>(index - static_cast<int64_t>(line) * l.pitch);
+  const uint32_t line = index / static_cast<uint32_t>(l.pitch), place = index - line * l.pitch;
   const uint32_t plane_shift = 31 - __clz(l.planes), padded_row = line >> plane_shift, plane = line & (l.planes - 1);
   const uint32_t strip = padded_row / p.padded_rows, row = padded_row - strip * p.padded_rows, n = strip / p.tiles_q;
   const ChunkValues values(l.pixel_channels, channels);
   const int h = static_cast<int>(row) - p.pad_h;
   const int w = static_cast<int>((strip - n * p.tiles_q) * 64 * p.stride_w + ((place << plane_shift) + plane) * (8 >> values.shift)) - p.pad_w;
-  const uint16_t* from = p.x + (static_cast<int64_t>(n) * p.height + h) * p.width * channels + static_cast<int64_t>(w) * channels;
+  const int64_t first = ((static_cast<int64_t>(n) * p.height + h) * p.width + w) * channels;
   const bool inside = h >= 0 && h < p.height;
+  if (kChannels == 3 && values.shift == 2 && inside && w >= 0 && w + 1 < p.width) {
+    p.rearranged[index] = load_two_rgb(p.x, first);
+    return;
+  }
   uint16_t v[8];
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
     const int pixel = w + (e >> values.shift);
-    v[e] = inside && (values.present >> e & 1) && pixel >= 0 && pixel < p.width ? __ldg(from + values.offset[e]) : uint16_t{0};
+    v[e] = inside && (values.present >> e & 1) && pixel >= 0 && pixel < p.width ? __ldg(p.x + first + values.offset[e]) : uint16_t{0};
   }
   p.rearranged[index] = pack_chunk(v);
 }
