@@ -81,8 +81,8 @@ struct GemmProducer {
   __device__ __forceinline__ void load_transposed(TransactionBarrier* full, char* to, const Panel& at, int c, int column) const {
     const int tap = c < p.channels ? p.w_first + at.r * p.w_step_r + at.s * p.w_step_s : 0;
 #pragma unroll
-    for (int i = 0; i < Traits::kColumns / Traits::kWPanel; ++i) {
-      cute::SM90_TMA_LOAD_3D::copy(&w_map, barrier_pointer(full), kEvictLast, to + i * Traits::kWPanelBytes, column + i * Traits::kWPanel, tap, c);
+    for (int i = 0; i < Traits::kWPanels; ++i) {
+      cute::SM90_TMA_LOAD_3D::copy(&w_map, barrier_pointer(full), kEvictLast, to + i * Traits::kWPanelBytes, column + i * 64, tap, c);
     }
   }
 
@@ -94,7 +94,7 @@ struct GemmProducer {
     cute::SM90_TMA_LOAD_IM2COL_4D::copy(&x_map, barrier_pointer(full), a, c, w, h, n, static_cast<uint16_t>(valid ? at.s * p.dilation_w : 0),
                                         static_cast<uint16_t>(valid ? at.r * p.dilation_h : 0));
     if constexpr (Traits::kTransposed) {
-      load_transposed(full, slot + Traits::kABytes + i * p.panel * Traits::kWPanel * 2, at, valid ? c : p.channels, column);
+      load_transposed(full, slot + Traits::kABytes + i * p.panel * 128, at, valid ? c : p.channels, column);
       return;
     }
     char* b = slot + Traits::kABytes + i * Traits::kColumns * p.panel * 2;
@@ -192,7 +192,7 @@ struct GemmConsumer {
     if (!ready) bar.full[slot].wait(phase);
     const uint32_t address = smem_address(smem) + slot * Traits::kSlotBytes;
     const uint64_t a = layout.high | ((address & 0x3FFFF) >> 4) ;
-    const uint64_t w = Traits::kTransposed ? mn_descriptor<2 * Traits::kWPanel>(address + Traits::kABytes, Traits::kWPanelBytes)
+    const uint64_t w = Traits::kTransposed ? mn_descriptor<128>(address + Traits::kABytes, Traits::kWPanelBytes)
                                            : layout.high | (((address + Traits::kABytes) & 0x3FFFF) >> 4);
     const int band = 64 * p.panel * 2 >> 4;
     cute::warpgroup_arrive();
@@ -202,7 +202,7 @@ struct GemmConsumer {
       for (int i = 0; i < Traits::kBands; ++i) {
         const uint64_t a_k = a + (warpgroup * Traits::kBands + i) * band + layout.a[k];
         if constexpr (Traits::kTransposed) {
-          wgmma_ss_major<Element, Traits::kColumns, Major::K, Major::MN>(sums[i], a_k, w + (k * 16 * Traits::kWPanel * 2 >> 4), accumulate || k > 0);
+          wgmma_ss_major<Element, Traits::kColumns, Major::K, Major::MN>(sums[i], a_k, w + (k * 16 * 128 >> 4), accumulate || k > 0);
         } else {
           wgmma_ss<Element, Traits::kColumns>(sums[i], a_k, w + layout.b[k], accumulate || k > 0);
         }

@@ -13,8 +13,7 @@ int GemmKernel<Traits>::launch(const GemmProblem& q, const GemmTensors& t, const
   const auto encode_filters = [&] {
     if constexpr (!Traits::kTransposed) return encode_filter_map(&w_map, q, t.w, Traits::kColumns, plan.panel);
     const int64_t k = q.filters;
-    return encode_tiled_map<3>(&w_map, q.dtype, t.w, {k, q.w_taps, q.channels}, {k, k * q.w_taps}, {Traits::kWPanel, 1, plan.panel},
-                               map_swizzle(Traits::kWPanel));
+    return encode_tiled_map<3>(&w_map, q.dtype, t.w, {k, q.w_taps, q.channels}, {k, k * q.w_taps}, {64, 1, plan.panel}, CU_TENSOR_MAP_SWIZZLE_128B);
   };
   if (!encode_im2col_map(&x_map, q, t.x, Traits::kRows, plan.panel) || !encode_filters()) return cudaErrorInvalidValue;
   GemmParams p{};
