@@ -58,6 +58,7 @@ struct GemmTile {
 
 constexpr GemmTile kGemmTiles[] = {{3, 1, 128, 2}, {2, 1, 128, 2}, {3, 1, 192, 1}, {2, 2, 128, 1}, {2, 1, 256, 1}, {3, 1, 64, 2}, {3, 1, 96, 2}};
 constexpr int kGemmTileCount = sizeof(kGemmTiles) / sizeof(kGemmTiles[0]);
+constexpr int kTransposedTileCount = kGemmTileCount - 1;  // transposed filters come in panels of 64 columns, which the last tile has no whole number of
 
 struct GemmPlan {
   int tile;           // index into kGemmTiles
@@ -79,10 +80,9 @@ struct GemmTraits {
   static constexpr int kWarpgroups = kTile.warpgroups, kBands = kTile.bands, kColumns = kTile.columns, kSets = kTile.sets;
   static constexpr int kRows = kTile.rows(), kBlocks = kTile.blocks();
   static constexpr int kABytes = kRows * kDepth * 2;
-  // Transposed filters: panels of 64 columns. Of 96 the second is half used; three of 32 took 7 to 17 % longer.
-  static constexpr int kWPanels = (kColumns + 63) / 64, kWPanelBytes = kDepth * 64 * 2;
-  static constexpr int kSlotBytes = kTransposed ? kABytes + kWPanels * kWPanelBytes : kTile.slot_bytes();
-  static constexpr int kSlots = std::min(kTile.slots(), kTile.slots() * kTile.slot_bytes() / kSlotBytes);
+  static constexpr int kWPanels = kColumns / 64, kWPanelBytes = kDepth * 64 * 2;  // of transposed filters
+  static constexpr int kSlots = kTile.slots(), kSlotBytes = kTile.slot_bytes();
+  static_assert(!kTransposed || kColumns % 64 == 0);
   static constexpr int kBiasOffset = kSlots * kSlotBytes, kBarrierOffset = kBiasOffset + kTile.bias_bytes();
   static constexpr int kThreads = kTile.threads();
   // No more in all than the launch gave, or the consumers wait for registers for ever.
@@ -135,7 +135,7 @@ inline int gemm_steps(const GemmProblem& q) {
 
 // The epilogue under the next tile takes a slice for each 32 filters.
 inline bool tile_supports(const GemmProblem& q, int index) {
-  return kGemmTiles[index].sets == 1 || gemm_steps(q) >= kGemmTiles[index].blocks();
+  return (!q.transposed || index < kTransposedTileCount) && (kGemmTiles[index].sets == 1 || gemm_steps(q) >= kGemmTiles[index].blocks());
 }
 
 inline GemmPlan plan_gemm_tile(const GemmProblem& q, const Device& device, int index) {

@@ -9,7 +9,7 @@ namespace convfirst::direct::sm90 {
 
 template <DType kDType, bool kTransposed, int kTile = 0, class Function>
 auto with_tile(int tile, Function function) {
-  if constexpr (kTile + 1 == kGemmTileCount) {
+  if constexpr (kTile + 1 == (kTransposed ? kTransposedTileCount : kGemmTileCount)) {
     return function(GemmKernel<GemmTraits<kDType, kTile, kTransposed>>{});
   } else {
     return tile == kTile ? function(GemmKernel<GemmTraits<kDType, kTile, kTransposed>>{}) : with_tile<kDType, kTransposed, kTile + 1>(tile, function);

@@ -11,7 +11,7 @@ namespace convfirst::direct::sm90 {
 // Each returns cudaError_t as int and never synchronises.
 int launch_gemm(const GemmProblem&, const GemmTensors&, const GemmPlan&, cudaStream_t);
 int launch_first(const Problem&, const Tensors&, const FirstPlan&, void* workspace, cudaStream_t);
-int launch_dgrad(const Problem&, const Tensors&, const Device&, cudaStream_t);
+int launch_dgrad(const Problem&, const Tensors&, const Device&, void* workspace, cudaStream_t);
 int launch_wgrad(const Problem&, const Tensors&, const WgradPlan&, void* workspace, cudaStream_t);
 int launch_first_wgrad(const Problem&, const Tensors&, const FirstWgradPlan&, void* workspace, cudaStream_t);
 

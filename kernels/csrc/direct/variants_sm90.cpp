@@ -92,22 +92,23 @@ struct DgradRow {
       if (h.taps == 0 || w.taps == 0) return;
       const DgradPlan plan = plan_dgrad(dgrad_problem(q, h, w), d);
       if (c.grid == 0) c = config_of(plan.first);
-      launches += plan.rest_problem.batch > 0 ? 2 : 1;
+      launches += (plan.rest_problem.batch > 0 ? 2 : 1) + !reads_transposed(q);
     });
     c.launches = launches, c.multiprocessors = d.multiprocessors;
+    if (!reads_transposed(q)) c.workspace = int64_t{2} * q.filters * q.taps() * q.channels;
     return c;
   }
   static double cost(const Problem& q, const Device& d, const Config&) {
     double sum = 0;
     for_each_phase(q, [&](int, int, const Phase& h, const Phase& w) {
-      if (h.taps > 0 && w.taps > 0) sum += plan_dgrad(dgrad_problem(q, h, w), d).cost();
+      if (h.taps > 0 && w.taps > 0) sum += plan_dgrad(dgrad_problem(q, h, w), d).cost() + (reads_transposed(q) ? 0 : 5);
     });
     return sum;
   }
-  static int launch(const Problem& q, const Tensors& t, const Config& c, void*, cudaStream_t stream) {
-    return launch_dgrad(q, t, device_of(c), stream);
+  static int launch(const Problem& q, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
+    return launch_dgrad(q, t, device_of(c), workspace, stream);
   }
-  static const void* kernel(const Problem& q) { return gemm_kernel(q.dtype, 0, true); }
+  static const void* kernel(const Problem& q) { return gemm_kernel(q.dtype, 0, reads_transposed(q)); }
   static constexpr Variant row() { return {"sm90_dgrad", 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
