@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from convfirst_kernels import backward, outside
+from convfirst_kernels import backward, outside, outside_training
 from convfirst_kernels import block as fused
 from convfirst_kernels.blocks import Parts, Unsupported, check_hooks, read_block
 from convfirst_kernels.winograd.swap import WinogradForward, find_convolutions
@@ -95,7 +95,7 @@ class FusedForward:
 
 
 class OutsideForward(FusedForward):
-    """Stands in for the ``forward`` of a stem or a downsampling layer, where no gradient may be asked for.
+    """Stands in for the ``forward`` of a stem or downsampling layer: kernels, or products where it is trained.
 
     Residual blocks are what kernels="required" requires: elsewhere this runs the layer's own code.
     """
@@ -106,7 +106,12 @@ class OutsideForward(FusedForward):
         layer, dtype = self.block, fused.compute_dtype(x)
         try:
             parts = self.read()
-            reason = outside.refusal(parts, x, dtype)
+            if _asks_for_gradient(x, *parts.tensors()):
+                reason = outside_training.refusal(parts, x, dtype, self.kernels)
+                if reason is None:
+                    return outside_training.forward(parts, x.to(dtype))
+            else:
+                reason = outside.refusal(parts, x, dtype)
         except Unsupported as changed:
             reason = str(changed)
         if reason is not None:

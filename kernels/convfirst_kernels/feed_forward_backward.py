@@ -6,6 +6,8 @@ the gradients come from matrix products over bounded chunks of pixels: the hidde
 it passes through device memory.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,7 @@ from convfirst_kernels import (
 )
 
 SM90_CHANNELS = 256  # the widest that the Hopper kernels take
-CHUNK_BYTES = 64 << 20  # of the hidden units' four tensors of a chunk of pixels
+CHUNK_BYTES = 128 << 20  # of the two tensors of hidden units of a chunk of pixels
 
 _SCHEMA = (
     "feed_forward_backward(Tensor a, Tensor dy, Tensor? rstd, Tensor expand_weight, Tensor? expand_bias, "
@@ -138,9 +140,10 @@ def _chunked(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `reference` computes, by matrix products over chunks of pixels whose hidden units take `CHUNK_BYTES`.
 
-    Products have 16-bit factors and float32 sums; a chunk's weight gradients leave their product in float32.
+    Products have 16-bit factors and float32 sums; a chunk's weight gradients leave their product in float32. The
+    gradient of the norm's result is rounded before the norm's backward, as in PyTorch's own.
     """
-    rows, grad = _rows(a), _rows(dy)
+    rows, grad = _rows(a), _scaled_rows(dy, sample_scale)
     pixels, channels = rows.shape
     hidden = expand_weight.shape[0]
     unit, scaled_weight = scaled_project_weight(project_weight, layer_scale)
@@ -149,25 +152,64 @@ def _chunked(
     sums = a.new_zeros(channels, hidden, dtype=torch.float32)
     d_expand = a.new_zeros(hidden, channels, dtype=torch.float32)
     d_bias = a.new_zeros(hidden, dtype=torch.float32)
-    column_sums = a.new_zeros(channels, dtype=torch.float32)
-    chunk = max(256, CHUNK_BYTES // (8 * hidden) // 256 * 256)
-    image_pixels = a.shape[2] * a.shape[3]
-    for first in range(0, pixels, chunk):
-        some = slice(first, min(pixels, first + chunk))
+    for some in _chunks(pixels, hidden):
         x, g = rows[some], grad[some]
-        if sample_scale is not None:
-            images = torch.arange(some.start, some.stop, device=a.device) // image_pixels
-            g = (g.float() * sample_scale[images][:, None]).to(a.dtype)
-        before = F.linear(x, expand_weight, bias)
-        d_before = _slope(activation, before, g @ scaled_weight)
-        dx = torch.mm(d_before, expand_weight, out_dtype=torch.float32) * unit
-        da[some] = _norm_backward(dx, x, None if rstd is None else rstd[some])
-        d_expand += torch.mm(d_before.t(), x, out_dtype=torch.float32)
-        sums += torch.mm(g.t(), _ACTIVATIONS[activation](before), out_dtype=torch.float32)
+        before, d_before = F.linear(x, expand_weight, bias), g @ scaled_weight
+        _slope_(activation, before, d_before)
+        torch.mm(d_before, expand_weight, out=da[some])
+        _add_product(d_expand, d_before.t(), x)
+        _add_product(sums, g.t(), _activation_(activation, before))
         d_bias += d_before.sum(0, dtype=torch.float32)
-        column_sums += g.sum(0, dtype=torch.float32)
-    projected = _project_gradients(sums, column_sums, project_weight, project_bias, layer_scale)
-    return da, d_expand * unit, d_bias * unit, *projected
+    projected = _project_gradients(sums, grad.sum(0, dtype=torch.float32), project_weight, project_bias, layer_scale)
+    return _norm_backward_(da, rows, rstd, unit), d_expand * unit, d_bias * unit, *projected
+
+
+def _scaled_rows(dy: Tensor, sample_scale: Tensor | None) -> Tensor:
+    """dy's rows times their sample's factor, rounded once."""
+    rows = _rows(dy)
+    if sample_scale is None:
+        return rows
+    images = rows.view(dy.shape[0], -1, dy.shape[1])
+    torch.mul(images, sample_scale[:, None, None], out=(scaled := torch.empty_like(images)))
+    return scaled.view_as(rows)
+
+
+def _chunks(pixels: int, hidden: int) -> Iterator[slice]:
+    """Ranges of pixels, alike in length, whose two hidden tensors take at most `CHUNK_BYTES`."""
+    count = -(-pixels * 4 * hidden // CHUNK_BYTES)
+    length = max(256, -(-pixels // max(1, count) // 128) * 128)
+    return (slice(first, min(pixels, first + length)) for first in range(0, pixels, length))
+
+
+def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """``sums += a @ b``, 16-bit factors, float32 sums."""
+    torch.ops.aten.addmm.dtype_out(sums, a, b, torch.float32, out=sums)
+
+
+def _slope_(activation: str, before: Tensor, grad: Tensor) -> None:
+    """`_slope` written over grad."""
+    if activation == "silu":
+        torch.ops.aten.silu_backward.grad_input(grad, before, grad_input=grad)
+    elif activation == "gelu":
+        torch.ops.aten.gelu_backward.grad_input(grad, before, grad_input=grad)
+    else:
+        torch.ops.aten.threshold_backward.grad_input(grad, before, 0, grad_input=grad)
+
+
+def _activation_(activation: str, before: Tensor) -> Tensor:
+    """The activation written over its argument."""
+    return {"silu": torch.ops.aten.silu_, "gelu": torch.ops.aten.gelu_, "relu": torch.relu_}[activation](before)
+
+
+def _norm_backward_(da: Tensor, a: Tensor, rstd: Tensor | None, unit: Tensor) -> Tensor:
+    """`_norm_backward` times unit, written over da: ATen's kernel for a mean of zero and a deviation of one."""
+    if rstd is None:
+        return da.mul_(unit)
+    mean, one = torch.zeros_like(rstd)[:, None], torch.ones_like(rstd)[:, None]
+    centred, _, _ = torch.ops.aten.native_layer_norm_backward(
+        da, a, a.shape[1:], mean, one, None, None, [True, False, False]
+    )
+    return torch.mul(centred, (rstd * unit)[:, None], out=da)
 
 
 def _fused(a: Tensor, expand_weight: Tensor) -> bool:
