@@ -140,38 +140,31 @@ def _chunked(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `reference` computes, by matrix products over chunks of pixels whose hidden units take `CHUNK_BYTES`.
 
-    Products have 16-bit factors and float32 sums; a chunk's weight gradients leave their product in float32. The
-    gradient of the norm's result is rounded before the norm's backward, as in PyTorch's own.
+    Products have 16-bit factors and float32 sums; a chunk's weight gradients leave their product in float32. What lies
+    between products is a kernel (csrc/block_fusion/feed_forward_bwd_chunk_sm80.cu): the hidden tensors S and D become
+    ``sample_scale * act(S)`` and ``sample_scale * act'(S) * D`` in place, so dy itself is never scaled. The gradient of
+    the norm's result is rounded before the norm's backward, as in PyTorch's own.
     """
-    rows, grad = _rows(a), _scaled_rows(dy, sample_scale)
+    operators = torch.ops.convfirst
+    rows, grad = _rows(a), _rows(dy)
     pixels, channels = rows.shape
-    hidden = expand_weight.shape[0]
+    hidden, image_pixels = expand_weight.shape[0], a.shape[2] * a.shape[3]
     unit, scaled_weight = scaled_project_weight(project_weight, layer_scale)
     bias = None if expand_bias is None else expand_bias.to(a.dtype)
     da = torch.empty_like(rows)
     sums = a.new_zeros(channels, hidden, dtype=torch.float32)
     d_expand = a.new_zeros(hidden, channels, dtype=torch.float32)
-    d_bias = a.new_zeros(hidden, dtype=torch.float32)
+    d_bias = [a.new_zeros(0, hidden, dtype=torch.float32)]  # sums of dS by ranges of pixels
     for some in _chunks(pixels, hidden):
-        x, g = rows[some], grad[some]
-        before, d_before = F.linear(x, expand_weight, bias), g @ scaled_weight
-        _slope_(activation, before, d_before)
+        before, d_before = F.linear(rows[some], expand_weight, bias), grad[some] @ scaled_weight
+        d_bias.append(operators.hidden_backward_(before, d_before, sample_scale, image_pixels, some.start, activation))
         torch.mm(d_before, expand_weight, out=da[some])
-        _add_product(d_expand, d_before.t(), x)
-        _add_product(sums, g.t(), _activation_(activation, before))
-        d_bias += d_before.sum(0, dtype=torch.float32)
-    projected = _project_gradients(sums, grad.sum(0, dtype=torch.float32), project_weight, project_bias, layer_scale)
-    return _norm_backward_(da, rows, rstd, unit), d_expand * unit, d_bias * unit, *projected
-
-
-def _scaled_rows(dy: Tensor, sample_scale: Tensor | None) -> Tensor:
-    """dy's rows times their sample's factor, rounded once."""
-    rows = _rows(dy)
-    if sample_scale is None:
-        return rows
-    images = rows.view(dy.shape[0], -1, dy.shape[1])
-    torch.mul(images, sample_scale[:, None, None], out=(scaled := torch.empty_like(images)))
-    return scaled.view_as(rows)
+        _add_product(d_expand, d_before.t(), rows[some])
+        _add_product(sums, grad[some].t(), before)
+    operators.norm_backward_(da, rows, rstd, unit)
+    column_sums = operators.column_sums(grad, sample_scale, image_pixels).sum(0)
+    projected = _project_gradients(sums, column_sums, project_weight, project_bias, layer_scale)
+    return da, d_expand * unit, torch.cat(d_bias).sum(0) * unit, *projected
 
 
 def _chunks(pixels: int, hidden: int) -> Iterator[slice]:
@@ -184,32 +177,6 @@ def _chunks(pixels: int, hidden: int) -> Iterator[slice]:
 def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
     """``sums += a @ b``, 16-bit factors, float32 sums."""
     torch.ops.aten.addmm.dtype_out(sums, a, b, torch.float32, out=sums)
-
-
-def _slope_(activation: str, before: Tensor, grad: Tensor) -> None:
-    """`_slope` written over grad."""
-    if activation == "silu":
-        torch.ops.aten.silu_backward.grad_input(grad, before, grad_input=grad)
-    elif activation == "gelu":
-        torch.ops.aten.gelu_backward.grad_input(grad, before, grad_input=grad)
-    else:
-        torch.ops.aten.threshold_backward.grad_input(grad, before, 0, grad_input=grad)
-
-
-def _activation_(activation: str, before: Tensor) -> Tensor:
-    """The activation written over its argument."""
-    return {"silu": torch.ops.aten.silu_, "gelu": torch.ops.aten.gelu_, "relu": torch.relu_}[activation](before)
-
-
-def _norm_backward_(da: Tensor, a: Tensor, rstd: Tensor | None, unit: Tensor) -> Tensor:
-    """`_norm_backward` times unit, written over da: ATen's kernel for a mean of zero and a deviation of one."""
-    if rstd is None:
-        return da.mul_(unit)
-    mean, one = torch.zeros_like(rstd)[:, None], torch.ones_like(rstd)[:, None]
-    centred, _, _ = torch.ops.aten.native_layer_norm_backward(
-        da, a, a.shape[1:], mean, one, None, None, [True, False, False]
-    )
-    return torch.mul(centred, (rstd * unit)[:, None], out=da)
 
 
 def _fused(a: Tensor, expand_weight: Tensor) -> bool:

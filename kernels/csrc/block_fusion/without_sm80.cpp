@@ -1,6 +1,7 @@
 // The empty table of a build without the sm_80 path.
 #include "block_fusion/block_bwd_weights.h"
 #include "block_fusion/conv_bwd_weights.h"
+#include "block_fusion/feed_forward_bwd_chunk.h"
 #include "block_fusion/params.h"
 
 namespace convfirst::block_fusion {
@@ -27,5 +28,13 @@ int64_t release_workspace(const AffineTensors&) { return 0; }
 int release_affine(DType, const AffineTensors&, const ReleasedTensors&, void*, cudaStream_t) { return kNoKernelImage; }
 
 int transpose_filter(const void*, void*, int, int, int, cudaStream_t) { return kNoKernelImage; }
+
+int64_t chunk_row_blocks(int64_t) { return 0; }
+
+int hidden_backward(DType, Activation, const ChunkRows&, void*, void*, float*, cudaStream_t) { return kNoKernelImage; }
+
+int column_sums(DType, const ChunkRows&, const void*, float*, cudaStream_t) { return kNoKernelImage; }
+
+int norm_backward(DType, int64_t, int, void*, const void*, const float*, const float*, cudaStream_t) { return kNoKernelImage; }
 
 }  // namespace convfirst::block_fusion
