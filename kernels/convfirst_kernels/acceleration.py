@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from convfirst_kernels import backward, outside, outside_training
+from convfirst_kernels import backward, kept, outside, outside_training
 from convfirst_kernels import block as fused
 from convfirst_kernels.blocks import Parts, Unsupported, check_hooks, read_block
 from convfirst_kernels.winograd.swap import WinogradForward, find_convolutions
 
 launch = torch.ops.convfirst.conv_first_block
+launch_kept = torch.ops.convfirst.conv_first_block_kept
 CHOICES = (*fused.KERNELS, "reference")
 _log = logging.getLogger("convfirst_kernels")
 
@@ -53,6 +54,8 @@ class FusedForward:
         x = x.contiguous(memory_format=torch.channels_last)
         arguments = fused.operator_arguments(x, weights, sample_scale(parts.drop_path, x))
         fused.check_backward(type(block).__name__, arguments, self.kernels)
+        if _asks_for_gradient(x, *parts.tensors()) and kept.keeps(arguments, self.kernels):
+            return launch_kept(*arguments)[0]
         return launch(*arguments)
 
     def read(self) -> Parts:

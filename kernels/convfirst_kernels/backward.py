@@ -127,7 +127,7 @@ class Stages(NamedTuple):
 
 
 @cache
-def _operators() -> Stages:
+def stages() -> Stages:
     return Stages(*(getattr(operators, name) for name in Stages._fields))
 
 
@@ -135,7 +135,7 @@ def conv_first_block_backward(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
     """`reference.conv_first_block_backward`, by kernels where they cover the call."""
     with torch.autocast(grad.device.type, enabled=False):  # a backward inside of an autocast region would round sums
         if refusal_of(arguments) is None and arguments[0].numel():
-            return staged_backward(_operators(), grad, *arguments)
+            return staged_backward(stages(), grad, *arguments)
         return reference.conv_first_block_backward(grad, *arguments)
 
 
@@ -205,8 +205,9 @@ def staged_backward(
     eps: float,
     has_norm: bool,
     output_mask: list[bool],
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    """`reference.conv_first_block_backward` by stages."""
+    """`reference.conv_first_block_backward` by stages; ``kept`` is what the first one gave in the forward pass."""
     inputs = (
         x, conv_weight, conv_bias, norm_weight, norm_bias, expand_weight, expand_bias, project_weight, project_bias,
         layer_scale, sample_scale,
@@ -214,7 +215,7 @@ def staged_backward(
     output_mask = [wanted and tensor is not None for wanted, tensor in zip(output_mask, inputs, strict=True)]
     results: list[Tensor | None] = [None] * len(inputs)
     if any(output_mask[:10]):
-        a, rstd = stages.conv_norm(x, conv_weight, conv_bias, None, group_width, has_norm, eps)
+        a, rstd = kept or stages.conv_norm(x, conv_weight, conv_bias, None, group_width, has_norm, eps)
         affine = norm_weight is not None or norm_bias is not None
         matrix, bias = expand_weight, expand_bias
         if affine:
@@ -223,7 +224,7 @@ def staged_backward(
             a, grad, rstd if has_norm else None, matrix, bias, project_weight, project_bias, layer_scale, sample_scale,
             activation,
         )  # fmt: skip
-        del a, rstd
+        del a, rstd, kept
         da = da.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
         if output_mask[0]:
             transposed = operators.transpose_filter(conv_weight)

@@ -126,12 +126,16 @@ struct SplitRow {
   }
 
   static int launch(const Problem& q, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
+    const int error = launch_first(q, t, device_of(c), workspace, stream);
+    return error != 0 ? error : launch_second(q, t, c, workspace, nullptr, stream);
+  }
+
+  // The feed-forward half of a, which is normalised.
+  static int launch_second(const Problem& q, const Tensors& t, const Config& c, const void* a, void*, cudaStream_t stream) {
     const Device device = device_of(c);
-    const int error = launch_first(q, t, device, workspace, stream);
-    if (error != 0) return error;
     return with_kernel(q, [&](auto traits) {
       const FeedForwardProblem problem{pixels_of(q), q.channels, q.hidden, q.dtype, q.activation};
-      return FeedForwardKernel<decltype(traits)>::launch(problem, t, workspace, q.height * q.width, device.multiprocessors,
+      return FeedForwardKernel<decltype(traits)>::launch(problem, t, a, q.height * q.width, device.multiprocessors,
                                                          device.max_shared_memory, stream);
     });
   }
@@ -181,13 +185,16 @@ struct SplitLinearRow {
   }
 
   static int launch(const Problem& q, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
+    const int error = launch_first(q, t, device_of(c), workspace, stream);
+    return error != 0 ? error : launch_second(q, t, c, workspace, static_cast<char*>(workspace) + normalised_bytes(q), stream);
+  }
+
+  // The feed-forward half of a, which is normalised; `hidden` has room for all hidden units.
+  static int launch_second(const Problem& q, const Tensors& t, const Config& c, const void* a, void* hidden, cudaStream_t stream) {
     const Device device = device_of(c);
-    void* hidden = static_cast<char*>(workspace) + normalised_bytes(q);
-    int error = launch_first(q, t, device, workspace, stream);
-    if (error != 0) return error;
     const LinearProblem expand = expansion(q), project = projection(q);
-    error = launch_linear(expand, {workspace, t.expand_weight, t.expand_bias, hidden, nullptr, nullptr, nullptr},
-                          plan_linear(expand, device), true, stream);
+    const int error = launch_linear(expand, {a, t.expand_weight, t.expand_bias, hidden, nullptr, nullptr, nullptr},
+                                    plan_linear(expand, device), true, stream);
     if (error != 0) return error;
     return launch_linear(project, {hidden, t.project_weight, t.project_bias, t.y, t.x, t.layer_scale, t.sample_scale},
                          plan_linear(project, device), true, stream);
