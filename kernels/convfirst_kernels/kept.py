@@ -129,7 +129,7 @@ def keeps(arguments: tuple, kernels: str) -> bool:
         return False
     if kernels == "reference":
         return True
-    if backward.refusal_of(arguments) is not None:
+    if x.device.type != "cuda" or backward.refusal_of(arguments) is not None:
         return False
     side = {9: 3, 25: 5, 49: 7}[int(conv_weight.shape[0])]
     shape = x.shape[0], x.shape[2], x.shape[3], x.shape[1], expand_weight.shape[0], side, arguments[11]
