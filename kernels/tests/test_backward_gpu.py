@@ -10,6 +10,7 @@ from convfirst_kernels import backward, reference
 
 pytestmark = pytest.mark.gpu
 block = torch.ops.convfirst.conv_first_block
+block_kept = torch.ops.convfirst.conv_first_block_kept
 block_backward = torch.ops.convfirst.conv_first_block_backward
 conv_weight_gradient = torch.ops.convfirst.conv_weight_gradient
 TENSORS = 11
@@ -196,6 +197,21 @@ class TestBlock:
         check_gradients(ours, arguments, grad)
         assert guards_intact(arguments[0])
         again = differentiate(block, arguments, grad)
+        assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)), "differs from run to run"
+
+    def test_forward_that_keeps_the_normalised_convolution(self, case, seed):
+        arguments = inputs(covered(case), seed)
+        if case.problem.activation == "relu":
+            keep_from_zero(arguments)
+        grad = torch.randn_like(arguments[0])
+        poison()
+        y = block_kept(*arguments)[0]
+        wide = [a.double() if isinstance(a, Tensor) else a for a in arguments]
+        ratio = worst_ratio(y, reference.conv_first_block(*wide), reference.conv_first_block(*arguments))
+        assert ratio <= 1, f"y {ratio:.2f}x its bound"
+        ours = differentiate(lambda *a: block_kept(*a)[0], arguments, grad)
+        check_gradients(ours, arguments, grad)
+        again = differentiate(lambda *a: block_kept(*a)[0], arguments, grad)
         assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)), "differs from run to run"
 
 

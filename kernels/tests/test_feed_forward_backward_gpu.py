@@ -4,6 +4,7 @@ import pytest
 import torch
 from feed_forward_cases import GRADIENTS, FeedForwardCase, cases, inputs, widened, worst_ratio
 
+from convfirst_kernels import feed_forward_backward
 from convfirst_kernels.feed_forward_backward import reference
 
 pytestmark = pytest.mark.gpu
@@ -28,6 +29,12 @@ def poison(results: tuple) -> None:
     torch.full((1 << 26,), float("nan"), device="cuda")
     for result in results:
         torch.full_like(result, float("nan"))
+
+
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_many_chunks(case, seed, monkeypatch):
+    monkeypatch.setattr(feed_forward_backward, "CHUNK_BYTES", 1 << 20)
+    test_gradients(case, seed)
 
 
 @pytest.mark.parametrize("case", cases() + WIDE + LONG, ids=str)
