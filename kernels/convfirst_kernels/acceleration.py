@@ -224,7 +224,7 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, wi
     """Make the residual blocks of ConvFirst and of timm's ConvNeXt run as fused kernels, in place.
 
     So do, in inference, their stems, downsampling layers and, for few images, heads; where a gradient may be asked
-    for, those run their own code.
+    for, stems and downsampling layers become products of patches in PyTorch's operators, made for torch.compile.
     Parameters, buffers, state_dict, hooks on blocks, training, deepcopy and pickle stay as they were. Batch norms fold
     in evaluation mode; in training mode such blocks run their own code, with exact batch statistics. Put the model in
     channels_last: a fused block converts its input otherwise.
