@@ -3,8 +3,7 @@
     a, rstd = conv_norm(x)            normalised without the affine part, kept for the backward beside x
     y = feed_forward(a, x)            with the affine part in the expansion
 
-The same function as ``conv_first_block``, and the same gradients. It is for training where the block runs as those two
-parts anyway; where it is one kernel, writing ``a`` would cost that kernel more than the backward saves.
+The same function as ``conv_first_block``, and the same gradients, whose first stage would compute ``a`` again.
 """
 
 from functools import cache
@@ -123,7 +122,7 @@ torch.library.register_autograd("convfirst::conv_first_block_kept", _backward, s
 
 
 def keeps(arguments: tuple, kernels: str) -> bool:
-    """Whether a block of these arguments of ``conv_first_block`` runs as two parts, and can keep what is between."""
+    """Whether a block of these arguments of ``conv_first_block`` can run as two parts, and keep what is between."""
     x, conv_weight, expand_weight = arguments[0], arguments[1], arguments[5]
     if not ENABLED or not x.numel():
         return False
@@ -145,5 +144,5 @@ def _split(*problem) -> bool:
 @cache
 def _split_cached(*problem) -> bool:
     *fields, device_index = problem
-    chosen = plan(Problem(*fields), Device.of(device_index))["chosen"]
-    return chosen is not None and chosen.startswith("sm90_split")
+    rows = plan(Problem(*fields), Device.of(device_index))["candidates"]
+    return any(row["name"].startswith("sm90_split") and not row["refusal"] for row in rows)
