@@ -14,7 +14,7 @@ from torch import Tensor
 from convfirst_kernels import backward, conv_norm, reference
 from convfirst_kernels.planner import Device, Problem, plan
 
-ENABLED = False  # has not run on a GPU
+ENABLED = True
 
 _ARGUMENTS = (
     "Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor expand_weight, "
