@@ -1,8 +1,9 @@
 // The conv-first block, forward, on Hopper: TMA loads, warp-group matrix products, one launch, the hidden tensor in registers.
 //
 //   one block = a producer warpgroup (warp 0: weights, warp 1: pixels) + kWarpgroups consumer warpgroups; a consumer owns a tile
-//   of up to 64 output pixels from its convolution to its store, so that the consumers drift apart and one's convolution and
-//   activation run under the others' matrix products.
+//   of up to 64 output pixels from its convolution to its store. Where the weights stay (up to 96 channels) the consumers drift apart and
+//   one's convolution and activation run under the others' matrix products; beyond, they take turns at the rings (kAlternates): a chunk
+//   is one tile's, and a consumer stores, loads and convolves while the other multiplies.
 //
 //        x tile with halo (TMA, zero-filled edges)       W1 chunk [64 hidden x C]      W2 chunk [C x 64 hidden]
 //        +--------------------+                                 |                             |
@@ -17,9 +18,11 @@
 //   A (kARegisters)              registers, wgmma operand layout                consumer              first products of the tile done
 //   A (otherwise)                shared, over the x tile                        consumer              tile stored
 //   W1, W2 chunks                shared, two rings, or resident if all fit      warp 0 (TMA)          product done, per chunk
-//   convolution weights          shared (B fragments) or global through L1      prologue              -
-//   bias, norm, scale vectors    shared, float32                                prologue              -
-//   convolution sums, then O     the same C/2 registers                         mma.sync, then wgmma  -
+//   convolution weights          shared, or registers (B fragments) two pairs   warp 0 (TMA), or      -
+//                                of channel blocks ahead of their use           consumer, from L2
+//   bias, norm, scale vectors    shared, float32; at 256 channels L1            prologue              -
+//   turns at the rings           shared, a barrier a consumer and ring          the consumer before   turn taken
+//   convolution sums, then O     the same C/2 registers, from the bias on        mma.sync, then wgmma  -
 //   S, P                         32 and 2 x 16 registers                        wgmma, activation     -
 //   y tile                       shared, over the x tile; 16-byte stores        consumer              -
 #pragma once
