@@ -190,9 +190,8 @@ def test_recomputed_blocks_give_the_same_gradients(name):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_a_block_keeps_its_input_and_the_normalised_convolution_for_the_backward_pass(autocast):
-    """Twice the block's input, one reciprocal deviation (float32) a pixel, and weights."""
+def kept_for_backward(autocast):
+    """Bytes that a block keeps for the backward; those of its input there, of a float32 a pixel and of its weights."""
     model = timm.create_model("convfirst_atto", depths=(1,), dims=(16,), drop_path_rate=0.5, ls_init_value=0.5)
     accelerate_training([model], CPU, "reference", "bf16-mixed")
     x = torch.randn(4, 16, 32, 32).to(memory_format=torch.channels_last).requires_grad_()
@@ -205,8 +204,22 @@ def test_a_block_keeps_its_input_and_the_normalised_convolution_for_the_backward
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", enabled=autocast):
         model.stages[0].blocks[0](x)
     weights = 4 * sum(p.numel() for p in model.stages[0].parameters())
-    deviations = 4 * x.numel() // x.shape[1]
-    assert sum(kept.values()) <= 2 * x.nbytes / (2 if autocast else 1) + deviations + 2 * weights
+    return sum(kept.values()), x.nbytes / (2 if autocast else 1), 4 * x.numel() // x.shape[1], weights
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_block_keeps_no_more_than_its_input_for_the_backward_pass(autocast, monkeypatch):
+    """Where it does not keep the normalised convolution."""
+    monkeypatch.setattr("convfirst_kernels.kept.ENABLED", False)
+    kept, x, _, weights = kept_for_backward(autocast)
+    assert kept <= x + 2 * weights
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_block_that_keeps_the_normalised_convolution_keeps_nothing_else(autocast):
+    """It, the block's input, a reciprocal deviation a pixel, and weights."""
+    kept, x, deviations, weights = kept_for_backward(autocast)
+    assert kept <= 2 * x + deviations + weights
 
 
 def test_evaluation_sees_weights_that_a_fused_optimiser_changed():
