@@ -3,8 +3,6 @@
 import gc
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import cache, partial
 
@@ -12,7 +10,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from convfirst.app.bare_loop import bare_loop
-from convfirst.app.results import REPOSITORY
 from convfirst.app.training_throughput import run_bare_loop
 
 log = logging.getLogger(__name__)
@@ -39,8 +36,6 @@ def training_step(config: DictConfig) -> Iterator[dict]:
         if mode.endswith("+graph") and not torch.cuda.is_available():
             raise ValueError(f"modes={mode!r} needs a CUDA device, and there is none here")
     measured = cache(partial(_measure, suite))
-    if suite.compile_ahead:
-        _compile_ahead(suite)
     for batch in suite.batches:
         for mode in suite.modes:
             for name in suite.models:
@@ -107,19 +102,3 @@ def _arguments(suite: DictConfig, name: str, kernels: str, batch: int, mode: str
         "kernels": kernels,
         "graph": bool(graph),
     }
-
-
-def _compile_ahead(suite: DictConfig) -> None:
-    """Fill Inductor's cache with all the models at once, each in a process of its own that takes one step."""
-    loops = [(name, suite.kernels) for name in suite.models]
-    loops += [(peer, "off") for name in suite.models for peer in (name, *suite.peers.get(name, []))]
-    processes = []
-    for name, kernels in dict.fromkeys(loops):
-        for batch in suite.batches:
-            if any(mode.startswith("inductor") for mode in suite.modes):
-                arguments = _arguments(suite, name, kernels, batch, "inductor")
-                arguments |= {"steps": 1, "warmup_steps": 1, "interval": 1}
-                command = [sys.executable, "-m", "convfirst.app.bare_loop", json.dumps(arguments)]
-                processes.append(subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL))
-    for process in processes:
-        process.wait()  # what fails here fails again, and is reported, where it is measured
