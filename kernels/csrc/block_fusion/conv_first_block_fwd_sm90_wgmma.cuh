@@ -128,25 +128,31 @@ __device__ void produce_weights(const KernelParams& p, const CUtensorMap& w1_map
     full->arrive_and_expect_tx(Traits::kConvWeightBytes);
     bulk_load(p.conv_weight, full, smem + layout.conv_weight, Traits::kConvWeightBytes);
   }
-  for (int pass = 0; pass < passes; ++pass) {
-    for (int chunk = 0; chunk < p.chunks; ++chunk) {
-      if (!w1_resident || pass == 0) {
-        wait_barrier(bar.w1_empty(w1.slot()), w1.phase() ^ 1);  // the slots start empty
-        TransactionBarrier* full = transaction_barrier(bar.w1_full(w1.slot()));
-        full->arrive_and_expect_tx(Traits::kW1Bytes);
-        char* to = smem + layout.w1 + w1.slot() * Traits::kW1Bytes;
+  const auto load_w1 = [&](int chunk) {
+    wait_barrier(bar.w1_empty(w1.slot()), w1.phase() ^ 1);  // the slots start empty
+    TransactionBarrier* full = transaction_barrier(bar.w1_full(w1.slot()));
+    full->arrive_and_expect_tx(Traits::kW1Bytes);
+    char* to = smem + layout.w1 + w1.slot() * Traits::kW1Bytes;
 #pragma unroll
-        for (int panel = 0; panel < Traits::kPanels; ++panel) {
-          tma_load_2d(&w1_map, full, to + panel * kHiddenChunk * Traits::kRowBytes, panel * Traits::kPanel, chunk * kHiddenChunk);
-        }
-        w1.advance(p.w1_slots, false);
-      }
-      if (!w2_resident || pass == 0) {
-        wait_barrier(bar.w2_empty(w2.slot()), w2.phase() ^ 1);
-        load_w2<Traits>(w2_map, transaction_barrier(bar.w2_full(w2.slot())), smem + layout.w2 + w2.slot() * Traits::kW2Bytes, chunk,
-                        false);
-        w2.advance(p.w2_slots, false);
-      }
+    for (int panel = 0; panel < Traits::kPanels; ++panel) {
+      tma_load_2d(&w1_map, full, to + panel * kHiddenChunk * Traits::kRowBytes, panel * Traits::kPanel, chunk * kHiddenChunk);
+    }
+    w1.advance(p.w1_slots, false);
+  };
+  // W1 runs as far ahead of W2 as S does of the projection: in step with it, a slot of W1 would wait for one of W2 that is released later.
+  constexpr int kLead = Traits::kSchedule == Schedule::kTwoAhead ? 2 : 1;
+  const int w1_chunks = (w1_resident ? 1 : passes) * p.chunks, w2_chunks = (w2_resident ? 1 : passes) * p.chunks;
+  int first = 0, second = 0;  // chunks to load next
+  for (int i = 0; i < max(w1_chunks, w2_chunks + kLead); ++i) {
+    if (i < w1_chunks) {
+      load_w1(first);
+      if (++first == p.chunks) first = 0;
+    }
+    if (i >= kLead && i - kLead < w2_chunks) {
+      wait_barrier(bar.w2_empty(w2.slot()), w2.phase() ^ 1);
+      load_w2<Traits>(w2_map, transaction_barrier(bar.w2_full(w2.slot())), smem + layout.w2 + w2.slot() * Traits::kW2Bytes, second, false);
+      w2.advance(p.w2_slots, false);
+      if (++second == p.chunks) second = 0;
     }
   }
 }
