@@ -147,7 +147,9 @@ def _chunked(
     exceeded twice PyTorch's largest error in one of eight draws.
     """
     operators = torch.ops.convfirst
-    rows, grad = _rows(a), _scaled_rows(dy, sample_scale)
+    rows, grad = _rows(a), _rows(dy)
+    scaled, column_sums = operators.scale_rows(grad, sample_scale, a.shape[2] * a.shape[3])
+    grad = grad if sample_scale is None else scaled
     pixels, channels = rows.shape
     hidden = expand_weight.shape[0]
     unit, scaled_weight = scaled_project_weight(project_weight, layer_scale)
@@ -158,24 +160,13 @@ def _chunked(
     d_bias = [a.new_zeros(0, hidden, dtype=torch.float32)]  # sums of dS by ranges of pixels
     for some in _chunks(pixels, hidden):
         before, d_before = F.linear(rows[some], expand_weight, bias), grad[some] @ scaled_weight
-        d_bias.append(operators.hidden_backward_(before, d_before, None, 1, 0, activation))
+        d_bias.append(operators.hidden_backward_(before, d_before, activation))
         torch.mm(d_before, expand_weight, out=da[some])
         _add_product(d_expand, d_before.t(), rows[some])
         _add_product(sums, grad[some].t(), before)
     operators.norm_backward_(da, rows, rstd, unit)
-    column_sums = operators.column_sums(grad, None, 1).sum(0)
-    projected = _project_gradients(sums, column_sums, project_weight, project_bias, layer_scale)
+    projected = _project_gradients(sums, column_sums.sum(0), project_weight, project_bias, layer_scale)
     return da, d_expand * unit, torch.cat(d_bias).sum(0) * unit, *projected
-
-
-def _scaled_rows(dy: Tensor, sample_scale: Tensor | None) -> Tensor:
-    """dy's rows times their sample's factor, rounded once."""
-    rows = _rows(dy)
-    if sample_scale is None:
-        return rows
-    images = rows.view(dy.shape[0], -1, dy.shape[1])
-    torch.mul(images, sample_scale[:, None, None], out=(scaled := torch.empty_like(images)))
-    return scaled.view_as(rows)
 
 
 def _chunks(pixels: int, hidden: int) -> Iterator[slice]:

@@ -1,8 +1,10 @@
-// torch.ops.convfirst.{hidden_backward_, column_sums, norm_backward_}: what the chunked backward of the feed-forward half does between its
+// torch.ops.convfirst.{hidden_backward_, scale_rows, norm_backward_}: what the chunked backward of the feed-forward half does between its
 // matrix products. Helpers of convfirst_kernels/feed_forward_backward.py, on CUDA only.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+
+#include <tuple>
 
 #include "block_fusion/check.h"
 #include "block_fusion/feed_forward_bwd_chunk.h"
@@ -28,33 +30,21 @@ DType check_rows(const Checks& checks, const char* name, const Tensor& rows) {
   return type == ScalarType::Half ? DType::kHalf : DType::kBFloat16;
 }
 
-ChunkRows check_chunk(const Checks& checks, const Tensor& rows, const MaybeTensor& sample_scale, int64_t image_pixels, int64_t first) {
-  if (first < 0 || image_pixels < 1) checks.refuse("first_row is ", first, " and image_pixels ", image_pixels, "; expected at least 0 and 1");
-  if (sample_scale) {
-    checks.vector("sample_scale", sample_scale, rows, sample_scale->size(0), "[batch]");
-    if (first + rows.size(0) > sample_scale->size(0) * image_pixels) {
-      checks.refuse("rows end at ", first + rows.size(0), "; sample_scale has ", sample_scale->size(0), " images of ", image_pixels, " pixels");
-    }
-  }
-  return {rows.size(0), first, image_pixels, static_cast<int>(rows.size(1)), pointer(sample_scale)};
-}
-
 Tensor sums_like(const Tensor& rows) {
   const int64_t sizes[] = {chunk_row_blocks(rows.size(0)), rows.size(1)};
   return torch::stable::empty({sizes, 2}, ScalarType::Float, std::nullopt, rows.device());
 }
 
-Tensor run_hidden_backward(Tensor before, Tensor grad, const MaybeTensor& sample_scale, int64_t image_pixels, int64_t first_row,
-                           const std::string& activation) {
+Tensor run_hidden_backward(Tensor before, Tensor grad, const std::string& activation) {
   constexpr Checks kChecks{"hidden_backward_"};
   const DType dtype = check_rows(kChecks, "before", before);
   kChecks.weight("grad", grad, before, {before.size(0), before.size(1)}, "before's shape");
-  const ChunkRows chunk = check_chunk(kChecks, before, sample_scale, image_pixels, first_row);
   const Activation act = parse_activation(activation);
   const int index = before.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
   make_current(index);
   Tensor sums = sums_like(before);
+  const ChunkRows chunk{before.size(0), static_cast<int>(before.size(1))};
   if (chunk.rows > 0) {
     check_cuda(hidden_backward(dtype, act, chunk, before.mutable_data_ptr(), grad.mutable_data_ptr(),
                                static_cast<float*>(sums.mutable_data_ptr()), current_stream(index)),
@@ -63,19 +53,31 @@ Tensor run_hidden_backward(Tensor before, Tensor grad, const MaybeTensor& sample
   return sums;
 }
 
-Tensor run_column_sums(const Tensor& rows, const MaybeTensor& sample_scale, int64_t image_pixels) {
-  constexpr Checks kChecks{"column_sums"};
+// Without sample_scale the first result is empty.
+std::tuple<Tensor, Tensor> run_scale_rows(const Tensor& rows, const MaybeTensor& sample_scale, int64_t image_pixels) {
+  constexpr Checks kChecks{"scale_rows"};
   const DType dtype = check_rows(kChecks, "rows", rows);
-  const ChunkRows chunk = check_chunk(kChecks, rows, sample_scale, image_pixels, 0);
+  if (image_pixels < 1) kChecks.refuse("image_pixels is ", image_pixels, "; expected at least 1");
+  if (sample_scale) {
+    kChecks.vector("sample_scale", sample_scale, rows, sample_scale->size(0), "[batch]");
+    if (rows.size(0) > sample_scale->size(0) * image_pixels) {
+      kChecks.refuse("rows has ", rows.size(0), " rows; sample_scale has ", sample_scale->size(0), " images of ", image_pixels, " pixels");
+    }
+  }
   const int index = rows.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
   make_current(index);
+  const int64_t sizes[] = {sample_scale ? rows.size(0) : 0, rows.size(1)};
+  Tensor scaled = torch::stable::empty({sizes, 2}, rows.scalar_type(), std::nullopt, rows.device());
   Tensor sums = sums_like(rows);
+  const ChunkRows chunk{rows.size(0), static_cast<int>(rows.size(1))};
   if (chunk.rows > 0) {
-    check_cuda(column_sums(dtype, chunk, rows.const_data_ptr(), static_cast<float*>(sums.mutable_data_ptr()), current_stream(index)),
-               "column_sums", "launch");
+    check_cuda(scale_rows(dtype, chunk, {pointer(sample_scale), image_pixels}, rows.const_data_ptr(),
+                          sample_scale ? scaled.mutable_data_ptr() : nullptr, static_cast<float*>(sums.mutable_data_ptr()),
+                          current_stream(index)),
+               "scale_rows", "launch");
   }
-  return sums;
+  return {scaled, sums};
 }
 
 void run_norm_backward(Tensor da, const Tensor& a, const MaybeTensor& rstd, const Tensor& unit) {
@@ -98,13 +100,13 @@ void run_norm_backward(Tensor da, const Tensor& a, const MaybeTensor& rstd, cons
 }  // namespace convfirst::block_fusion
 
 STABLE_TORCH_LIBRARY_FRAGMENT(convfirst, m) {
-  m.def("hidden_backward_(Tensor(a!) before, Tensor(b!) grad, Tensor? sample_scale, int image_pixels, int first_row, str activation) -> Tensor");
-  m.def("column_sums(Tensor rows, Tensor? sample_scale, int image_pixels) -> Tensor");
+  m.def("hidden_backward_(Tensor(a!) before, Tensor(b!) grad, str activation) -> Tensor");
+  m.def("scale_rows(Tensor rows, Tensor? sample_scale, int image_pixels) -> (Tensor, Tensor)");
   m.def("norm_backward_(Tensor(a!) da, Tensor a, Tensor? rstd, Tensor unit) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(convfirst, CUDA, m) {
   m.impl("hidden_backward_", TORCH_BOX(&convfirst::block_fusion::run_hidden_backward));
-  m.impl("column_sums", TORCH_BOX(&convfirst::block_fusion::run_column_sums));
+  m.impl("scale_rows", TORCH_BOX(&convfirst::block_fusion::run_scale_rows));
   m.impl("norm_backward_", TORCH_BOX(&convfirst::block_fusion::run_norm_backward));
 }

@@ -1,6 +1,6 @@
 // Kernels of feed_forward_bwd_chunk.h; each reads and writes everything once, norm_backward its rows a second time, from L1.
 //
-//   hidden_backward, column_sums: a block owns 128 rows and 256 columns, a thread 8 columns of every eighth row
+//   hidden_backward, scale_rows: a block owns 128 rows and 256 columns, a thread 8 columns of every eighth row
 //
 //             256 columns: lane l has 8l ... 8l + 7           | what           | where                               |
 //           +------------------------------------+            | row's factor   | one load a row, from L1              |
@@ -44,9 +44,9 @@ __device__ __forceinline__ void activate_with_slope(float s, float& h, float& sl
   }
 }
 
-__device__ __forceinline__ float row_factor(const ChunkRows& c, int64_t row) {
-  if (c.sample_scale == nullptr) return 1.f;
-  return __ldg(c.sample_scale + static_cast<uint32_t>(c.first + row) / static_cast<uint32_t>(c.image_pixels));
+__device__ __forceinline__ float row_factor(const SampleFactors& f, int64_t row) {
+  if (f.sample_scale == nullptr) return 1.f;
+  return __ldg(f.sample_scale + static_cast<uint32_t>(row) / static_cast<uint32_t>(f.image_pixels));
 }
 
 // The warps' column sums, in order, to the block's row of `sums`.
@@ -65,9 +65,9 @@ __device__ __forceinline__ void add_warps(const float (&sum)[8], float* to, int 
   to[static_cast<int64_t>(blockIdx.y) * columns + column] = total;
 }
 
-// S and D of one row and eight columns; adds dS, as it is rounded, to the column sums.
+// S and D of one row and eight columns; adds dS to the column sums.
 template <typename T, Activation kActivation>
-__device__ __forceinline__ void backward_values(uint4& s, uint4& d, float factor, float (&sum)[8]) {
+__device__ __forceinline__ void backward_values(uint4& s, uint4& d, float (&sum)[8]) {
   uint32_t* const before = &s.x;
   uint32_t* const grad = &d.x;
 #pragma unroll
@@ -76,8 +76,8 @@ __device__ __forceinline__ void backward_values(uint4& s, uint4& d, float factor
     float2 h, slope;
     activate_with_slope<kActivation>(v.x, h.x, slope.x);
     activate_with_slope<kActivation>(v.y, h.y, slope.y);
-    const float2 ds = make_float2(factor * g.x * slope.x, factor * g.y * slope.y);
-    before[i] = ptx::pack2<T>(factor * h.x, factor * h.y);
+    const float2 ds = make_float2(g.x * slope.x, g.y * slope.y);
+    before[i] = ptx::pack2<T>(h.x, h.y);
     grad[i] = ptx::pack2<T>(ds.x, ds.y);
     sum[2 * i] += ds.x, sum[2 * i + 1] += ds.y;
   }
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kChunkThreads) hidden_backward_sm80(ChunkRows 
       for (int j = 0; j < kRowsInFlight; ++j) {
         const int64_t row = first + i + j * kChunkWarps;
         if (row >= c.rows) continue;
-        backward_values<T, kActivation>(s[j], d[j], row_factor(c, row), sum);
+        backward_values<T, kActivation>(s[j], d[j], sum);
         before[row * vectors + vector] = s[j], grad[row * vectors + vector] = d[j];
       }
     }
@@ -111,24 +111,27 @@ __global__ void __launch_bounds__(kChunkThreads) hidden_backward_sm80(ChunkRows 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kChunkThreads) column_sums_sm80(ChunkRows c, const uint4* grad, float* sums) {
+__global__ void __launch_bounds__(kChunkThreads) scale_rows_sm80(ChunkRows c, SampleFactors factors, const uint4* grad, uint4* scaled, float* sums) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, vectors = c.columns / 8;
   const int vector = blockIdx.x * (kChunkColumns / 8) + lane;
   const int64_t first = static_cast<int64_t>(blockIdx.y) * kChunkRows;
   float sum[8] = {};
   if (vector < vectors) {
-#pragma unroll 8
+#pragma unroll 4
     for (int i = warp; i < kChunkRows; i += kChunkWarps) {
       const int64_t row = first + i;
       if (row >= c.rows) continue;
       const uint4 d = __ldg(grad + row * vectors + vector);
-      const float factor = row_factor(c, row);
-      const uint32_t words[4] = {d.x, d.y, d.z, d.w};
+      const float factor = row_factor(factors, row);
+      uint32_t words[4] = {d.x, d.y, d.z, d.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float2 g = ptx::unpack2<T>(words[j]);
-        sum[2 * j] = fmaf(factor, g.x, sum[2 * j]), sum[2 * j + 1] = fmaf(factor, g.y, sum[2 * j + 1]);
+        float2 g = ptx::unpack2<T>(words[j]);
+        words[j] = ptx::pack2<T>(factor * g.x, factor * g.y);
+        g = ptx::unpack2<T>(words[j]);
+        sum[2 * j] += g.x, sum[2 * j + 1] += g.y;
       }
+      if (scaled != nullptr) scaled[row * vectors + vector] = make_uint4(words[0], words[1], words[2], words[3]);
     }
   }
   add_warps(sum, sums, c.columns);
@@ -194,8 +197,8 @@ int start_hidden(Activation activation, const ChunkRows& c, void* before, void* 
 }
 
 template <typename T>
-int start_sums(const ChunkRows& c, const void* grad, float* sums, cudaStream_t stream) {
-  column_sums_sm80<T><<<chunk_grid(c), kChunkThreads, 0, stream>>>(c, static_cast<const uint4*>(grad), sums);
+int start_scale(const ChunkRows& c, const SampleFactors& factors, const void* grad, void* scaled, float* sums, cudaStream_t stream) {
+  scale_rows_sm80<T><<<chunk_grid(c), kChunkThreads, 0, stream>>>(c, factors, static_cast<const uint4*>(grad), static_cast<uint4*>(scaled), sums);
   return static_cast<int>(cudaGetLastError());
 }
 
@@ -215,8 +218,10 @@ int hidden_backward(DType dtype, Activation activation, const ChunkRows& chunk, 
                                : sm80::start_hidden<__nv_bfloat16>(activation, chunk, before, grad, sums, stream);
 }
 
-int column_sums(DType dtype, const ChunkRows& chunk, const void* grad, float* sums, cudaStream_t stream) {
-  return dtype == DType::kHalf ? sm80::start_sums<__half>(chunk, grad, sums, stream) : sm80::start_sums<__nv_bfloat16>(chunk, grad, sums, stream);
+int scale_rows(DType dtype, const ChunkRows& chunk, const SampleFactors& factors, const void* grad, void* scaled, float* sums,
+               cudaStream_t stream) {
+  return dtype == DType::kHalf ? sm80::start_scale<__half>(chunk, factors, grad, scaled, sums, stream)
+                               : sm80::start_scale<__nv_bfloat16>(chunk, factors, grad, scaled, sums, stream);
 }
 
 int norm_backward(DType dtype, int64_t rows, int columns, void* da, const void* a, const float* rstd, const float* unit, cudaStream_t stream) {

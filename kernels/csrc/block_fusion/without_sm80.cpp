@@ -33,7 +33,7 @@ int64_t chunk_row_blocks(int64_t) { return 0; }
 
 int hidden_backward(DType, Activation, const ChunkRows&, void*, void*, float*, cudaStream_t) { return kNoKernelImage; }
 
-int column_sums(DType, const ChunkRows&, const void*, float*, cudaStream_t) { return kNoKernelImage; }
+int scale_rows(DType, const ChunkRows&, const SampleFactors&, const void*, void*, float*, cudaStream_t) { return kNoKernelImage; }
 
 int norm_backward(DType, int64_t, int, void*, const void*, const float*, const float*, cudaStream_t) { return kNoKernelImage; }
 
