@@ -22,9 +22,9 @@ def training_step(config: DictConfig) -> Iterator[dict]:
 
     A step is forward pass, loss, backward pass and update on images that stay on the device (`bare_loop`). Ours has
     the kernels that ``config.training.kernels`` says; a peer is plain PyTorch, in the same mode, and either the same
-    model or the one that ``config.training.peers`` holds it against. ``speedup`` and ``memory_ratio`` are over the
-    peer. With several devices a row has ``scaling`` instead: images/s over those of one device, the batch being that
-    of one device.
+    model or the one that ``config.training.peers`` holds it against (null: no peers, for rows of several devices only).
+    ``speedup`` and ``memory_ratio`` are over the peer. With several devices a row has ``scaling`` instead: images/s
+    over those of one device, the batch being that of one device.
 
     Raises:
         ValueError: a mode is unknown, or needs a GPU that isn't there.
@@ -46,7 +46,8 @@ def _rows(suite: DictConfig, name: str, batch: int, mode: str, measured) -> Iter
     about = {"name": name, "batch": batch, "mode": mode, "kernels": suite.kernels, "precision": suite.precision}
     about["image_size"] = suite.image_size
     ours = measured(name, suite.kernels, batch, mode)
-    for peer in [name, *suite.peers.get(name, [])]:
+    peers = [] if suite.peers is None else [name, *suite.peers.get(name, [])]
+    for peer in peers:
         theirs = measured(peer, "off", batch, mode)
         yield _printed({**about, "devices": 1, **_compared(ours, peer, theirs)})
     for devices in suite.devices:

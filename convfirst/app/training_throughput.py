@@ -23,7 +23,8 @@ def training_throughput(config: DictConfig) -> Iterator[dict]:
 
     Each measurement has processes of its own, one a device: ``train.py`` as a user starts it, and the bare loop, which
     has no source and runs once in each repeat, before the sources' trainers. ``ratio_to_bare`` is the trainer's
-    images/s over the bare loop's, whose random images never leave the device.
+    images/s over the bare loop's, whose random images never leave the device. On several devices the trainer's
+    strategy is ``config.training_throughput.strategy``, the bare loop's always DDP.
     """
     suite = config.training_throughput
     for recipe in suite.recipes:
@@ -46,13 +47,13 @@ def _compare(suite: DictConfig, recipe: str, devices: int) -> Iterator[dict]:
             pairs[source].append((bare[loop], run_trainer(arguments[source], devices, suite.warmup_steps)))
             log.info("%s, %s, %d device(s): %s", recipe, source, devices, pairs[source][-1][1])
             if repeat == suite.repeats - 1:
-                yield _row(recipe, source, devices, train_config, pairs[source])
+                yield _row(recipe, source, devices, suite.strategy, train_config, pairs[source])
 
 
 def _common_overrides(suite: DictConfig, recipe: str, devices: int) -> list[str]:
     return [
         f"recipe={recipe}",
-        *(["trainer=ddp"] if devices > 1 else []),
+        *([f"trainer={suite.strategy}"] if devices > 1 else []),
         f"trainer.devices={devices}",
         f"trainer.precision={suite.precision}",
         f"trainer.limit_train_batches={suite.warmup_steps + suite.steps}",
@@ -129,7 +130,9 @@ def _run(arguments: list[str]) -> str:
     return done.stdout
 
 
-def _row(recipe: str, source: str, devices: int, train_config: DictConfig, pairs: list[tuple[dict, dict]]) -> dict:
+def _row(
+    recipe: str, source: str, devices: int, strategy: str, train_config: DictConfig, pairs: list[tuple[dict, dict]]
+) -> dict:
     bare = statistics.median(bare["images_per_s"] for bare, _ in pairs)
     trainer = {key: statistics.median(trainer[key] for _, trainer in pairs) for key in pairs[0][1]}
     return {
@@ -137,6 +140,7 @@ def _row(recipe: str, source: str, devices: int, train_config: DictConfig, pairs
         "model": train_config.model.model_name,
         "data": source,
         "devices": devices,
+        "strategy": strategy if devices > 1 else None,
         "num_workers": train_config.data.num_workers,
         "batch": train_config.data.batch_size,
         "image_size": train_config.data.image_size,
