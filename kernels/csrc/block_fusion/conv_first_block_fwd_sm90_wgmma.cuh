@@ -27,6 +27,8 @@
 //   y tile                       shared, over the x tile; 16-byte stores        consumer              -
 #pragma once
 
+#include <cutlass/fast_math.h>
+
 #include "feed_forward_sm90.cuh"
 
 namespace convfirst::block_fusion::sm90 {
@@ -48,6 +50,7 @@ struct KernelParams : Work {
   int tile_images, tile_height, tile_width;  // tile_images * tile_height * tile_width <= 64; tile_images == 0: flat (tile_sm90.h)
   int tiles_y, tiles_x;
   int pixels;  // of all images
+  cutlass::FastDivmod by_width, by_height;
   int x_slots;
   int x_panel_bytes, x_slot_bytes;
 };
@@ -182,6 +185,8 @@ __device__ void produce_pixels(const KernelParams& p, const CUtensorMap& x_map, 
                                const SharedLayout& layout, Barriers bar) {
   RingState<0> ring;
   for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+    // The first tile's warpgroup is waited for by all others: nothing else shares its load and its convolution's beginning.
+    if (Traits::kAlternates && index == blockIdx.x + gridDim.x) wait_barrier(bar.x_full(0), 0);
     wait_barrier(bar.x_empty(ring.slot()), ring.phase() ^ 1);  // the slots start empty
     load_tile<Traits>(p, x_map, zeros_map, Tile(p, index), smem + layout.x + ring.slot() * p.x_slot_bytes,
                       transaction_barrier(bar.x_full(ring.slot())));
@@ -202,29 +207,48 @@ struct Products {
   static constexpr int first_tap(int product) { return Traits::kGroupWidth == 16 ? product : 2 * product; }
 };
 
-// Shared-memory rows that this lane hands to ldmatrix, one offset a load, already swizzled for chunk 0.
+// Bits t of [0, kKernel) where at + t - kPad lies in [0, size).
+template <class Traits>
+__device__ __forceinline__ uint32_t taps_inside(int at, int size) {
+  constexpr int kPad = Traits::kPad, kKernel = Traits::kKernel;
+  return (1u << min(size - at + kPad, kKernel)) - 1u & ~0u << max(kPad - at, 0);
+}
+
+// Shared-memory rows that this lane hands to ldmatrix for a block of 16 pixels, one offset a load, already swizzled for chunk 0.
 template <class Traits>
 struct TapRows {
-  static constexpr int kLoads = Products<Traits>::kCount, kPad = Traits::kPad;
+  static constexpr int kLoads = Products<Traits>::kCount, kPad = Traits::kPad, kKernel = Traits::kKernel;
   uint32_t offset[kLoads];
-  __device__ __forceinline__ TapRows(const KernelParams& p, const int2* pixels, const Tile& tile, int warp, int lane) {
-    const int pixel = warp * 16 + (lane & 15);
+  __device__ __forceinline__ TapRows(const KernelParams& p, const int2* pixels, const Tile& tile, int block, int lane, uint32_t base) {
+    const int pixel = block * 16 + (lane & 15);
     const bool flat = is_flat<Traits>(p);
     const int width = flat ? p.width : p.tile_width + 2 * kPad;
-    const int center = max(pixels[pixel].x, kPad * width + kPad);
-    int y = kPad, x = kPad, height = Traits::kKernel, columns = Traits::kKernel;  // a rectangle's taps all exist
+    int center;
+    uint32_t exists = ~0u;  // a bit a tap: a rectangle's taps all exist
     if (flat) {
-      const int number = tile.first + pixel, row = number / p.width;
-      y = row % p.height, x = number - row * p.width, columns = p.width;
-      height = number < p.pixels ? p.height : 0;
+      int row, image, x, y;
+      p.by_width.fast_divmod(row, x, tile.first + pixel);
+      p.by_height.fast_divmod(image, y, row);
+      center = pixel + kPad * (width + 1);
+      const uint32_t columns = taps_inside<Traits>(x, p.width), rows = tile.first + pixel < p.pixels ? taps_inside<Traits>(y, p.height) : 0;
+      exists = 0;
+#pragma unroll
+      for (int i = 0; i < kKernel; ++i) exists |= rows >> i & 1 ? columns << i * kKernel : 0;
+    } else {
+      center = max(pixels[pixel].x, kPad * width + kPad);
     }
+    // Lanes 16 to 31 hand over the second tap's rows, or at group width 16 the second half of the channels.
+    const int second = Traits::kGroupWidth == 8 ? lane >> 4 : 0;
+    const auto shift = [&](int tap) { return (tap / kKernel - kPad) * width + tap % kKernel - kPad; };
+    const uint32_t zeros = base + swizzle<Traits::kRowBytes>((kTilePixels + 2 * kPad * (p.width + 1)) * Traits::kRowBytes);
+    const uint32_t mine = exists >> second;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int tap = Traits::kGroupWidth == 8 ? min(2 * i + (lane >> 4), Traits::kTaps - 1) : i;
-      const int dy = tap / Traits::kKernel - kPad, dx = tap % Traits::kKernel - kPad;
-      const bool exists = y + dy >= 0 && y + dy < height && x + dx >= 0 && x + dx < columns;
-      const int row = exists ? center + dy * width + dx : kTilePixels + 2 * kPad * (p.width + 1);  // the row of zeros
-      offset[i] = swizzle<Traits::kRowBytes>(row * Traits::kRowBytes);
+      const bool single = Products<Traits>::single(i);
+      const int tap = Products<Traits>::first_tap(i);
+      const int row = center + (second != 0 && !single ? shift(tap + 1) : shift(tap));
+      const uint32_t bits = single ? exists : mine;
+      offset[i] = bits >> tap & 1 ? base + swizzle<Traits::kRowBytes>(row * Traits::kRowBytes) : zeros;
       if (Traits::kGroupWidth == 16) offset[i] ^= (lane >> 4) << 4;
     }
   }
@@ -415,9 +439,7 @@ struct Consumer {
 #pragma unroll
       for (int i = 0; i < kWeightsAhead; ++i) weights.ahead[i].load(weights.global, 2 * i);
     }
-    TapRows<Traits> rows(p, reinterpret_cast<const int2*>(smem + layout.pixels), tile, warp, lane);
-#pragma unroll
-    for (int i = 0; i < TapRows<Traits>::kLoads; ++i) rows.offset[i] += slot;
+    TapRows<Traits> rows(p, reinterpret_cast<const int2*>(smem + layout.pixels), tile, warp, lane, slot);
     if (Traits::kConvWeightsStay) wait_barrier(bar.conv_full(), 0);
     ConvStep<Traits> steps[kStepsAhead + 1];
     convolve_steps(sums, rows, weights, steps, std::make_index_sequence<kSteps + kStepsAhead>{});

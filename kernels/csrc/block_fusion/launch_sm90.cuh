@@ -20,6 +20,7 @@ KernelParams kernel_params(const Problem& q, const Tensors& t, const Plan& plan)
   p.tiles_y = static_cast<int>(ceil_div(q.height, plan.tile.height));
   p.tiles_x = static_cast<int>(ceil_div(q.width, plan.tile.width));
   p.pixels = static_cast<int>(q.batch * q.height * q.width);
+  p.by_width = cutlass::FastDivmod(p.width), p.by_height = cutlass::FastDivmod(p.height);
   p.chunks = q.hidden / kHiddenChunk, p.tiles = static_cast<int>(tile_count(q, plan.tile));
   const Rounds rounds = share_out<Traits>(p.tiles, p.chunks, plan.grid);
   p.full_rounds = rounds.full, p.shared = rounds.shared;
