@@ -39,17 +39,18 @@ def benchmark(config: DictConfig) -> list[dict]:
     """
     if config.suite not in SUITES:
         raise ValueError(f"suite={config.suite!r} is unknown; accepted: {', '.join(SUITES)}")
+    gpu = f"-{gpu_slug()}" if config.suite in PER_GPU and torch.cuda.is_available() else ""
+    output = REPOSITORY / Path(config.output or f"results/{config.suite.replace('_', '-')}{gpu}.json")
     rows: list[dict] = []
     try:
         for row in SUITES[config.suite](config):
             rows.append(row)
-    finally:  # what was measured before an error isn't lost
+            # Row by row: what was measured before an error, or before the process is killed, isn't lost.
+            write_results(output, config.suite, [row], append=config.append or len(rows) > 1)
+    finally:
         if rows:
             _print_rows(config.suite, rows)
-            gpu = f"-{gpu_slug()}" if config.suite in PER_GPU and torch.cuda.is_available() else ""
-            output = REPOSITORY / Path(config.output or f"results/{config.suite.replace('_', '-')}{gpu}.json")
-            path = write_results(output, config.suite, rows, append=config.append)
-            log.info("wrote %s", path)
+            log.info("wrote %s", output)
     return rows
 
 

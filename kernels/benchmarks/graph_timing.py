@@ -22,7 +22,11 @@ def rotating_inputs(make: Callable[[], Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def graph_ms(
-    function: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], iterations: int = 15, calls: int = 8
+    function: Callable[[Tensor], Tensor],
+    inputs: Sequence[Tensor],
+    iterations: int = 15,
+    calls: int = 8,
+    warmup: int = 3,
 ) -> float:
     """Median milliseconds of a call inside one CUDA graph of at least ``calls`` calls that take the inputs in turn."""
     stream = torch.cuda.Stream()
@@ -36,7 +40,7 @@ def graph_ms(
     with torch.cuda.graph(graph):
         for x in rotation:
             function(x)
-    return replay_ms(graph, iterations) / len(rotation)
+    return replay_ms(graph, iterations, warmup) / len(rotation)
 
 
 def replay_ms(graph: torch.cuda.CUDAGraph, iterations: int, warmup: int = 3) -> float:

@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     unknown = set(given) - set(inspect.signature(suite).parameters)
     if unknown:
         sys.exit(f"suite {options.suite} has no option {', '.join(sorted(unknown))}")
-    rows = suite(**given)
+    rows = list(suite(**given))
     print_table(rows)
     print("wrote", write_results(output, options.suite, rows))
 

@@ -2,14 +2,16 @@
 
 The peer is the faster of cuDNN's NHWC and NCHW convolutions with its own search on (torch.backends.cudnn.benchmark),
 without TF32, in a CUDA graph as ours is, on the same inputs. Ours transforms the filters in every call, as cuDNN must;
-`ours_filtered_ms` is the time with transformed filters at hand, which is how an accelerated network runs.
+`ours_filtered_ms` is the time with transformed filters at hand, which is how an accelerated network runs. Errors are
+those of one image of the batch that is timed, against float64 on the same rounded numbers.
 """
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from torch import Tensor
 import convfirst_kernels
 from convfirst_kernels.winograd import kernels
 
-ERROR_BATCH = 1  # images in the float64 reference of a layer's error
+WARMUP = 1  # replays of a graph before those that count: its calls have run three times before the capture
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,10 @@ def winograd(
     batches: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
     algorithms: Sequence[str] = ("f2", "f4"),
     iterations: int = 5,
-) -> list[dict]:
-    """One row for each layer, batch size, dtype and algorithm, and one for the sum over VGG-E.
+) -> Iterator[dict]:
+    """One row for each layer, batch size, dtype and algorithm as it is measured, and one for the sum over VGG-E.
+
+    VGG-E's layers come first at every batch size, then ResNets'.
 
     Args:
         select: regular expression that picks from LAYERS by name.
@@ -69,18 +73,26 @@ def winograd(
     chosen = [layer for layer in LAYERS if re.search(select, layer.name)]
     if not chosen:
         raise ValueError(f"select={select!r} matches none of {', '.join(layer.name for layer in LAYERS)}")
-    rows = []
+    for row in _rows(chosen, dtypes, batches, algorithms, iterations):
+        print(json.dumps(row), flush=True)
+        yield row
+
+
+def _rows(chosen: Sequence[Layer], dtypes, batches, algorithms, iterations) -> Iterator[dict]:
+    vgg, others = ([layer for layer in chosen if bool(layer.depth) is wanted] for wanted in (True, False))
+    whole = all(layer in chosen for layer in LAYERS if layer.depth)
     for dtype in dtypes:
         for batch in batches:
             measured = []
-            for layer in chosen:
-                with convfirst_kernels.force_path("sm80"):  # asks for the kernels of 16 bits too
-                    measured += _layer_rows(layer, batch, dtype, algorithms, iterations)
-                print(json.dumps(measured[-1]), flush=True)
-            rows += measured
-            if all(layer in chosen for layer in LAYERS if layer.depth):
-                rows.append(_network_row(measured))
-    return rows
+            for layer in vgg:
+                rows = _layer_rows(layer, batch, dtype, algorithms, iterations)
+                measured += rows
+                yield from rows
+            if whole:
+                yield _network_row(measured)
+        for batch in batches:
+            for layer in others:
+                yield from _layer_rows(layer, batch, dtype, algorithms, iterations)
 
 
 def _network_row(rows: list[dict]) -> dict:
@@ -110,41 +122,69 @@ def _network_row(rows: list[dict]) -> dict:
 
 @torch.no_grad()
 def _layer_rows(layer: Layer, batch: int, dtype: str, algorithms: Sequence[str], iterations: int) -> list[dict]:
-    torch_dtype = getattr(torch, dtype)
-    torch.manual_seed(0)
-    weight = _uniform(layer.outputs, layer.channels, 3, 3).to(torch_dtype)
-    bias = _uniform(layer.outputs)
-    inputs = rotating_inputs(lambda: _images((batch, layer.channels, layer.side, layer.side), torch_dtype))
+    reference = _reference(layer, dtype)
+    weight, bias = reference.weight, reference.bias
+    shape = (batch, layer.channels, layer.side, layer.side)
+    inputs = rotating_inputs(lambda: _images(shape, weight.dtype))
+    inputs[0][:1] = reference.image
     peer, peer_ms = _peer(inputs, weight, bias, iterations)
     rows = []
-    for algorithm in algorithms:
-        if kernels.refusal(inputs[0], layer.outputs, 1, algorithm) is not None:
-            continue  # F(4x4, 3x3) in 16 bits
-        call, filtered = _ours(weight, bias, layer.outputs, algorithm)
-        ours_ms = graph_ms(call, inputs, iterations, calls=4)
-        error, peer_error = _errors(call, inputs[0][:ERROR_BATCH], weight, bias)
-        rows.append(
-            {
-                "name": layer.name if layer.name.startswith("resnet") else f"vgg-conv{layer.name}",
-                "layer": layer.name,
-                "channels": layer.channels,
-                "outputs": layer.outputs,
-                "side": layer.side,
-                "N": batch,
-                "dtype": dtype,
-                "algorithm": algorithm,
-                "plan": kernels.plan(inputs[0], layer.outputs, 1, algorithm),
-                "ours_ms": round(ours_ms, 5),
-                "ours_filtered_ms": round(graph_ms(filtered, inputs, iterations, calls=4), 5),
-                "peer": f"cudnn-{peer}",
-                "peer_ms": round(peer_ms, 5),
-                "speedup": round(peer_ms / ours_ms, 3),
-                "effective_tflops": round(1e-9 * layer.flops(batch) / ours_ms, 1),
-                "max_error": float(f"{error:.3g}"),
-                "peer_max_error": float(f"{peer_error:.3g}"),
-            }
-        )
+    with convfirst_kernels.force_path("sm80"):  # asks for the kernels of 16 bits too
+        for algorithm in algorithms:
+            if kernels.refusal(inputs[0], layer.outputs, 1, algorithm) is not None:
+                continue  # F(4x4, 3x3) in 16 bits
+            call, filtered = _ours(weight, bias, layer.outputs, algorithm)
+            error = float((call(inputs[0])[:1].double() - reference.exact).abs().max())
+            ours_ms = _ms(call, inputs, iterations)
+            rows.append(
+                {
+                    "name": layer.name if layer.name.startswith("resnet") else f"vgg-conv{layer.name}",
+                    "layer": layer.name,
+                    "channels": layer.channels,
+                    "outputs": layer.outputs,
+                    "side": layer.side,
+                    "N": batch,
+                    "dtype": dtype,
+                    "algorithm": algorithm,
+                    "plan": kernels.plan(inputs[0], layer.outputs, 1, algorithm),
+                    "ours_ms": round(ours_ms, 5),
+                    "ours_filtered_ms": round(_ms(filtered, inputs, iterations), 5),
+                    "peer": f"cudnn-{peer}",
+                    "peer_ms": round(peer_ms, 5),
+                    "speedup": round(peer_ms / ours_ms, 3),
+                    "effective_tflops": round(1e-9 * layer.flops(batch) / ours_ms, 1),
+                    "max_error": float(f"{error:.3g}"),
+                    "peer_max_error": float(f"{reference.peer_error:.3g}"),
+                }
+            )
     return rows
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A layer's weights and an image, what comes of them in float64, and the largest error of cuDNN's own choice."""
+
+    weight: Tensor
+    bias: Tensor
+    image: Tensor
+    exact: Tensor
+    peer_error: float
+
+
+@cache
+def _reference(layer: Layer, dtype: str) -> Reference:
+    torch.manual_seed(0)
+    torch_dtype = getattr(torch, dtype)
+    weight, bias = _uniform(layer.outputs, layer.channels, 3, 3).to(torch_dtype), _uniform(layer.outputs)
+    image = _images((1, layer.channels, layer.side, layer.side), torch_dtype)
+    exact = F.conv2d(image.double(), weight.double(), bias.double(), padding=1)
+    with _cudnn(search=False):
+        theirs = F.conv2d(image, weight, bias.to(torch_dtype), padding=1)
+    return Reference(weight, bias, image, exact, float((theirs.double() - exact).abs().max()))
+
+
+def _ms(function: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], iterations: int) -> float:
+    return graph_ms(function, inputs, iterations, calls=4, warmup=WARMUP)
 
 
 def _ours(
@@ -164,18 +204,10 @@ def _peer(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor, iterations: in
         theirs = weight.contiguous(memory_format=layout)
         converted = [x.contiguous(memory_format=layout) for x in inputs]
         with _cudnn(search=True):
-            times[name] = graph_ms(lambda x, w=theirs: F.conv2d(x, w, bias, padding=1), converted, iterations, calls=4)
+            times[name] = _ms(lambda x, w=theirs: F.conv2d(x, w, bias, padding=1), converted, iterations)
         del converted
     fastest = min(times, key=times.__getitem__)
     return fastest, times[fastest]
-
-
-def _errors(call: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> tuple[float, float]:
-    """Largest error against float64, ours and that of cuDNN's own choice without a search."""
-    exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
-    with _cudnn(search=False):
-        theirs = F.conv2d(x, weight, bias.to(x.dtype), padding=1)
-    return tuple(float((y.double() - exact).abs().max()) for y in (call(x), theirs))
 
 
 @contextmanager
