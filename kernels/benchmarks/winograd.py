@@ -2,7 +2,8 @@
 
 The peer is the faster of cuDNN's NHWC and NCHW convolutions with its own search on (torch.backends.cudnn.benchmark),
 without TF32, in a CUDA graph as ours is, on the same inputs. Ours transforms the filters in every call, as cuDNN must;
-`ours_filtered_ms` is the time with transformed filters at hand, which is how an accelerated network runs. Errors are
+`ours_filtered_ms` is the time with transformed filters at hand, which is how an accelerated network runs. In 16 bits
+direct convolution, which transforms nothing, is one of our algorithms: F(2x2, 3x3) is no faster there. Errors are
 those of one image of the batch that is timed, against float64 on the same rounded numbers.
 """
 
@@ -19,8 +20,10 @@ from graph_timing import graph_ms, rotating_inputs
 from torch import Tensor
 
 import convfirst_kernels
+from convfirst_kernels.direct.convolution import plan_direct
 from convfirst_kernels.winograd import kernels
 
+Call = Callable[[Tensor], Tensor]
 WARMUP = 1  # replays of a graph before those that count: its calls have run three times before the capture
 
 
@@ -54,9 +57,9 @@ LAYERS = [
 
 def winograd(
     select: str = "",
-    dtypes: Sequence[str] = ("float32",),
+    dtypes: Sequence[str] = ("float32", "float16"),
     batches: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
-    algorithms: Sequence[str] = ("f2", "f4"),
+    algorithms: Sequence[str] = ("f2", "f4", "direct"),
     iterations: int = 5,
 ) -> Iterator[dict]:
     """One row for each layer, batch size, dtype and algorithm as it is measured, and one for the sum over VGG-E.
@@ -67,7 +70,7 @@ def winograd(
         select: regular expression that picks from LAYERS by name.
         dtypes: those that the kernels take.
         batches: images in a batch.
-        algorithms: "f2", "f4".
+        algorithms: "f2", "f4", and "direct" in 16 bits; "f4" is left out in those.
         iterations: replays of each graph, of which the median counts.
     """
     chosen = [layer for layer in LAYERS if re.search(select, layer.name)]
@@ -129,34 +132,36 @@ def _layer_rows(layer: Layer, batch: int, dtype: str, algorithms: Sequence[str],
     inputs[0][:1] = reference.image
     peer, peer_ms = _peer(inputs, weight, bias, iterations)
     rows = []
-    with convfirst_kernels.force_path("sm80"):  # asks for the kernels of 16 bits too
-        for algorithm in algorithms:
-            if kernels.refusal(inputs[0], layer.outputs, 1, algorithm) is not None:
-                continue  # F(4x4, 3x3) in 16 bits
-            call, filtered = _ours(weight, bias, layer.outputs, algorithm)
+    for algorithm in algorithms:
+        if algorithm == ("direct" if dtype == "float32" else "f4"):
+            continue
+        # Winograd's kernels of 16 bits run where their path is asked for.
+        with convfirst_kernels.force_path("" if algorithm == "direct" else "sm80"):
+            call, filtered, plan = _ours(inputs[0], weight, bias, algorithm)
             error = float((call(inputs[0])[:1].double() - reference.exact).abs().max())
             ours_ms = _ms(call, inputs, iterations)
-            rows.append(
-                {
-                    "name": layer.name if layer.name.startswith("resnet") else f"vgg-conv{layer.name}",
-                    "layer": layer.name,
-                    "channels": layer.channels,
-                    "outputs": layer.outputs,
-                    "side": layer.side,
-                    "N": batch,
-                    "dtype": dtype,
-                    "algorithm": algorithm,
-                    "plan": kernels.plan(inputs[0], layer.outputs, 1, algorithm),
-                    "ours_ms": round(ours_ms, 5),
-                    "ours_filtered_ms": round(_ms(filtered, inputs, iterations), 5),
-                    "peer": f"cudnn-{peer}",
-                    "peer_ms": round(peer_ms, 5),
-                    "speedup": round(peer_ms / ours_ms, 3),
-                    "effective_tflops": round(1e-9 * layer.flops(batch) / ours_ms, 1),
-                    "max_error": float(f"{error:.3g}"),
-                    "peer_max_error": float(f"{reference.peer_error:.3g}"),
-                }
-            )
+            filtered_ms = ours_ms if filtered is None else _ms(filtered, inputs, iterations)
+        rows.append(
+            {
+                "name": layer.name if layer.name.startswith("resnet") else f"vgg-conv{layer.name}",
+                "layer": layer.name,
+                "channels": layer.channels,
+                "outputs": layer.outputs,
+                "side": layer.side,
+                "N": batch,
+                "dtype": dtype,
+                "algorithm": algorithm,
+                "plan": plan,
+                "ours_ms": round(ours_ms, 5),
+                "ours_filtered_ms": round(filtered_ms, 5),
+                "peer": f"cudnn-{peer}",
+                "peer_ms": round(peer_ms, 5),
+                "speedup": round(peer_ms / ours_ms, 3),
+                "effective_tflops": round(1e-9 * layer.flops(batch) / ours_ms, 1),
+                "max_error": float(f"{error:.3g}"),
+                "peer_max_error": float(f"{reference.peer_error:.3g}"),
+            }
+        )
     return rows
 
 
@@ -183,17 +188,23 @@ def _reference(layer: Layer, dtype: str) -> Reference:
     return Reference(weight, bias, image, exact, float((theirs.double() - exact).abs().max()))
 
 
-def _ms(function: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], iterations: int) -> float:
+def _ms(function: Call, inputs: Sequence[Tensor], iterations: int) -> float:
     return graph_ms(function, inputs, iterations, calls=4, warmup=WARMUP)
 
 
-def _ours(
-    weight: Tensor, bias: Tensor, outputs: int, algorithm: str
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    filter = torch.ops.convfirst.winograd_filter(weight, algorithm, False)
+def _ours(x: Tensor, weight: Tensor, bias: Tensor, algorithm: str) -> tuple[Call, Call | None, str]:
+    """The convolution, the same with transformed filters at hand, None where there are none, and how it runs."""
+    ops, outputs = torch.ops.convfirst, len(weight)
+    if algorithm == "direct":
+        theirs = weight.contiguous(memory_format=torch.channels_last)
+        shapes = {"shape": tuple(x.shape), "weight_shape": tuple(weight.shape)}
+        answer = plan_direct(**shapes, padding=1, dtype=str(x.dtype).removeprefix("torch."), device="cuda")
+        return lambda x: ops.direct_conv2d(x, theirs, bias, 1, 1, 1, 1, 1, 1, "none"), None, answer["chosen"]
+    filter = ops.winograd_filter(weight, algorithm, False)
     return (
-        lambda x: torch.ops.convfirst.winograd_conv2d(x, weight, bias, 1, algorithm, "none"),
-        lambda x: torch.ops.convfirst.winograd_conv2d_filtered(x, filter, bias, outputs, 1, algorithm, "none", ""),
+        lambda x: ops.winograd_conv2d(x, weight, bias, 1, algorithm, "none"),
+        lambda x: ops.winograd_conv2d_filtered(x, filter, bias, outputs, 1, algorithm, "none", ""),
+        kernels.plan(x, outputs, 1, algorithm),
     )
 
 

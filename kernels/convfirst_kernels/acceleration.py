@@ -237,9 +237,9 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, wi
             on a CPU, in PyTorch and any floating dtype, to test what surrounds them without a GPU.
         frozen: the weights will not change: pack them once and never look again. Under torch.compile it keeps the
             packing out of the compiled program.
-        winograd: also dense 3x3 convolutions of stride 1 elsewhere in the model, as VGG's and ResNet's: as Winograd's,
-            in calls of a size where that was measured to be faster than cuDNN, in inference, float32 and without TF32.
-            Its kernels ran on a GPU; put into a model they have not yet.
+        winograd: also dense 3x3 convolutions of stride 1 elsewhere in the model, as VGG's and ResNet's: as Winograd's
+            in float32 without TF32, as direct convolution in 16 bits, in inference and calls of a size where that was
+            measured to be faster than cuDNN. The kernels ran on a GPU; put into a model they have not yet.
 
     Returns:
         A report of every block and layer that was found: swapped or not, and why.

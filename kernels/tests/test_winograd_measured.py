@@ -17,6 +17,7 @@ ROWS = (
     Row("float32", 512, 512, 7, 8, 1.0, 0.6, 0.7),
     Row("float32", 256, 256, 14, 8, 1.0, 0.98, 1.2),
     Row("float16", 64, 64, 56, 1, 1.0, 0.9, math.inf),
+    Row("float16", 256, 256, 56, 1, 1.0, 1.9, math.inf, 0.7),
 )
 
 
@@ -40,6 +41,7 @@ def a_table(monkeypatch):
         (("float32", 8, 56, 56, 8, 64), None),  # too far in channels
         (("float32", 512, 7, 7, 64, 64), None),  # as many pixels, but tiles half wasted
         (("float16", 1, 56, 56, 64, 64), "f2"),
+        (("float16", 1, 56, 56, 256, 256), "direct"),
         (("bfloat16", 1, 56, 56, 64, 64), None),
     ],
 )
@@ -58,7 +60,12 @@ def test_rows_of_results(tmp_path, monkeypatch):
     rows = [{**row, "algorithm": a, "ours_filtered_ms": ms} for a, ms in (("f2", 2.0), ("f4", 1.0), ("f2", 1.5))]
     rows.append({**row, "dtype": "float16", "algorithm": "f2", "ours_filtered_ms": 0.5})
     results = {"device": "a GPU", "date": "2026-01-02", "commit": "0123", "rows": rows}
-    expected = [("float16", 64, 128, 28, 2, 3.0, 0.5, math.inf), ("float32", 64, 128, 28, 2, 3.0, 1.5, 1.0)]
+    rows.append({**row, "dtype": "bfloat16", "algorithm": "direct", "ours_filtered_ms": 0.25})
+    expected = [
+        ("bfloat16", 64, 128, 28, 2, 3.0, math.inf, math.inf, 0.25),
+        ("float16", 64, 128, 28, 2, 3.0, 0.5, math.inf, math.inf),
+        ("float32", 64, 128, 28, 2, 3.0, 1.5, 1.0, math.inf),
+    ]
     assert measured.rows_of(results) == expected
     (tmp_path / "results.json").write_text(json.dumps(results))
     monkeypatch.setattr(measured, "FILE", tmp_path / "measured.json")

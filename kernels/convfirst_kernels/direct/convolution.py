@@ -57,7 +57,7 @@ def direct_conv2d(
         raise ValueError(f"activation={activation!r}; accepted: {', '.join(map(repr, reference.ACTIVATIONS))}")
     geometry = (*_pair("stride", stride), *_pair("padding", padding), *_pair("dilation", dilation))
     dtype = compute_dtype(x)
-    reason = "kernels='off'" if kernels == "off" else _refusal(x, dtype)
+    reason = "kernels='off'" if kernels == "off" else refusal(x, dtype)
     if reason is None:
         bias = None if bias is None else bias.to(torch.float32).contiguous()
         return torch.ops.convfirst.direct_conv2d(_dense(x, dtype), _dense(weight, dtype), bias, *geometry, activation)
@@ -80,7 +80,8 @@ def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     return pair
 
 
-def _refusal(x: Tensor, dtype: torch.dtype) -> str | None:
+def refusal(x: Tensor, dtype: torch.dtype) -> str | None:
+    """Why no kernel convolves x in ``dtype``, or None where one does."""
     if x.device.type != "cuda":
         return f"x is on {x.device.type}; the kernels run on CUDA devices"
     if dtype not in DTYPES:

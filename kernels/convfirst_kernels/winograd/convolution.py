@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from convfirst_kernels.block import KERNELS, compute_dtype, log_once
+from convfirst_kernels.direct.convolution import direct_conv2d
 from convfirst_kernels.winograd import operators, reference
 from convfirst_kernels.winograd.kernels import refusal
 from convfirst_kernels.winograd.measured import fastest
@@ -31,14 +32,16 @@ def winograd_conv2d(
 
     CUDA kernels compute it in float32 (true float32, no TF32), and under `force_path`("sm80") by "f2" in float16 and
     bfloat16; elsewhere the operator runs its definition, `winograd.reference`, there for its numbers and not for speed.
+    In 16 bits shared memory, not the tensor cores, binds F(2x2, 3x3): "auto" is `direct_conv2d` there on a GPU.
     Differentiable once: the gradient of x by the same algorithm, that of weight by F(3x3, 2x2).
 
     Args:
         x: [N, C, H, W], float32, float16, bfloat16 or float64. Under autocast it is computed in autocast's dtype.
         weight: [K, C, 3, 3], stride 1; bias: [K] or None. Any floating dtype.
         padding: 0, 1 or 2 zeros at each edge of the image.
-        algorithm: "f2", F(2x2, 3x3); "f4", F(4x4, 3x3); "auto", on a GPU what was measured to be faster, elsewhere
-            what has fewer multiplications, but "f4" only where its error is within `F4_BOUND`: float32 and float64.
+        algorithm: "f2", F(2x2, 3x3); "f4", F(4x4, 3x3); "auto", on a GPU what was measured to be the fastest, direct
+            convolution among them, elsewhere what has fewer multiplications, but "f4" only where its error is within
+            `F4_BOUND`: float32 and float64.
         activation: "none", "relu", "silu" or "gelu" (exact).
         kernels: "auto" computes what no kernel covers by the reference and logs that once; "required" raises instead;
             "off" always uses the reference.
@@ -63,7 +66,9 @@ def winograd_conv2d(
         size = [extent + 2 * padding - 2 for extent in x.shape[2:]]
         shape = map(index, (x.shape[0], *size, x.shape[1], weight.shape[0]))
         known = _measured_fastest(str(dtype).removeprefix("torch."), *shape) if x.device.type == "cuda" else None
-        algorithm = known or choose(dtype, *size)
+        algorithm = known or choose(dtype, *size, x.device.type)
+    if algorithm == "direct":
+        return direct_conv2d(x, weight, bias, padding=padding, activation=activation, kernels=kernels)
     arguments = (x, weight, bias, padding, algorithm, activation)
     operators.check(*arguments)
     reason = "kernels='off'" if kernels == "off" else refusal(x, weight.shape[0], padding, algorithm)
@@ -81,8 +86,11 @@ def _measured_fastest(dtype: str, *shape: int) -> str | None:
     return fastest(dtype, *shape)
 
 
-def choose(dtype: torch.dtype, height: int, width: int) -> str:
-    """What "auto" means for an output of height x width pixels: fewest multiplications, error within `F4_BOUND`."""
+def choose(dtype: torch.dtype, height: int, width: int, device: str = "cpu") -> str:
+    """What "auto" means where nothing was measured, for an output of height x width pixels on a device of that type:
+    direct convolution in 16 bits on a GPU, elsewhere fewest multiplications with an error within `F4_BOUND`."""
+    if dtype in (torch.float16, torch.bfloat16) and device == "cuda":
+        return "direct"
     if dtype not in F4_DTYPES:
         return "f2"
     return "f4" if multiplications("f4", height, width) < multiplications("f2", height, width) else "f2"

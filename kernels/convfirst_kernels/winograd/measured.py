@@ -1,9 +1,9 @@
 """Where Winograd's kernels were measured, and where they were faster than cuDNN: what "auto" and `accelerate` go by.
 
 measured.json holds, from the results of `scripts/benchmark.py suite=winograd`, one row for each layer and batch size:
-dtype, channels, output channels, height = width, batch, and milliseconds of cuDNN's faster layout, F(2x2, 3x3) and
-F(4x4, 3x3) with transformed filters at hand, inf where a kernel is missing. Run as a script with result files, this
-rewrites measured.json.
+dtype, channels, output channels, height = width, batch, and milliseconds of cuDNN's faster layout, of F(2x2, 3x3) and
+F(4x4, 3x3) with transformed filters at hand, and of direct convolution, inf where a kernel is missing. Run as a script
+with result files, this rewrites measured.json.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FILE = Path(__file__).with_name("measured.json")
+ALGORITHMS = ("f2", "f4", "direct")
 MARGIN = 1.05  # a gain smaller than what runs differ by counts as none
 REACH = 1.1  # how far, in powers of two of channels, outputs and pixels, a measurement speaks for a problem
 CAPABILITY = (9, 0)  # of the GPU that was measured
@@ -29,6 +30,11 @@ class Row(NamedTuple):
     peer_ms: float
     f2_ms: float
     f4_ms: float
+    direct_ms: float = math.inf
+
+    def best(self) -> tuple[float, str]:
+        """Milliseconds of the fastest algorithm, and its name."""
+        return min(zip((self.f2_ms, self.f4_ms, self.direct_ms), ALGORITHMS, strict=True))
 
 
 @cache
@@ -58,19 +64,22 @@ def nearest(dtype: str, batch: int, height: int, width: int, channels: int, outp
 
 
 def fastest(dtype: str, batch: int, height: int, width: int, channels: int, outputs: int) -> str | None:
-    """ "f2" or "f4", whichever was measured to be faster; None where nothing near was measured."""
+    """That of `ALGORITHMS` which was measured to be the fastest; None where nothing near was measured."""
     row = nearest(dtype, batch, height, width, channels, outputs)
-    if row is None or math.isinf(min(row.f2_ms, row.f4_ms)):
+    if row is None or math.isinf(row.best()[0]):
         return None
-    return "f4" if row.f4_ms < row.f2_ms else "f2"
+    return row.best()[1]
 
 
 def faster(dtype: str, batch: int, height: int, width: int, channels: int, outputs: int) -> str | None:
-    """ "f2" or "f4", the fastest, where it was measured to be faster than cuDNN by `MARGIN`; None elsewhere."""
+    """The `fastest` where it was measured to be faster than cuDNN by `MARGIN`; None elsewhere."""
     row = nearest(dtype, batch, height, width, channels, outputs)
-    if row is None or min(row.f2_ms, row.f4_ms) * MARGIN > row.peer_ms:
-        return None
-    return fastest(dtype, batch, height, width, channels, outputs)
+    return row.best()[1] if row is not None and gains(row) else None
+
+
+def gains(row: Row) -> bool:
+    """Whether our fastest algorithm was faster than cuDNN."""
+    return row.best()[0] * MARGIN <= row.peer_ms
 
 
 def _waste(height: int, width: int) -> float:
@@ -85,10 +94,10 @@ def rows_of(results: dict) -> list[Row]:
         if "channels" not in row:
             continue  # a sum over layers
         key = (row["dtype"], row["channels"], row["outputs"], row["side"], row["N"])
-        entry = times.setdefault(key, {"peer": row["peer_ms"], "f2": math.inf, "f4": math.inf})
+        entry = times.setdefault(key, {"peer": row["peer_ms"], **dict.fromkeys(ALGORITHMS, math.inf)})
         entry[row["algorithm"]] = min(entry[row["algorithm"]], row["ours_filtered_ms"])
         entry["peer"] = min(entry["peer"], row["peer_ms"])
-    return [Row(*key, entry["peer"], entry["f2"], entry["f4"]) for key, entry in sorted(times.items())]
+    return [Row(*key, entry["peer"], *(entry[a] for a in ALGORITHMS)) for key, entry in sorted(times.items())]
 
 
 def main(paths: list[str]) -> None:

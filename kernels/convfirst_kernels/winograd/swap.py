@@ -1,4 +1,4 @@
-"""Winograd's convolution in place of a model's 3x3 convolutions of stride 1, where it was measured to be faster."""
+"""Winograd's or direct convolution in place of a model's 3x3 convolutions of stride 1, where measured to be faster."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from convfirst_kernels.block import compute_dtype
+from convfirst_kernels.direct import convolution as direct
 from convfirst_kernels.winograd import kernels, measured
 
 
 class WinogradForward:
-    """Stands in for the ``forward`` of a convolution: Winograd where it was measured to be faster, else its own code.
+    """Stands in for a convolution's ``forward``: Winograd or direct where measured to be faster, else its own code.
 
-    It lives in the module's ``__dict__``, where an attribute of that name hides the class's method. Transformed filters
+    It lives in the module's ``__dict__``, where an attribute of that name hides the class's method. Converted filters
     are kept until the weight changes. Where a gradient may be asked for, the convolution runs its own code.
     """
 
@@ -28,18 +29,25 @@ class WinogradForward:
             return type(conv).forward(conv, x)
         bias = None if conv.bias is None else conv.bias.float()
         x, filter = x.to(dtype), self.filter(algorithm, dtype)
+        if algorithm == "direct":
+            geometry = (*conv.stride, *conv.padding, *conv.dilation)
+            return torch.ops.convfirst.direct_conv2d(x, filter, bias, *geometry, "none")
         shape = (conv.out_channels, conv.padding[0])
         return torch.ops.convfirst.winograd_conv2d_filtered(x, filter, bias, *shape, algorithm, "none", "")
 
     def filter(self, algorithm: str, dtype: torch.dtype) -> Tensor:
-        """Transformed for the algorithm and dtype; kept while the weight holds good."""
+        """As the algorithm takes it, of the dtype; kept while the weight holds good."""
         weight, compiling = self.conv.weight, torch.compiler.is_compiling()
         kept, state = self.filters.get((algorithm, dtype), (None, None))
         # A traced program can't look at version counters: only weights declared frozen outlive its calls.
         if kept is not None and (self.frozen or (not compiling and state == _state(weight))):
             return kept
         with torch.no_grad():
-            made = torch.ops.convfirst.winograd_filter(weight.detach().to(dtype), algorithm, False)
+            made = weight.detach().to(dtype)
+            if algorithm == "direct":
+                made = made.contiguous(memory_format=torch.channels_last)
+            else:
+                made = torch.ops.convfirst.winograd_filter(made, algorithm, False)
         if not compiling and not torch.cuda.is_current_stream_capturing():  # what is captured has not run yet
             self.filters[algorithm, dtype] = (made, _state(weight))
         return made
@@ -67,7 +75,7 @@ def _speaks_for(row: measured.Row, conv: nn.Conv2d) -> bool:
     """Whether the row is of a gain, with about as many channels."""
     pairs = ((row.channels, conv.in_channels), (row.outputs, conv.out_channels))
     near = all(max(pair) <= 2 * min(pair) for pair in pairs)
-    return near and min(row.f2_ms, row.f4_ms) * measured.MARGIN <= row.peer_ms
+    return near and measured.gains(row)
 
 
 def find_convolutions(model: nn.Module, taken: Sequence[str]) -> list[tuple[str, nn.Conv2d, str, str | None]]:
@@ -98,9 +106,13 @@ def choose(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> str | None:
     batch, channels, height, width = x.shape
     name = str(dtype).removeprefix("torch.")
     algorithm = measured.faster(name, batch, height + grown, width + grown, channels, conv.out_channels)
-    if algorithm is None or kernels.refusal(x.to(dtype), conv.out_channels, conv.padding[0], algorithm) is not None:
+    if algorithm is None:
         return None
-    return algorithm
+    if algorithm == "direct":
+        refused = direct.refusal(x, dtype) is not None or x.data_ptr() % 16 != 0
+    else:
+        refused = kernels.refusal(x.to(dtype), conv.out_channels, conv.padding[0], algorithm) is not None
+    return None if refused else algorithm
 
 
 def _state(weight: Tensor) -> tuple:

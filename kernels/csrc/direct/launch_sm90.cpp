@@ -7,12 +7,20 @@ int launch_gemm(const GemmProblem& q, const GemmTensors& t, const GemmPlan& plan
   return q.dtype == DType::kHalf ? Kernels<DType::kHalf>::gemm(q, t, plan, stream) : Kernels<DType::kBFloat16>::gemm(q, t, plan, stream);
 }
 
+int launch_split(const GemmProblem& q, const GemmTensors& t, const SplitPlan& plan, cudaStream_t stream) {
+  return q.dtype == DType::kHalf ? SplitKernels<DType::kHalf>::launch(q, t, plan, stream) : SplitKernels<DType::kBFloat16>::launch(q, t, plan, stream);
+}
+
 int launch_first(const Problem& q, const Tensors& t, const FirstPlan& plan, void* workspace, cudaStream_t stream) {
   return q.dtype == DType::kHalf ? Kernels<DType::kHalf>::first(q, t, plan, workspace, stream) : Kernels<DType::kBFloat16>::first(q, t, plan, workspace, stream);
 }
 
 const void* gemm_kernel(DType dtype, int tile, bool transposed) {
   return dtype == DType::kHalf ? Kernels<DType::kHalf>::gemm_kernel(tile, transposed) : Kernels<DType::kBFloat16>::gemm_kernel(tile, transposed);
+}
+
+const void* split_kernel(DType dtype, int tile) {
+  return dtype == DType::kHalf ? SplitKernels<DType::kHalf>::kernel(tile) : SplitKernels<DType::kBFloat16>::kernel(tile);
 }
 
 const void* first_kernel(DType dtype, int columns) {

@@ -51,6 +51,29 @@ struct GemmRow {
   static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
+template <int kTile, int kSplit>
+struct SplitRow {
+  static bool supports(const Problem& q, const Device&) {
+    const GemmProblem g = forward_problem(q);
+    return q.direction == Direction::kForward && q.dtype != DType::kFloat && gemm_supports(g) && split_supports(g, kSplit);
+  }
+  static Config configure(const Problem& q, const Device& d) {
+    const SplitPlan plan = plan_split(forward_problem(q), d, kTile, kSplit);
+    const SplitTile& t = kSplitTiles[kTile];
+    Config c{};
+    c.tile_pixels = t.rows(), c.hidden_chunk = t.columns, c.stages = t.slots(), c.threads = plan.threads, c.grid = plan.grid;
+    c.shared_memory = plan.shared_memory, c.launches = 1, c.multiprocessors = d.multiprocessors;
+    return c;
+  }
+  static double cost(const Problem& q, const Device& d, const Config&) { return plan_split(forward_problem(q), d, kTile, kSplit).cost; }
+  static int launch(const Problem& q, const Tensors& t, const Config& c, void*, cudaStream_t stream) {
+    const GemmProblem g = forward_problem(q);
+    return launch_split(g, {t.x, t.weight, t.bias, t.result}, plan_split(g, device_of(c), kTile, kSplit), stream);
+  }
+  static const void* kernel(const Problem& q) { return split_kernel(q.dtype, kTile); }
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, false}; }
+};
+
 // kRgb: three channels and stride 2 or 4, which is what ran on a GPU; else whatever more the kernel takes.
 template <bool kRgb>
 struct FirstRow {
@@ -152,12 +175,14 @@ constexpr Variant kTable[] = {
     GemmRow<0>::row("sm90_gemm_192x128"), GemmRow<1>::row("sm90_gemm_128x128"), GemmRow<2>::row("sm90_gemm_192x192"),
     GemmRow<3>::row("sm90_gemm_256x128"), GemmRow<4>::row("sm90_gemm_128x256"), GemmRow<5>::row("sm90_gemm_192x64"),
     GemmRow<6>::row("sm90_gemm_192x96"),
+    SplitRow<0, 2>::row("sm90_split_128x128x2"), SplitRow<0, 4>::row("sm90_split_128x128x4"), SplitRow<0, 8>::row("sm90_split_128x128x8"),
+    SplitRow<1, 2>::row("sm90_split_128x64x2"), SplitRow<1, 4>::row("sm90_split_128x64x4"), SplitRow<1, 8>::row("sm90_split_128x64x8"),
     FirstRow<true>::row("sm90_first_layer"), FirstRow<false>::row("sm90_first_layer_any"), DgradRow::row(),
     WgradRow<0>::row("sm90_wgrad_256x192"), WgradRow<1>::row("sm90_wgrad_192x192"), WgradRow<2>::row("sm90_wgrad_192x128"),
     WgradRow<3>::row("sm90_wgrad_128x256"), WgradRow<4>::row("sm90_wgrad_256x128"),
     FirstWgradRow::row("sm90_first_layer_wgrad"),
 };
-static_assert(std::size(kTable) == kGemmTileCount + kWgradTileCount + 4);
+static_assert(std::size(kTable) == kGemmTileCount + 3 * kSplitTileCount + kWgradTileCount + 4);
 
 }  // namespace
 }  // namespace sm90

@@ -1,0 +1,86 @@
+// Host face of the Hopper implicit matrix product whose depth is split over a cluster, for few pixels: what a tile takes, how it is
+// configured, what it should cost. Problem and data as of implicit_gemm_sm90.h. No CUDA types beyond the stream.
+#pragma once
+
+#include "implicit_gemm_sm90.h"
+
+namespace convfirst::direct::sm90 {
+
+constexpr int kMaxSplit = 8;            // the largest portable cluster
+constexpr int kSplitWarpgroups = 2;     // consumers, 64 pixels each
+constexpr int kPieceBytes = 128 * 8 * 4;  // of sums: one row's 8 neighbouring columns a thread of a warpgroup
+
+// A tile of 128 pixels and `columns` filters. The sums of `pieces` (warpgroup, 32 columns, row of two) are shared out to the blocks of a cluster.
+struct SplitTile {
+  int columns;
+
+  constexpr int rows() const { return 64 * kSplitWarpgroups; }
+  constexpr int blocks() const { return columns / 32; }
+  constexpr int pieces() const { return kSplitWarpgroups * blocks() * 2; }
+  constexpr int slot_bytes() const { return (rows() + columns) * kDepth * 2; }
+  constexpr int receive_bytes() const { return pieces() * kPieceBytes; }  // a block's share of the pieces, of every block of its cluster
+  constexpr int bias_bytes() const { return columns * 4; }
+  constexpr int slots() const { return std::min(kMaxSlots, (kSharedMemory - kBarrierBytes - bias_bytes() - receive_bytes()) / slot_bytes()); }
+  constexpr int threads() const { return 128 * (1 + kSplitWarpgroups); }
+  constexpr int shared_bytes() const { return slots() * slot_bytes() + receive_bytes() + bias_bytes() + kBarrierBytes; }
+};
+
+constexpr SplitTile kSplitTiles[] = {{128}, {64}};
+constexpr int kSplitTileCount = sizeof(kSplitTiles) / sizeof(kSplitTiles[0]);
+
+struct SplitPlan {
+  int tile;   // index into kSplitTiles
+  int split;  // blocks of a cluster: 2, 4 or 8
+  int panel, steps;
+  int grid, shared_memory, threads;
+  double cost;  // estimated microseconds
+};
+
+// Compile-time description of one kernel; the names are those of GemmTraits, whose producer and consumer it configures.
+template <DType kDType_, int kTile_>
+struct SplitTraits {
+  static constexpr bool kTransposed = false;
+  static constexpr DType kDType = kDType_;
+  static constexpr SplitTile kTile = kSplitTiles[kTile_];
+  static constexpr int kWarpgroups = kSplitWarpgroups, kBands = 1, kColumns = kTile.columns, kSets = 1;
+  static constexpr int kRows = kTile.rows(), kBlocks = kTile.blocks(), kPieces = kTile.pieces();
+  static constexpr int kABytes = kRows * kDepth * 2;
+  static constexpr int kWPanels = 1, kWPanelBytes = 0;  // of transposed filters
+  static constexpr int kSlots = kTile.slots(), kSlotBytes = kTile.slot_bytes();
+  static constexpr int kReceiveOffset = kSlots * kSlotBytes, kBiasOffset = kReceiveOffset + kTile.receive_bytes();
+  static constexpr int kBarrierOffset = kBiasOffset + kTile.bias_bytes();
+  static constexpr int kThreads = kTile.threads();
+  static_assert(kSlots >= 4 && 2 * kSlots * 8 <= kBarrierBytes && kPieces >= kMaxSplit);
+};
+
+// The compiled kernel; defined in launch_split_gemm_sm90.cuh, instantiated in instantiations_sm90/. Returns cudaError_t as int.
+template <class Traits>
+struct SplitKernel {
+  static int launch(const GemmProblem&, const GemmTensors&, const SplitPlan&, cudaStream_t);
+  static const void* kernel();
+};
+
+// Each block of a cluster has a step at least.
+inline bool split_supports(const GemmProblem& q, int split) { return !q.transposed && gemm_steps(q) >= split; }
+
+inline SplitPlan plan_split(const GemmProblem& q, const Device& device, int tile, int split) {
+  constexpr double kClockMhz = 1500, kFixedMicroseconds = 2.5;
+  constexpr int kCluster = 16;  // multiprocessors that share clusters; those beyond a multiple of it may not find room for a whole one
+  const SplitTile& t = kSplitTiles[tile];
+  const int64_t tiles = (q.pixels() + t.rows() - 1) / t.rows() * ((q.filters + t.columns - 1) / t.columns);
+  SplitPlan plan{};
+  plan.tile = tile, plan.split = split;
+  plan.panel = choose_panel(q.channels), plan.steps = gemm_steps(q);
+  plan.grid = static_cast<int>(std::min<int64_t>(tiles * split, int64_t{1} << 30));
+  plan.shared_memory = t.shared_bytes(), plan.threads = t.threads();
+  const int64_t at_once = std::max(1, split <= 2 ? device.multiprocessors / split : device.multiprocessors / kCluster * (kCluster / split));
+  const int64_t rounds = (tiles + at_once - 1) / at_once;
+  // Products of 64 columns wait for copies.
+  const double copies = plan.panel == 64 ? 0 : 900.0 * 32 / plan.panel;
+  const double slice = std::max(t.columns == 128 ? 560.0 : 450.0, copies);
+  const int steps = (plan.steps + split - 1) / split;
+  plan.cost = kFixedMicroseconds + rounds * (steps * slice + 6000) / kClockMhz;
+  return plan;
+}
+
+}  // namespace convfirst::direct::sm90
