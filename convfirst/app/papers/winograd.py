@@ -140,13 +140,14 @@ def _measured_error(measured: Sequence[tuple[Path, dict]]) -> list[str]:
     parts = []
     for path, results in measured:
         rows = [row for row in results["rows"] if row.get("max_error") is not None]
-        columns = sorted({(row["dtype"], row["algorithm"]) for row in rows}, reverse=True)
-        if not columns:
+        if not rows:
             continue
         errors: dict[tuple, float] = {}
         for row in rows:  # the largest over the batch sizes
-            key = (_layer_name(row), row["dtype"], row["algorithm"])
-            errors[key] = max(errors.get(key, 0.0), row["max_error"])
+            for column, algorithm in (("max_error", row["algorithm"]), ("peer_max_error", "cuDNN")):
+                key = (_layer_name(row), row["dtype"], algorithm)
+                errors[key] = max(errors.get(key, 0.0), row.get(column) or 0.0)
+        columns = sorted({key[1:] for key, error in errors.items() if error}, reverse=True)  # float32 first
         table_rows = [(layer.name, *(errors.get((layer.name, *column)) for column in columns)) for layer in LAYERS]
         parts += ["Here:", table(("layer", *(f"{algorithm} {dtype}" for dtype, algorithm in columns)), table_rows)]
         parts.append(provenance(path, results))
