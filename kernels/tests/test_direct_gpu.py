@@ -134,6 +134,37 @@ def test_each_variant(variant, seed):
                 check_forward(case, dtype, seed)
 
 
+# Few pixels and a long depth, also one that the blocks of a cluster cannot share evenly.
+DEEP = [
+    (1, 512, 14, 14, 512, 3, 3, (1, 1), (1, 1), (1, 1), "relu"),
+    (8, 512, 14, 14, 512, 3, 3, (1, 1), (1, 1), (1, 1), "none"),
+    (1, 256, 28, 28, 512, 3, 3, (1, 1), (1, 1), (1, 1), "gelu"),
+    (1, 256, 56, 56, 256, 3, 3, (1, 1), (1, 1), (1, 1), "none"),
+    (1, 704, 5, 5, 72, 1, 1, (1, 1), (0, 0), (1, 1), "none"),
+    (3, 88, 9, 10, 136, 5, 3, (2, 1), (2, 1), (1, 1), "silu"),
+    (2, 1032, 7, 6, 264, 3, 3, (1, 1), (1, 1), (1, 1), "relu"),
+    (300, 64, 4, 4, 200, 3, 3, (1, 1), (1, 1), (1, 1), "none"),
+]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("variant", ["", *variants("split")])
+def test_split_depth(variant, dtype, seed):
+    """The depth shared by the blocks of a cluster: every way, with a bias and without, beside the planner's choice."""
+    covered = [case for case in DEEP if plan_of(case, dtype, path=variant)["chosen"]]
+    if not covered:
+        pytest.skip(f"{variant} covers no case on this device")
+    with ck.force_path(variant):
+        for case in covered:
+            check_forward(case, dtype, seed)
+            x, weight, _ = inputs(case, dtype, seed)
+            truth, peer = (
+                ACTIVATIONS[case[-1]](F.conv2d(*t, None, *case[7:10]))
+                for t in ((x.double(), weight.double()), (x, weight))
+            )
+            check(lambda: op(x, weight, None, *flat(case), case[-1]), truth, peer)  # noqa: B023
+
+
 @pytest.mark.parametrize("path", ["", "sm80"])
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES[:17], ids=str)
@@ -193,7 +224,7 @@ def test_input_gradient_of_large_batches(shape, dtype, seed):
     check(lambda: torch.ops.convfirst.direct_conv2d_dgrad(dy, weight, size, size, *flat(case)), truth, peer)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[13]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[13], DEEP[1]], ids=str)
 class TestAnyCall:
     """The same numbers however the operator is called."""
 
