@@ -41,6 +41,8 @@ CASES = [
     (2, 1, 17, 70, 64, 5, 5, (2, 1), (2, 2), (1, 1), "none"),
     (2, 4, 30, 80, 200, 3, 5, (3, 8), (1, 2), (1, 1), "relu"),
     (1, 3, 150, 300, 64, 7, 7, (2, 2), (3, 3), (1, 1), "none"),
+    (2, 3, 30, 37, 64, 3, 3, (1, 1), (1, 1), (1, 1), "relu"),
+    (3, 2, 15, 18, 200, 4, 4, (1, 3), (2, 1), (1, 1), "silu"),
 ]
 
 
@@ -144,11 +146,14 @@ DEEP = [
     (3, 88, 9, 10, 136, 5, 3, (2, 1), (2, 1), (1, 1), "silu"),
     (2, 1032, 7, 6, 264, 3, 3, (1, 1), (1, 1), (1, 1), "relu"),
     (300, 64, 4, 4, 200, 3, 3, (1, 1), (1, 1), (1, 1), "none"),
+    (1, 64, 224, 30, 64, 3, 3, (1, 1), (1, 1), (1, 1), "relu"),
+    (2, 128, 57, 62, 96, 3, 3, (1, 1), (0, 1), (1, 1), "none"),
+    (5, 576, 9, 61, 160, 3, 3, (1, 1), (2, 0), (1, 1), "silu"),
 ]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("variant", ["", *variants("split")])
+@pytest.mark.parametrize("variant", ["", *variants("split"), *variants("halo")])
 def test_split_depth(variant, dtype, seed):
     """The depth shared by the blocks of a cluster: every way, with a bias and without, beside the planner's choice."""
     covered = [case for case in DEEP if plan_of(case, dtype, path=variant)["chosen"]]

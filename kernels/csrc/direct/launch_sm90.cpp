@@ -8,7 +8,11 @@ int launch_gemm(const GemmProblem& q, const GemmTensors& t, const GemmPlan& plan
 }
 
 int launch_split(const GemmProblem& q, const GemmTensors& t, const SplitPlan& plan, cudaStream_t stream) {
-  return q.dtype == DType::kHalf ? SplitKernels<DType::kHalf>::launch(q, t, plan, stream) : SplitKernels<DType::kBFloat16>::launch(q, t, plan, stream);
+  return q.dtype == DType::kHalf ? SplitKernels<DType::kHalf>::split(q, t, plan, stream) : SplitKernels<DType::kBFloat16>::split(q, t, plan, stream);
+}
+
+int launch_halo(const GemmProblem& q, const GemmTensors& t, const HaloPlan& plan, cudaStream_t stream) {
+  return q.dtype == DType::kHalf ? SplitKernels<DType::kHalf>::halo(q, t, plan, stream) : SplitKernels<DType::kBFloat16>::halo(q, t, plan, stream);
 }
 
 int launch_first(const Problem& q, const Tensors& t, const FirstPlan& plan, void* workspace, cudaStream_t stream) {
@@ -20,7 +24,11 @@ const void* gemm_kernel(DType dtype, int tile, bool transposed) {
 }
 
 const void* split_kernel(DType dtype, int tile) {
-  return dtype == DType::kHalf ? SplitKernels<DType::kHalf>::kernel(tile) : SplitKernels<DType::kBFloat16>::kernel(tile);
+  return dtype == DType::kHalf ? SplitKernels<DType::kHalf>::split_kernel(tile) : SplitKernels<DType::kBFloat16>::split_kernel(tile);
+}
+
+const void* halo_kernel(DType dtype, int columns) {
+  return dtype == DType::kHalf ? SplitKernels<DType::kHalf>::halo_kernel(columns) : SplitKernels<DType::kBFloat16>::halo_kernel(columns);
 }
 
 const void* first_kernel(DType dtype, int columns) {

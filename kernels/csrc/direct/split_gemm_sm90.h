@@ -63,9 +63,13 @@ struct SplitKernel {
 // Each block of a cluster has a step at least.
 inline bool split_supports(const GemmProblem& q, int split) { return !q.transposed && gemm_steps(q) >= split; }
 
+// Blocks of a cluster lie within 16 multiprocessors; those beyond a multiple of it may not find room for a whole one.
+inline int clusters_at_once(const Device& device, int split) {
+  return std::max(1, split <= 2 ? device.multiprocessors / split : device.multiprocessors / 16 * (16 / split));
+}
+
 inline SplitPlan plan_split(const GemmProblem& q, const Device& device, int tile, int split) {
   constexpr double kClockMhz = 1500, kFixedMicroseconds = 2.5;
-  constexpr int kCluster = 16;  // multiprocessors that share clusters; those beyond a multiple of it may not find room for a whole one
   const SplitTile& t = kSplitTiles[tile];
   const int64_t tiles = (q.pixels() + t.rows() - 1) / t.rows() * ((q.filters + t.columns - 1) / t.columns);
   SplitPlan plan{};
@@ -73,8 +77,7 @@ inline SplitPlan plan_split(const GemmProblem& q, const Device& device, int tile
   plan.panel = choose_panel(q.channels), plan.steps = gemm_steps(q);
   plan.grid = static_cast<int>(std::min<int64_t>(tiles * split, int64_t{1} << 30));
   plan.shared_memory = t.shared_bytes(), plan.threads = t.threads();
-  const int64_t at_once = std::max(1, split <= 2 ? device.multiprocessors / split : device.multiprocessors / kCluster * (kCluster / split));
-  const int64_t rounds = (tiles + at_once - 1) / at_once;
+  const int64_t at_once = clusters_at_once(device, split), rounds = (tiles + at_once - 1) / at_once;
   // Products of 64 columns wait for copies.
   const double copies = plan.panel == 64 ? 0 : 900.0 * 32 / plan.panel;
   const double slice = std::max(t.columns == 128 ? 560.0 : 450.0, copies);

@@ -120,8 +120,9 @@ struct SplitConsumer {
     }
   }
 
-  // The pieces of this rank, each by one warpgroup.
-  __device__ __forceinline__ void finish(int row, int column) const {
+  // The pieces of this rank, each by one warpgroup; offset_of(pixel of the tile) is an element offset in y, negative where there is none.
+  template <class Offset>
+  __device__ __forceinline__ void finish(int column, Offset offset_of) const {
     const GemmParams& p = gemm.p;
 #pragma unroll 1
     for (int local = gemm.warpgroup; local < 1 << share_shift; local += Traits::kWarpgroups) {
@@ -132,7 +133,7 @@ struct SplitConsumer {
       uint32_t packed[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) packed[i] = pack2<Element>(gemm.activate(v[2 * i] + bias[2 * i]), gemm.activate(v[2 * i + 1] + bias[2 * i + 1]));
-      const int offset = gemm.offset_of(row + part * 64 + gemm.warp * 16 + gemm.lane / 4 + 8 * r), first = column + block * 32 + gemm.lane % 4 * 8;
+      const int offset = offset_of(part * 64 + gemm.warp * 16 + gemm.lane / 4 + 8 * r), first = column + block * 32 + gemm.lane % 4 * 8;
       if (offset < 0 || first >= p.filters) continue;
       *reinterpret_cast<uint4*>(static_cast<Element*>(p.y) + offset + first) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
     }
@@ -146,7 +147,7 @@ struct SplitConsumer {
     grid::cluster_wait();  // every block has begun, so its shared memory may be written
     send(sums[0]);
     grid::cluster_barrier();
-    finish(row, column);
+    finish(column, [&](int pixel) { return gemm.offset_of(row + pixel); });
   }
 };
 

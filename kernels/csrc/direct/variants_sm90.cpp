@@ -2,6 +2,7 @@
 #include <iterator>
 
 #include "dgrad_sm90.h"
+#include "few_taps_sm90.h"
 #include "first_layer_sm90.h"
 #include "first_layer_wgrad_sm90.h"
 #include "launch_sm90.h"
@@ -71,6 +72,46 @@ struct SplitRow {
     return launch_split(g, {t.x, t.weight, t.bias, t.result}, plan_split(g, device_of(c), kTile, kSplit), stream);
   }
   static const void* kernel(const Problem& q) { return split_kernel(q.dtype, kTile); }
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, false}; }
+};
+
+template <int kColumns, int kSplit>
+struct HaloRow {
+  static bool supports(const Problem& q, const Device&) {
+    const GemmProblem g = forward_problem(q);
+    return q.direction == Direction::kForward && q.dtype != DType::kFloat && gemm_supports(g) && halo_supports(g, kSplit);
+  }
+  static Config configure(const Problem& q, const Device& d) {
+    const HaloPlan plan = plan_halo(forward_problem(q), d, kColumns, kSplit);
+    Config c{};
+    c.tile_height = 128 >> plan.pitch_shift, c.tile_width = (1 << plan.pitch_shift) - 2, c.tile_pixels = 128, c.hidden_chunk = kColumns;
+    c.stages = HaloTraits<DType::kHalf, kColumns>::kSlots, c.threads = plan.threads, c.grid = plan.grid;
+    c.shared_memory = plan.shared_memory, c.launches = 1, c.multiprocessors = d.multiprocessors;
+    return c;
+  }
+  static double cost(const Problem& q, const Device& d, const Config&) { return plan_halo(forward_problem(q), d, kColumns, kSplit).cost; }
+  static int launch(const Problem& q, const Tensors& t, const Config& c, void*, cudaStream_t stream) {
+    const GemmProblem g = forward_problem(q);
+    return launch_halo(g, {t.x, t.weight, t.bias, t.result}, plan_halo(g, device_of(c), kColumns, kSplit), stream);
+  }
+  static const void* kernel(const Problem& q) { return halo_kernel(q.dtype, kColumns); }
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, false}; }
+};
+
+struct FewRow {
+  static bool supports(const Problem& q, const Device&) { return few_supports(q); }
+  static Config configure(const Problem& q, const Device& d) {
+    const FewPlan plan = plan_few(q, d);
+    Config c{};
+    c.tile_pixels = 16, c.hidden_chunk = kFewColumns, c.threads = kFewThreads, c.grid = plan.grid_x * plan.grid_y, c.launches = 1;
+    c.multiprocessors = d.multiprocessors;
+    return c;
+  }
+  static double cost(const Problem& q, const Device& d, const Config&) { return plan_few(q, d).cost; }
+  static int launch(const Problem& q, const Tensors& t, const Config& c, void*, cudaStream_t stream) {
+    return launch_few(q, t, plan_few(q, device_of(c)), stream);
+  }
+  static const void* kernel(const Problem& q) { return few_kernel(q.dtype); }
   static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, false}; }
 };
 
@@ -177,12 +218,15 @@ constexpr Variant kTable[] = {
     GemmRow<6>::row("sm90_gemm_192x96"),
     SplitRow<0, 2>::row("sm90_split_128x128x2"), SplitRow<0, 4>::row("sm90_split_128x128x4"), SplitRow<0, 8>::row("sm90_split_128x128x8"),
     SplitRow<1, 2>::row("sm90_split_128x64x2"), SplitRow<1, 4>::row("sm90_split_128x64x4"), SplitRow<1, 8>::row("sm90_split_128x64x8"),
+    HaloRow<128, 1>::row("sm90_halo_128x128"), HaloRow<128, 2>::row("sm90_halo_128x128x2"), HaloRow<128, 4>::row("sm90_halo_128x128x4"),
+    HaloRow<128, 8>::row("sm90_halo_128x128x8"), HaloRow<64, 1>::row("sm90_halo_128x64"), HaloRow<64, 2>::row("sm90_halo_128x64x2"),
+    HaloRow<64, 4>::row("sm90_halo_128x64x4"), FewRow::row("sm90_few_taps"),
     FirstRow<true>::row("sm90_first_layer"), FirstRow<false>::row("sm90_first_layer_any"), DgradRow::row(),
     WgradRow<0>::row("sm90_wgrad_256x192"), WgradRow<1>::row("sm90_wgrad_192x192"), WgradRow<2>::row("sm90_wgrad_192x128"),
     WgradRow<3>::row("sm90_wgrad_128x256"), WgradRow<4>::row("sm90_wgrad_256x128"),
     FirstWgradRow::row("sm90_first_layer_wgrad"),
 };
-static_assert(std::size(kTable) == kGemmTileCount + 3 * kSplitTileCount + kWgradTileCount + 4);
+static_assert(std::size(kTable) == kGemmTileCount + 3 * kSplitTileCount + 7 + kWgradTileCount + 5);
 
 }  // namespace
 }  // namespace sm90
