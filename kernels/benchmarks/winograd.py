@@ -25,6 +25,7 @@ from convfirst_kernels.winograd import kernels
 
 Call = Callable[[Tensor], Tensor]
 WARMUP = 1  # replays of a graph before those that count: its calls have run three times before the capture
+LONG = 1e11  # operations of a call, a millisecond and more in float32, from which on two calls a graph are enough
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def _layer_rows(layer: Layer, batch: int, dtype: str, algorithms: Sequence[str],
     shape = (batch, layer.channels, layer.side, layer.side)
     inputs = rotating_inputs(lambda: _images(shape, weight.dtype))
     inputs[0][:1] = reference.image
-    peer, peer_ms = _peer(inputs, weight, bias, iterations)
+    calls = 2 if layer.flops(batch) >= LONG else 4
+    peer, peer_ms = _peer(inputs, weight, bias, iterations, calls)
     rows = []
     for algorithm in algorithms:
         if algorithm == ("direct" if dtype == "float32" else "f4"):
@@ -139,8 +141,8 @@ def _layer_rows(layer: Layer, batch: int, dtype: str, algorithms: Sequence[str],
         with convfirst_kernels.force_path("" if algorithm == "direct" else "sm80"):
             call, filtered, plan = _ours(inputs[0], weight, bias, algorithm)
             error = float((call(inputs[0])[:1].double() - reference.exact).abs().max())
-            ours_ms = _ms(call, inputs, iterations)
-            filtered_ms = ours_ms if filtered is None else _ms(filtered, inputs, iterations)
+            ours_ms = _ms(call, inputs, iterations, calls)
+            filtered_ms = ours_ms if filtered is None else _ms(filtered, inputs, iterations, calls)
         rows.append(
             {
                 "name": layer.name if layer.name.startswith("resnet") else f"vgg-conv{layer.name}",
@@ -188,8 +190,8 @@ def _reference(layer: Layer, dtype: str) -> Reference:
     return Reference(weight, bias, image, exact, float((theirs.double() - exact).abs().max()))
 
 
-def _ms(function: Call, inputs: Sequence[Tensor], iterations: int) -> float:
-    return graph_ms(function, inputs, iterations, calls=4, warmup=WARMUP)
+def _ms(function: Call, inputs: Sequence[Tensor], iterations: int, calls: int) -> float:
+    return graph_ms(function, inputs, iterations, calls, WARMUP)
 
 
 def _ours(x: Tensor, weight: Tensor, bias: Tensor, algorithm: str) -> tuple[Call, Call | None, str]:
@@ -208,14 +210,14 @@ def _ours(x: Tensor, weight: Tensor, bias: Tensor, algorithm: str) -> tuple[Call
     )
 
 
-def _peer(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor, iterations: int) -> tuple[str, float]:
+def _peer(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor, iterations: int, calls: int) -> tuple[str, float]:
     times = {}
     bias = bias.to(weight.dtype)
     for name, layout in (("nhwc", torch.channels_last), ("nchw", torch.contiguous_format)):
         theirs = weight.contiguous(memory_format=layout)
         converted = [x.contiguous(memory_format=layout) for x in inputs]
         with _cudnn(search=True):
-            times[name] = _ms(lambda x, w=theirs: F.conv2d(x, w, bias, padding=1), converted, iterations)
+            times[name] = _ms(lambda x, w=theirs: F.conv2d(x, w, bias, padding=1), converted, iterations, calls)
         del converted
     fastest = min(times, key=times.__getitem__)
     return fastest, times[fastest]
