@@ -1,6 +1,8 @@
 // From a plan to a compiled kernel.
 #include "launch_sm90.h"
 
+#include "resident_halo_sm90.h"
+
 namespace convfirst::direct::sm90 {
 
 int launch_gemm(const GemmProblem& q, const GemmTensors& t, const GemmPlan& plan, cudaStream_t stream) {
@@ -13,6 +15,10 @@ int launch_split(const GemmProblem& q, const GemmTensors& t, const SplitPlan& pl
 
 int launch_halo(const GemmProblem& q, const GemmTensors& t, const HaloPlan& plan, cudaStream_t stream) {
   return q.dtype == DType::kHalf ? SplitKernels<DType::kHalf>::halo(q, t, plan, stream) : SplitKernels<DType::kBFloat16>::halo(q, t, plan, stream);
+}
+
+int launch_resident(const GemmProblem& q, const GemmTensors& t, const ResidentPlan& plan, cudaStream_t stream) {
+  return q.dtype == DType::kHalf ? ResidentKernels<DType::kHalf>::launch(q, t, plan, stream) : ResidentKernels<DType::kBFloat16>::launch(q, t, plan, stream);
 }
 
 int launch_first(const Problem& q, const Tensors& t, const FirstPlan& plan, void* workspace, cudaStream_t stream) {
@@ -29,6 +35,10 @@ const void* split_kernel(DType dtype, int tile) {
 
 const void* halo_kernel(DType dtype, int columns) {
   return dtype == DType::kHalf ? SplitKernels<DType::kHalf>::halo_kernel(columns) : SplitKernels<DType::kBFloat16>::halo_kernel(columns);
+}
+
+const void* resident_kernel(DType dtype, int columns) {
+  return dtype == DType::kHalf ? ResidentKernels<DType::kHalf>::kernel(columns) : ResidentKernels<DType::kBFloat16>::kernel(columns);
 }
 
 const void* first_kernel(DType dtype, int columns) {

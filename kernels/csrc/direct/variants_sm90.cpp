@@ -6,6 +6,7 @@
 #include "first_layer_sm90.h"
 #include "first_layer_wgrad_sm90.h"
 #include "launch_sm90.h"
+#include "resident_halo_sm90.h"
 #include "wgrad_sm90.h"
 
 namespace convfirst::direct {
@@ -95,6 +96,29 @@ struct HaloRow {
     return launch_halo(g, {t.x, t.weight, t.bias, t.result}, plan_halo(g, device_of(c), kColumns, kSplit), stream);
   }
   static const void* kernel(const Problem& q) { return halo_kernel(q.dtype, kColumns); }
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, false}; }
+};
+
+template <int kColumns>
+struct ResidentRow {
+  static bool supports(const Problem& q, const Device&) {
+    const GemmProblem g = forward_problem(q);
+    return q.direction == Direction::kForward && q.dtype != DType::kFloat && gemm_supports(g) && resident_supports(g);
+  }
+  static Config configure(const Problem& q, const Device& d) {
+    const ResidentPlan plan = plan_resident(forward_problem(q), d, kColumns);
+    Config c{};
+    c.tile_height = kResidentHeight, c.tile_width = kResidentWidth, c.tile_pixels = 128, c.hidden_chunk = kColumns;
+    c.stages = ResidentTraits<DType::kHalf, kColumns>::kSlots, c.threads = plan.threads, c.grid = plan.grid;
+    c.shared_memory = plan.shared_memory, c.launches = 1, c.multiprocessors = d.multiprocessors;
+    return c;
+  }
+  static double cost(const Problem& q, const Device& d, const Config&) { return plan_resident(forward_problem(q), d, kColumns).cost; }
+  static int launch(const Problem& q, const Tensors& t, const Config& c, void*, cudaStream_t stream) {
+    const GemmProblem g = forward_problem(q);
+    return launch_resident(g, {t.x, t.weight, t.bias, t.result}, plan_resident(g, device_of(c), kColumns), stream);
+  }
+  static const void* kernel(const Problem& q) { return resident_kernel(q.dtype, kColumns); }
   static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, false}; }
 };
 
@@ -220,13 +244,13 @@ constexpr Variant kTable[] = {
     SplitRow<1, 2>::row("sm90_split_128x64x2"), SplitRow<1, 4>::row("sm90_split_128x64x4"), SplitRow<1, 8>::row("sm90_split_128x64x8"),
     HaloRow<128, 1>::row("sm90_halo_128x128"), HaloRow<128, 2>::row("sm90_halo_128x128x2"), HaloRow<128, 4>::row("sm90_halo_128x128x4"),
     HaloRow<128, 8>::row("sm90_halo_128x128x8"), HaloRow<64, 1>::row("sm90_halo_128x64"), HaloRow<64, 2>::row("sm90_halo_128x64x2"),
-    HaloRow<64, 4>::row("sm90_halo_128x64x4"), FewRow::row("sm90_few_taps"),
+    HaloRow<64, 4>::row("sm90_halo_128x64x4"), ResidentRow<64>::row("sm90_resident_halo_128x64"), ResidentRow<128>::row("sm90_resident_halo_128x128"), FewRow::row("sm90_few_taps"),
     FirstRow<true>::row("sm90_first_layer"), FirstRow<false>::row("sm90_first_layer_any"), DgradRow::row(),
     WgradRow<0>::row("sm90_wgrad_256x192"), WgradRow<1>::row("sm90_wgrad_192x192"), WgradRow<2>::row("sm90_wgrad_192x128"),
     WgradRow<3>::row("sm90_wgrad_128x256"), WgradRow<4>::row("sm90_wgrad_256x128"),
     FirstWgradRow::row("sm90_first_layer_wgrad"),
 };
-static_assert(std::size(kTable) == kGemmTileCount + 3 * kSplitTileCount + 7 + kWgradTileCount + 5);
+static_assert(std::size(kTable) == kGemmTileCount + 3 * kSplitTileCount + 9 + kWgradTileCount + 5);
 
 }  // namespace
 }  // namespace sm90
