@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import convfirst_kernels as ck
-from convfirst_kernels import winograd_conv2d
-from convfirst_kernels.winograd import kernels, operators, reference
+from convfirst_kernels import direct_conv2d, winograd_conv2d
+from convfirst_kernels.winograd import kernels, measured, operators, reference, swap
 
 pytestmark = pytest.mark.gpu
 op = torch.ops.convfirst.winograd_conv2d
@@ -165,7 +165,38 @@ def test_cuda_graph_and_compile(seed):
 def test_16_bits_must_be_asked_for(seed):
     x, weight, bias = inputs(SHAPES[1], torch.float16, seed)
     with ck.force_path(""), pytest.raises(RuntimeError, match="force_path\\('sm80'\\) asks for them"):
-        winograd_conv2d(x, weight, bias, kernels="required")
+        winograd_conv2d(x, weight, bias, algorithm="f2", kernels="required")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[7]], ids=str)
+def test_auto_is_direct_convolution_in_16_bits(shape, dtype, seed):
+    x, weight, bias = inputs(shape, dtype, seed)
+    with ck.force_path(""):
+        expected = direct_conv2d(x, weight, bias, padding=shape[5], activation="relu", kernels="required")
+        y = winograd_conv2d(x, weight, bias, shape[5], activation="relu", kernels="required")
+        assert torch.equal(y, expected)
+        ours = [t.requires_grad_() for t in (x, weight, bias)]
+        (winograd_conv2d(*ours, shape[5], kernels="required").float() ** 2).sum().backward()
+        assert all(t.grad is not None and t.grad.isfinite().all() for t in ours)
+
+
+def test_accelerated_convolution_in_16_bits(seed):
+    """VGG's layer 3.2 at one image runs as direct convolution, which was measured to be faster there."""
+    if torch.cuda.get_device_capability() != measured.CAPABILITY:
+        pytest.skip("nothing was measured on this device")
+    x, weight, bias = inputs((1, 56, 56, 256, 256, 1), torch.float16, seed)
+    conv = torch.nn.Conv2d(256, 256, 3, padding=1).to("cuda", torch.float16, memory_format=torch.channels_last).eval()
+    net = torch.nn.Sequential(conv)
+    with torch.no_grad(), ck.force_path(""):
+        conv.weight.copy_(weight)
+        conv.bias.copy_(bias)
+        expected = direct_conv2d(x, conv.weight, conv.bias, padding=1, kernels="required")
+        (row,) = ck.accelerate(net, winograd=True).convolutions
+        assert row.swapped and swap.choose(conv, x, torch.float16) == "direct"
+        assert torch.equal(net(x), expected)
+        conv.weight.mul_(2)  # filters are kept until then
+        assert torch.equal(net(x), direct_conv2d(x, conv.weight, conv.bias, padding=1, kernels="required"))
 
 
 def test_float64_and_f4_in_16_bits_run_the_reference(seed):

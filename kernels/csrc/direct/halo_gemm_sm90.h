@@ -8,12 +8,11 @@ namespace convfirst::direct::sm90 {
 
 constexpr int kHaloSlots = 2;             // tiles of x in flight
 constexpr int kHaloTileBytes = 33 * 1024;  // the largest, of 4 x 64 pixels and what the last taps read beyond
-constexpr int kHaloPitches[] = {16, 32, 64};
 
 struct HaloPlan {
   int columns;      // filters of a tile: 128 or 64
   int pitch_shift;  // log2 of a tile's pixels of a row, two of them halo: 128 >> pitch_shift rows
-  int split;        // blocks of a cluster: 1, 2, 4 or 8
+  int split;        // blocks of a cluster: 1, 2 or 4
   int slices;       // of 64 channels
   int tiles_p, tiles_q, tiles_n;
   int grid, shared_memory, threads;
@@ -73,9 +72,9 @@ inline HaloPlan plan_halo(const GemmProblem& q, const Device& device, int column
   plan.grid = static_cast<int>(std::min<int64_t>(tiles * split, int64_t{1} << 30));
   plan.shared_memory = columns == 128 ? HaloTraits<DType::kHalf, 128>::kSharedBytes : HaloTraits<DType::kHalf, 64>::kSharedBytes;
   plan.threads = SplitTile{columns}.threads();
-  const int64_t at_once = clusters_at_once(device, split), rounds = (tiles + at_once - 1) / at_once;
-  const int slices = (plan.slices + split - 1) / split;
-  plan.cost = 2.5 + rounds * (slices * 9 * 520.0 + 5000) / 1500;
+  const double pixels = (((128 >> plan.pitch_shift) + 2) << plan.pitch_shift) * 128.0 / 9;  // bytes of x a slice
+  const double fixed = columns == 128 ? (split == 1 ? 4.3 : 4.6) : (split == 1 ? 3.0 : split == 2 ? 3.2 : 3.5);
+  plan.cost = split_microseconds(device, tiles, split, plan.slices * 9, fixed, columns == 128 ? 0.277 : 0.197, columns * kDepth * 2 + pixels);
   return plan;
 }
 

@@ -30,13 +30,12 @@ const void* ResidentKernel<Traits>::kernel() {
 
 template <DType kDType>
 int ResidentKernels<kDType>::launch(const GemmProblem& q, const GemmTensors& t, const ResidentPlan& plan, cudaStream_t stream) {
-  return plan.columns == 64 ? ResidentKernel<ResidentTraits<kDType, 64>>::launch(q, t, plan, stream)
-                            : ResidentKernel<ResidentTraits<kDType, 128>>::launch(q, t, plan, stream);
+  return ResidentKernel<ResidentTraits<kDType>>::launch(q, t, plan, stream);
 }
 
 template <DType kDType>
-const void* ResidentKernels<kDType>::kernel(int columns) {
-  return columns == 64 ? ResidentKernel<ResidentTraits<kDType, 64>>::kernel() : ResidentKernel<ResidentTraits<kDType, 128>>::kernel();
+const void* ResidentKernels<kDType>::kernel() {
+  return ResidentKernel<ResidentTraits<kDType>>::kernel();
 }
 
 }  // namespace convfirst::direct::sm90

@@ -37,8 +37,8 @@ const void* halo_kernel(DType dtype, int columns) {
   return dtype == DType::kHalf ? SplitKernels<DType::kHalf>::halo_kernel(columns) : SplitKernels<DType::kBFloat16>::halo_kernel(columns);
 }
 
-const void* resident_kernel(DType dtype, int columns) {
-  return dtype == DType::kHalf ? ResidentKernels<DType::kHalf>::kernel(columns) : ResidentKernels<DType::kBFloat16>::kernel(columns);
+const void* resident_kernel(DType dtype) {
+  return dtype == DType::kHalf ? ResidentKernels<DType::kHalf>::kernel() : ResidentKernels<DType::kBFloat16>::kernel();
 }
 
 const void* first_kernel(DType dtype, int columns) {

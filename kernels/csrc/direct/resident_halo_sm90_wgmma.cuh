@@ -3,7 +3,7 @@
 //   a tile of x: 10 rows of 16 pixels, 8 x 14 of them without the halo; the rows of A of a tap are 128 pixels of it one after another, as
 //   halo_gemm_sm90_wgmma.cuh describes
 //
-//      tiles  0  1  2 | 3  4 ..     a producer thread loads one after another; each warpgroup computes every third (128 filters: second) one by
+//      tiles  0  1  2 | 3  4 ..     a producer thread loads one after another; each warpgroup computes every third one by
 //             |  |  |   |           itself, so that one's stores go under the others' products
 //           wg 0  1  2  0
 //

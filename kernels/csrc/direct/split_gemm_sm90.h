@@ -6,7 +6,7 @@
 
 namespace convfirst::direct::sm90 {
 
-constexpr int kMaxSplit = 8;            // the largest portable cluster
+constexpr int kMaxSplit = 4;            // 16 clusters of 8 do not fit at once, and 8 of them exchange longer than they save
 constexpr int kSplitWarpgroups = 2;     // consumers, 64 pixels each
 constexpr int kPieceBytes = 128 * 8 * 4;  // of sums: one row's 8 neighbouring columns a thread of a warpgroup
 
@@ -30,7 +30,7 @@ constexpr int kSplitTileCount = sizeof(kSplitTiles) / sizeof(kSplitTiles[0]);
 
 struct SplitPlan {
   int tile;   // index into kSplitTiles
-  int split;  // blocks of a cluster: 2, 4 or 8
+  int split;  // blocks of a cluster: 2 or 4
   int panel, steps;
   int grid, shared_memory, threads;
   double cost;  // estimated microseconds
@@ -63,13 +63,22 @@ struct SplitKernel {
 // Each block of a cluster has a step at least.
 inline bool split_supports(const GemmProblem& q, int split) { return !q.transposed && gemm_steps(q) >= split; }
 
-// Blocks of a cluster lie within 16 multiprocessors; those beyond a multiple of it may not find room for a whole one.
+// Of four blocks, 28 clusters were seen at work together on 132 multiprocessors, and 32 were not: a cluster lies within a processing cluster.
 inline int clusters_at_once(const Device& device, int split) {
-  return std::max(1, split <= 2 ? device.multiprocessors / split : device.multiprocessors / 16 * (16 / split));
+  return std::max(1, split <= 2 ? device.multiprocessors / split : device.multiprocessors * 7 / 8 / split);
+}
+
+// Microseconds of `tiles` tiles of `steps` slices by clusters of `split` blocks: `fixed` of a launch, `slice` where a few blocks are at work;
+// where many are, `bytes` of each slice have to come out of L2. Fitted to VGG-E's layers at N = 1 to 64 on an H100 (NOTES.md).
+inline double split_microseconds(const Device& device, int64_t tiles, int split, int steps, double fixed, double slice, double bytes) {
+  constexpr double kBytesAMicrosecond = 8.3e6, kBusy = 0.12;
+  const int64_t at_once = clusters_at_once(device, split), rounds = (tiles + at_once - 1) / at_once;
+  const double blocks = static_cast<double>(std::min(tiles, at_once) * split), busy = 1 + kBusy * blocks / device.multiprocessors;
+  const int slices = (steps + split - 1) / split;
+  return fixed + rounds * slices * busy * std::max(slice, bytes * blocks / kBytesAMicrosecond) + (rounds - 1) * (fixed - 0.8);
 }
 
 inline SplitPlan plan_split(const GemmProblem& q, const Device& device, int tile, int split) {
-  constexpr double kClockMhz = 1500, kFixedMicroseconds = 2.5;
   const SplitTile& t = kSplitTiles[tile];
   const int64_t tiles = (q.pixels() + t.rows() - 1) / t.rows() * ((q.filters + t.columns - 1) / t.columns);
   SplitPlan plan{};
@@ -77,12 +86,9 @@ inline SplitPlan plan_split(const GemmProblem& q, const Device& device, int tile
   plan.panel = choose_panel(q.channels), plan.steps = gemm_steps(q);
   plan.grid = static_cast<int>(std::min<int64_t>(tiles * split, int64_t{1} << 30));
   plan.shared_memory = t.shared_bytes(), plan.threads = t.threads();
-  const int64_t at_once = clusters_at_once(device, split), rounds = (tiles + at_once - 1) / at_once;
-  // Products of 64 columns wait for copies.
-  const double copies = plan.panel == 64 ? 0 : 900.0 * 32 / plan.panel;
-  const double slice = std::max(t.columns == 128 ? 560.0 : 450.0, copies);
-  const int steps = (plan.steps + split - 1) / split;
-  plan.cost = kFixedMicroseconds + rounds * (steps * slice + 6000) / kClockMhz;
+  // Narrow panels take as many copies more, and then those bind.
+  const double slice = std::max(t.columns == 128 ? 0.28 : 0.26, plan.panel == 64 ? 0 : 0.6 * 32 / plan.panel);
+  plan.cost = split_microseconds(device, tiles, split, plan.steps, split == 2 ? 4.8 : 6.0, slice, t.slot_bytes());
   return plan;
 }
 

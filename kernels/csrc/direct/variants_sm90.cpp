@@ -73,7 +73,7 @@ struct SplitRow {
     return launch_split(g, {t.x, t.weight, t.bias, t.result}, plan_split(g, device_of(c), kTile, kSplit), stream);
   }
   static const void* kernel(const Problem& q) { return split_kernel(q.dtype, kTile); }
-  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, false}; }
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
 template <int kColumns, int kSplit>
@@ -96,30 +96,29 @@ struct HaloRow {
     return launch_halo(g, {t.x, t.weight, t.bias, t.result}, plan_halo(g, device_of(c), kColumns, kSplit), stream);
   }
   static const void* kernel(const Problem& q) { return halo_kernel(q.dtype, kColumns); }
-  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, false}; }
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
-template <int kColumns>
 struct ResidentRow {
   static bool supports(const Problem& q, const Device&) {
     const GemmProblem g = forward_problem(q);
     return q.direction == Direction::kForward && q.dtype != DType::kFloat && gemm_supports(g) && resident_supports(g);
   }
   static Config configure(const Problem& q, const Device& d) {
-    const ResidentPlan plan = plan_resident(forward_problem(q), d, kColumns);
+    const ResidentPlan plan = plan_resident(forward_problem(q), d);
     Config c{};
-    c.tile_height = kResidentHeight, c.tile_width = kResidentWidth, c.tile_pixels = 128, c.hidden_chunk = kColumns;
-    c.stages = ResidentTraits<DType::kHalf, kColumns>::kSlots, c.threads = plan.threads, c.grid = plan.grid;
+    c.tile_height = kResidentHeight, c.tile_width = kResidentWidth, c.tile_pixels = 128, c.hidden_chunk = kResidentColumns;
+    c.stages = ResidentTraits<DType::kHalf>::kSlots, c.threads = plan.threads, c.grid = plan.grid;
     c.shared_memory = plan.shared_memory, c.launches = 1, c.multiprocessors = d.multiprocessors;
     return c;
   }
-  static double cost(const Problem& q, const Device& d, const Config&) { return plan_resident(forward_problem(q), d, kColumns).cost; }
+  static double cost(const Problem& q, const Device& d, const Config&) { return plan_resident(forward_problem(q), d).cost; }
   static int launch(const Problem& q, const Tensors& t, const Config& c, void*, cudaStream_t stream) {
     const GemmProblem g = forward_problem(q);
-    return launch_resident(g, {t.x, t.weight, t.bias, t.result}, plan_resident(g, device_of(c), kColumns), stream);
+    return launch_resident(g, {t.x, t.weight, t.bias, t.result}, plan_resident(g, device_of(c)), stream);
   }
-  static const void* kernel(const Problem& q) { return resident_kernel(q.dtype, kColumns); }
-  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, false}; }
+  static const void* kernel(const Problem& q) { return resident_kernel(q.dtype); }
+  static constexpr Variant row() { return {"sm90_resident_halo", 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
 struct FewRow {
@@ -136,7 +135,7 @@ struct FewRow {
     return launch_few(q, t, plan_few(q, device_of(c)), stream);
   }
   static const void* kernel(const Problem& q) { return few_kernel(q.dtype); }
-  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, false}; }
+  static constexpr Variant row() { return {"sm90_few_taps", 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
 // kRgb: three channels and stride 2 or 4, which is what ran on a GPU; else whatever more the kernel takes.
@@ -240,17 +239,17 @@ constexpr Variant kTable[] = {
     GemmRow<0>::row("sm90_gemm_192x128"), GemmRow<1>::row("sm90_gemm_128x128"), GemmRow<2>::row("sm90_gemm_192x192"),
     GemmRow<3>::row("sm90_gemm_256x128"), GemmRow<4>::row("sm90_gemm_128x256"), GemmRow<5>::row("sm90_gemm_192x64"),
     GemmRow<6>::row("sm90_gemm_192x96"),
-    SplitRow<0, 2>::row("sm90_split_128x128x2"), SplitRow<0, 4>::row("sm90_split_128x128x4"), SplitRow<0, 8>::row("sm90_split_128x128x8"),
-    SplitRow<1, 2>::row("sm90_split_128x64x2"), SplitRow<1, 4>::row("sm90_split_128x64x4"), SplitRow<1, 8>::row("sm90_split_128x64x8"),
-    HaloRow<128, 1>::row("sm90_halo_128x128"), HaloRow<128, 2>::row("sm90_halo_128x128x2"), HaloRow<128, 4>::row("sm90_halo_128x128x4"),
-    HaloRow<128, 8>::row("sm90_halo_128x128x8"), HaloRow<64, 1>::row("sm90_halo_128x64"), HaloRow<64, 2>::row("sm90_halo_128x64x2"),
-    HaloRow<64, 4>::row("sm90_halo_128x64x4"), ResidentRow<64>::row("sm90_resident_halo_128x64"), ResidentRow<128>::row("sm90_resident_halo_128x128"), FewRow::row("sm90_few_taps"),
+    SplitRow<0, 2>::row("sm90_split_128x128x2"), SplitRow<0, 4>::row("sm90_split_128x128x4"), SplitRow<1, 2>::row("sm90_split_128x64x2"),
+    SplitRow<1, 4>::row("sm90_split_128x64x4"),
+    HaloRow<128, 1>::row("sm90_halo_128x128"), HaloRow<128, 2>::row("sm90_halo_128x128x2"), HaloRow<64, 1>::row("sm90_halo_128x64"),
+    HaloRow<64, 2>::row("sm90_halo_128x64x2"), HaloRow<64, 4>::row("sm90_halo_128x64x4"),
+    ResidentRow::row(), FewRow::row(),
     FirstRow<true>::row("sm90_first_layer"), FirstRow<false>::row("sm90_first_layer_any"), DgradRow::row(),
     WgradRow<0>::row("sm90_wgrad_256x192"), WgradRow<1>::row("sm90_wgrad_192x192"), WgradRow<2>::row("sm90_wgrad_192x128"),
     WgradRow<3>::row("sm90_wgrad_128x256"), WgradRow<4>::row("sm90_wgrad_256x128"),
     FirstWgradRow::row("sm90_first_layer_wgrad"),
 };
-static_assert(std::size(kTable) == kGemmTileCount + 3 * kSplitTileCount + 9 + kWgradTileCount + 5);
+static_assert(std::size(kTable) == kGemmTileCount + kWgradTileCount + 15);
 
 }  // namespace
 }  // namespace sm90
