@@ -21,6 +21,7 @@ import patch_cases
 from cases import inputs, small_cases
 
 import convfirst_kernels as ck
+from convfirst_kernels.direct.convolution import plan_direct
 from convfirst_kernels.planner import Device, plan
 from convfirst_kernels.winograd import kernels
 
@@ -92,6 +93,30 @@ def direct() -> None:
                 dw = torch.ops.convfirst.direct_conv2d_wgrad(y, x, kernel, kernel, *geometry)
             torch.cuda.synchronize()
             assert all(t.cpu().isfinite().all() for t in (y, dx, dw)), f"direct {dtype} {channels}: not finite"
+    few_pixels()
+
+
+def few_pixels() -> None:
+    """Direct convolution by the variants that the planner takes for few pixels, for 64 channels and for RGB."""
+    for channels, path in (
+        (3, "sm90_few_taps"),
+        (64, "sm90_resident_halo"),
+        (128, "sm90_halo_128x128"),
+        (256, "sm90_halo_128x64x4"),
+        (128, "sm90_split_128x128x2"),
+        (104, "sm90_split_128x64x4"),
+    ):
+        shape, weight_shape = (2, channels, 13, 11), (96, channels, 3, 3)
+        if plan_direct(shape, weight_shape, padding=1, device="cuda", path=path)["chosen"] is None:
+            continue
+        x, weight = (
+            torch.randn(s).to("cuda", torch.float16, memory_format=torch.channels_last) for s in (shape, weight_shape)
+        )
+        print(f"direct {path}, {channels} channels", flush=True)
+        with ck.force_path(path):
+            y = torch.ops.convfirst.direct_conv2d(x, weight, None, 1, 1, 1, 1, 1, 1, "relu")
+        torch.cuda.synchronize()
+        assert y.cpu().isfinite().all(), f"{path}: not finite"
 
 
 def run(operator, name: str, chosen: str | None, arguments: tuple, path: str) -> None:
