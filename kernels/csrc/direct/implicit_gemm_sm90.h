@@ -155,8 +155,8 @@ inline GemmPlan plan_gemm_tile(const GemmProblem& q, const Device& device, int i
   // Narrow panels take as many copies more, and then those bind.
   const double copies = plan.panel == 64 ? 0 : 900.0 * 32 / plan.panel;
   const double slice = std::max(area * kDepth / 2048.0 / rate, copies), epilogue = 2000.0 * t.columns / 128;
-  // A tile's first slices are waited for, and with one set of sums its last ones too. Forward, many rounds took less each (H100, VGG-E at N = 64).
-  const double between = !q.transposed && plan.rounds >= 8 ? 2500 : 4000;
+  // A tile's first slices are waited for, and with one set of sums its last ones too. Many rounds of 192 x 128 took less each (H100, VGG-E at N = 64).
+  const double between = !q.transposed && index == 0 && plan.rounds >= 8 ? 2500 : 4000;
   const double tile_clocks = plan.steps * slice + (t.sets == 1 ? t.bands * epilogue + 1500 : between);
   const double clocks = plan.rounds * tile_clocks + epilogue + 3000;
   plan.cost = kFixedMicroseconds + clocks / kClockMhz;
