@@ -172,6 +172,22 @@ def test_suites_are_found_by_name(monkeypatch, tmp_path):
     assert benchmark(compose("suite=mine", f"output={tmp_path / 'out.json'}")) == [{"name": "mine"}]
 
 
+def test_rows_are_written_as_they_come(monkeypatch, tmp_path):
+    path = tmp_path / "out.json"
+    write_results(path, "mine", [{"a": 0}])
+
+    def suite(config):
+        yield {"a": 1}
+        assert json.loads(path.read_text())["rows"] == [{"a": 1}]
+        yield {"a": 2}
+        raise ValueError("interrupted")
+
+    monkeypatch.setattr(benchmark_module, "SUITES", {**SUITES, "mine": suite})
+    with pytest.raises(ValueError, match="interrupted"):
+        benchmark(compose("suite=mine", f"output={path}"))
+    assert json.loads(path.read_text())["rows"] == [{"a": 1}, {"a": 2}]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["eager", "eager+graph", "inductor", "inductor+graph"])
 def test_modes_on_a_gpu(tmp_path, mode):
