@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from convfirst_kernels import backward, kept, outside, outside_training
+from convfirst_kernels import backward, kept, outside, outside_training, stages
 from convfirst_kernels import block as fused
 from convfirst_kernels.blocks import Parts, Unsupported, check_hooks, read_block
 from convfirst_kernels.winograd.swap import WinogradForward, find_convolutions
@@ -135,6 +135,55 @@ class HeadForward(OutsideForward):
         return super().__call__(x)
 
 
+class StageForward:
+    """Stands in for the ``forward`` of a stage's sequence of frozen blocks: one launch where that covers the call.
+
+    It takes over the blocks' packed weights, stacked; the blocks keep views of them.
+    """
+
+    def __init__(self, sequence: nn.Sequential):
+        self.sequence = sequence
+        self.weights: stages.StageWeights | None = None
+        self.workspace: Tensor | None = None
+        self._pack()
+
+    def _pack(self) -> None:
+        forwards = [block.__dict__["forward"] for block in self.sequence]
+        packed = [forward.packed for forward in forwards]
+        if any(weights is None for weights in packed):
+            return
+        with torch.no_grad():
+            self.weights = stages.pack_stage(packed)
+        if self.weights is None:
+            return
+        device = self.weights.conv_weight.device
+        self.workspace = stages.workspace(device, device.index or 0)
+        for forward, weights in zip(forwards, stages.unpack_stage(self.weights), strict=True):
+            forward.packed = weights
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.covers(x):
+            return type(self.sequence).forward(self.sequence, x)
+        *tensors, activation, eps, has_norm = self.weights
+        x = x.contiguous(memory_format=torch.channels_last)
+        return torch.ops.convfirst.conv_first_stage(x, *tensors, self.workspace, activation, eps, has_norm)
+
+    def covers(self, x: Tensor) -> bool:
+        weights = self.weights
+        if weights is None or torch.is_grad_enabled() or any(block.training for block in self.sequence):
+            return False
+        dtype = weights.conv_weight.dtype
+        if x.dtype != dtype or fused.compute_dtype(x) != dtype or x.device != weights.conv_weight.device:
+            return False
+        n, channels, height, width = x.shape
+        name = str(dtype).removeprefix("torch.")
+        count = weights.conv_weight.shape[0]
+        return not stages.refusal(n, height, width, channels, count, name, weights.activation, x.device.index or 0)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "weights": None, "workspace": None}
+
+
 _BATCH_STATISTICS = "batch norm in training mode needs the batch's statistics; only evaluation mode folds"
 
 
@@ -254,11 +303,14 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, wi
     found = [entry for entry in found if entry[2] is not None or entry[3] is not None]
     layers = [(name, module, *_examine_outside(module)) for name, module in outside.find_outside(model)]
     heads = [(name, head, *_examine_outside(head, outside.read_head)) for name, head in outside.find_heads(model)]
+    sequences = _sequences(model)
     taken = [name for name, *_ in found + layers]
     convolutions = find_convolutions(model, taken) if winograd or kernels == "off" else []
     if kernels == "off":
         for _, module, _, _ in found + layers + heads + convolutions:
             _restore(module)
+        for sequence in sequences:
+            _restore(sequence)
         parts = found, layers, heads, convolutions
         rows = [[Row(n, type(m).__name__, "kernels='off'", False) for n, m, _, _ in part] for part in parts]
         return Report(rows[0], kernels, *rows[1:])
@@ -282,11 +334,25 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, wi
                 module.forward = stand_in(module, kernels, frozen)
                 module.forward.prepare(parts)
                 report._blocks.append(module)
+    for sequence in sequences if frozen and kernels != "reference" else []:
+        if all(isinstance(block.__dict__.get("forward"), FusedForward) for block in sequence):
+            sequence.forward = StageForward(sequence)
+            report._blocks.append(sequence)
     if report.skipped:
         first = report.skipped[0]
         counts = len(report.skipped), len(found)
         _log.warning("%d of %d blocks stay as they are, e.g. %s: %s", *counts, first.name, first.detail)
     return report
+
+
+def _sequences(model: nn.Module) -> list[nn.Sequential]:
+    """The sequences of blocks of every ConvFirst stage in the model."""
+    found = []
+    for module in model.modules():
+        blocks = getattr(module, "blocks", None)
+        if "ConvFirstStage" in {cls.__name__ for cls in type(module).__mro__} and isinstance(blocks, nn.Sequential):
+            found.append(blocks)
+    return [sequence for sequence in found if len(sequence)]
 
 
 def _examine(module: nn.Module) -> tuple[Parts | None, str | None]:
@@ -366,5 +432,5 @@ def _require(found: list) -> None:
 
 
 def _restore(block: nn.Module) -> None:
-    if isinstance(block.__dict__.get("forward"), FusedForward | WinogradForward):
+    if isinstance(block.__dict__.get("forward"), FusedForward | StageForward | WinogradForward):
         del block.forward

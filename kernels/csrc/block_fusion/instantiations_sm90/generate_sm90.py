@@ -55,6 +55,8 @@ def sources():
             traits = (f"LatencyTraits<DType::{dtype}, {width}, Activation::{activation}>" for activation in ACTIVATIONS)
             rows = [f"template struct LatencyKernel<{name}>;" for name in traits]
             yield f"latency_sm90_c{width}_{dtype[1:].lower()}.cu", "launch_latency_sm90.cuh", "\n".join(rows)
+            rows = [row.replace("LatencyKernel", "StageKernel") for row in rows]
+            yield f"stage_sm90_c{width}_{dtype[1:].lower()}.cu", "launch_stage_sm90.cuh", "\n".join(rows)
     for dtype in DTYPES:
         for tile in EXPAND_TILES:
             traits = (f"LinearTraits<DType::{dtype}, Layer::kExpand, Activation::{a}, {tile}>" for a in ACTIVATIONS)

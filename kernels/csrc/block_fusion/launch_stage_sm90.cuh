@@ -1,0 +1,39 @@
+// Launch of a stage on the latency path.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../common/launch.cuh"
+#include "latency_stage_fwd_sm90_mma.cuh"
+
+namespace convfirst::block_fusion::sm90 {
+
+template <class Traits>
+int StageKernel<Traits>::launch(const StageTensors& t, cudaStream_t stream) {
+  const auto kernel = &latency_stage_fwd_sm90<Traits>;
+  if (Traits::kCluster > 8) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return static_cast<int>(error);
+  }
+  const int tiles = static_cast<int>(ceil_div(t.pixels, Traits::kPixels));
+  return start_dependent_clusters(kernel, Traits::kCluster, tiles * Traits::kCluster, Traits::kThreads,
+                                  LatencyLayout<Traits>::total(t.width), stream, t);
+}
+
+template <class Traits>
+int StageKernel<Traits>::resident(int width, int* clusters) {
+  const auto kernel = &latency_stage_fwd_sm90<Traits>;
+  const int shared_memory = LatencyLayout<Traits>::total(width);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory);
+  if (error == cudaSuccess && Traits::kCluster > 8) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error != cudaSuccess) return static_cast<int>(error);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = Traits::kCluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = Traits::kCluster, config.blockDim = Traits::kThreads, config.dynamicSmemBytes = shared_memory;
+  config.attrs = &attribute, config.numAttrs = 1;
+  return static_cast<int>(cudaOccupancyMaxActiveClusters(clusters, kernel, &config));
+}
+
+}  // namespace convfirst::block_fusion::sm90

@@ -1,0 +1,29 @@
+// torch.ops.convfirst.conv_first_stage: several blocks of one width, one after another, in one launch.
+#pragma once
+
+#include <string>
+
+#include "block_fusion/params.h"
+#include "common/checks.h"
+
+namespace convfirst::block_fusion {
+
+struct StageArguments {
+  Tensor x;
+  Tensor conv_weight;
+  MaybeTensor conv_bias;
+  Tensor expand_weight;
+  MaybeTensor expand_bias;
+  Tensor expand_sums;
+  Tensor project_weight;
+  MaybeTensor project_bias;
+  Tensor workspace;
+  std::string activation;
+  double eps;
+  bool has_norm;
+};
+
+// Throws std::runtime_error, naming the argument, its value and what is supported. Returns how many blocks there are.
+int64_t check_stage(const StageArguments& a);
+
+}  // namespace convfirst::block_fusion

@@ -1,0 +1,66 @@
+// Which stages run in one launch, and the kernel of each.
+#include "block_fusion/stage_sm90.h"
+
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <type_traits>
+
+namespace convfirst::block_fusion::sm90 {
+namespace {
+
+template <int kWidth, class Body>
+auto with_traits(const StageProblem& q, Body&& body) {
+  const auto with_activation = [&](auto dtype) {
+    constexpr DType kDType = decltype(dtype)::value;
+    if (q.activation == Activation::kRelu) return body(LatencyTraits<kDType, kWidth, Activation::kRelu>{});
+    if (q.activation == Activation::kSilu) return body(LatencyTraits<kDType, kWidth, Activation::kSilu>{});
+    return body(LatencyTraits<kDType, kWidth, Activation::kGelu>{});
+  };
+  if (q.dtype == DType::kHalf) return with_activation(std::integral_constant<DType, DType::kHalf>{});
+  return with_activation(std::integral_constant<DType, DType::kBFloat16>{});
+}
+
+template <class Body>
+auto with_kernel(const StageProblem& q, Body&& body) {
+  if (q.channels == 64) return with_traits<64>(q, body);
+  if (q.channels == 128) return with_traits<128>(q, body);
+  return with_traits<256>(q, body);
+}
+
+// Asked once of each kernel and width of image; all devices of one process are taken to be alike.
+int resident_clusters(const StageProblem& q) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, int, int, int64_t>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [place, fresh] = known.try_emplace({q.channels, static_cast<int>(q.dtype), static_cast<int>(q.activation), q.width}, 0);
+  if (fresh) {
+    int clusters = 0;
+    const int error =
+        with_kernel(q, [&](auto traits) { return StageKernel<decltype(traits)>::resident(static_cast<int>(q.width), &clusters); });
+    place->second = error == 0 ? clusters : 0;
+  }
+  return place->second;
+}
+
+}  // namespace
+
+const char* stage_refusal(const StageProblem& q, const Device& device) {
+  if (device.capability != 90) return "a stage in one launch runs on compute capability 9.0";
+  if (q.channels != 64 && q.channels != 128 && q.channels != 256) return "a stage in one launch has 64, 128 or 256 channels";
+  if (q.blocks < 1) return "it has no blocks";
+  if (q.batch <= 0 || q.height <= 0 || q.width <= 0) return "it has no pixels";
+  const auto fits = with_kernel(q, [&](auto traits) {
+    return LatencyLayout<decltype(traits)>::total(static_cast<int>(q.width)) <= device.max_shared_memory;
+  });
+  if (!fits) return "its images are too wide for shared memory";
+  const int64_t tiles = with_kernel(q, [&](auto traits) { return (q.batch * q.height * q.width + traits.kPixels - 1) / traits.kPixels; });
+  if (tiles > resident_clusters(q)) return "its tiles do not all run at once, and they wait for one another";
+  return nullptr;
+}
+
+int launch_stage(const StageProblem& q, const StageTensors& t, cudaStream_t stream) {
+  return with_kernel(q, [&](auto traits) { return StageKernel<decltype(traits)>::launch(t, stream); });
+}
+
+}  // namespace convfirst::block_fusion::sm90
