@@ -80,6 +80,10 @@ __device__ __forceinline__ void stmatrix_x2(uint32_t address, uint32_t r0, uint3
   asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(r0), "r"(r1) : "memory");
 }
 
+__device__ __forceinline__ void stmatrix_x2_transposed(uint32_t address, uint32_t r0, uint32_t r1) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(r0), "r"(r1) : "memory");
+}
+
 __device__ __forceinline__ void stmatrix_x4_transposed(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r0), "r"(r1), "r"(r2), "r"(r3)
                : "memory");
@@ -279,18 +283,26 @@ struct LatencyTile {
     ptx::cp_async_commit();
   }
 
-  // 16 pixels of 8 channels, with their sums and sums of squares, into what is sent.
-  __device__ __forceinline__ void convolve_tile(int tile, const uint32_t (&address)[5], const ConvWeights& w, float2 bias) const {
+  // 16 pixels of 8 channels.
+  __device__ __forceinline__ void convolve_sums(float (&s)[2][4], const uint32_t (&address)[5], const ConvWeights& w, float2 bias) const {
     uint32_t a[5][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) ldmatrix_x4(a[i], address[i]);
     ldmatrix_x2(*reinterpret_cast<uint32_t(*)[2]>(a[4]), address[4]);
-    float s[2][4] = {{bias.x, bias.y, bias.x, bias.y}, {}};  // two chains
+    s[0][0] = s[0][2] = bias.x, s[0][1] = s[0][3] = bias.y;  // two chains
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[1][i] = 0.f;
 #pragma unroll
     for (int i = 0; i < 4; ++i) mma_16816<Element>(s[i % 2], a[i], w.fragments[2 * i], w.fragments[2 * i + 1]);
     mma_1688<Element>(s[0], a[4], w.fragments[8]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[0][i] += s[1][i];
+  }
+
+  // The same, with their sums and sums of squares, into what is sent.
+  __device__ __forceinline__ void convolve_tile(int tile, const uint32_t (&address)[5], const ConvWeights& w, float2 bias) const {
+    float s[2][4];
+    convolve_sums(s, address, w, bias);
     const int block = conv_block();
     stmatrix_x2(smem + Layout::kSent + sent_offset(block, tile * 16 + lane % 16),
                 pack2<Element>(s[0][0], s[0][1]), pack2<Element>(s[0][2], s[0][3]));

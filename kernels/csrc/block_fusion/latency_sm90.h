@@ -19,6 +19,7 @@ struct LatencyTraits {
   static constexpr int kTaps = 9;
   static constexpr int kSlice = 16384 / kChannels;        // hidden units of a block
   static constexpr int kCluster = kHidden / kSlice;       // blocks
+  static constexpr int kTeam = kCluster;                  // blocks of a tile
   static constexpr int kOwned = kChannels / kCluster;     // channels of a block
   static constexpr int kThreads = 256;
   static constexpr int kWarps = kThreads / 32;

@@ -43,42 +43,42 @@ __device__ __forceinline__ void store_word(void* address, uint32_t data, uint32_
   asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(data), "r"(flag) : "memory");
 }
 
+// Of all threads, last: the last block of the grid leaves the next launch's epoch; every block has read this one's.
+__device__ __forceinline__ void leave(char* workspace, uint32_t epoch) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  auto* header = reinterpret_cast<unsigned*>(workspace);
+  if (atomicInc(header + 1, gridDim.x - 1) == gridDim.x - 1) header[0] = epoch;
+}
+
+// What the latency path's functions read of block `b`.
 template <class Traits>
-struct LatencyStage : LatencyBlock<Traits> {
-  using Base = LatencyBlock<Traits>;
+__device__ __forceinline__ LatencyParams block_params(const StageTensors& t, int b) {
+  constexpr int kC = Traits::kChannels, kHidden = Traits::kHidden;
+  LatencyParams q{};
+  q.x = t.x, q.y = t.y, q.eps = t.eps, q.has_norm = t.has_norm, q.height = t.height, q.width = t.width, q.pixels = t.pixels;
+  const auto at = [&](const auto* base, int64_t elements) { return base == nullptr ? nullptr : base + b * elements; };
+  q.conv_weight = at(static_cast<const uint16_t*>(t.conv_weight), Traits::kTaps * kC * 8);
+  q.conv_bias = at(t.conv_bias, kC);
+  q.expand_weight = at(static_cast<const uint16_t*>(t.expand_weight), kHidden * kC);
+  q.expand_bias = at(t.expand_bias, kHidden);
+  q.project_weight = at(static_cast<const uint16_t*>(t.project_weight), kC * kHidden);
+  q.project_bias = at(t.project_bias, kC);
+  return q;
+}
+
+// What stages of every width share; Base is a LatencyTile or derives from one.
+template <class Traits, class Base>
+struct StageParts : Base {
   using Element = ElementOf<Traits>;
   using Layout = LatencyLayout<Traits>;
-  using Base::first, Base::kAlone, Base::kPixelTiles, Base::lane, Base::p, Base::rank, Base::rows, Base::smem, Base::thread, Base::warp;
-
-  // Of block `b`, what LatencyBlock's functions read.
-  static __device__ __forceinline__ LatencyParams block_params(const StageTensors& t, int b) {
-    constexpr int kC = Traits::kChannels, kHidden = Traits::kHidden;
-    LatencyParams q{};
-    q.x = t.x, q.y = t.y, q.eps = t.eps, q.has_norm = t.has_norm, q.height = t.height, q.width = t.width, q.pixels = t.pixels;
-    const auto at = [&](const auto* base, int64_t elements) { return base == nullptr ? nullptr : base + b * elements; };
-    q.conv_weight = at(static_cast<const uint16_t*>(t.conv_weight), Traits::kTaps * kC * 8);
-    q.conv_bias = at(t.conv_bias, kC);
-    q.expand_weight = at(static_cast<const uint16_t*>(t.expand_weight), kHidden * kC);
-    q.expand_bias = at(t.expand_bias, kHidden);
-    q.project_weight = at(static_cast<const uint16_t*>(t.project_weight), kC * kHidden);
-    q.project_bias = at(t.project_bias, kC);
-    return q;
-  }
+  using Base::first, Base::kAlone, Base::lane, Base::p, Base::rank, Base::smem, Base::thread;
 
   __device__ int conv_channel() const { return rank * Traits::kOwned + this->conv_block() * 8; }
 
   __device__ __forceinline__ void load_conv(ConvWeights& w, float2& bias) const {
     w.template load<Traits>(p.conv_weight, conv_channel(), lane);
     bias = make_float2(optional(p.conv_bias, conv_channel() + lane % 4 * 2, 0.f), optional(p.conv_bias, conv_channel() + lane % 4 * 2 + 1, 0.f));
-  }
-
-  // Bias and row sum of this thread's hidden units.
-  __device__ __forceinline__ void load_expand_vectors(float2 (&vectors)[Traits::kExpandRows][2], const float* sums) const {
-#pragma unroll
-    for (int i = 0; i < 2 * Traits::kExpandRows; ++i) {
-      const int unit = rank * Traits::kSlice + (this->expand_row() + i / 2) * 16 + i % 2 * 8 + lane / 4;
-      vectors[i / 2][i % 2] = make_float2(optional(p.expand_bias, unit, 0.f), __ldg(sums + unit));
-    }
   }
 
   // Leaves in `places` only what other tiles own.
@@ -131,6 +131,31 @@ struct LatencyStage : LatencyBlock<Traits> {
     }
   }
 
+  __device__ __forceinline__ uint32_t activate(float s0, float s1) const {
+    if constexpr (Traits::kDType == DType::kHalf) {
+      return activate_half<Traits::kActivation>(s0, s1, 0);
+    } else {
+      return pack2<Element>(activate_float<Traits::kActivation>(s0, 0.f), activate_float<Traits::kActivation>(s1, 0.f));
+    }
+  }
+};
+
+template <class Traits>
+struct LatencyStage : StageParts<Traits, LatencyBlock<Traits>> {
+  using Base = StageParts<Traits, LatencyBlock<Traits>>;
+  using Element = ElementOf<Traits>;
+  using Layout = LatencyLayout<Traits>;
+  using Base::activate, Base::first, Base::kPixelTiles, Base::lane, Base::p, Base::rank, Base::rows, Base::smem, Base::thread;
+
+  // Bias and row sum of this thread's hidden units.
+  __device__ __forceinline__ void load_expand_vectors(float2 (&vectors)[Traits::kExpandRows][2], const float* sums) const {
+#pragma unroll
+    for (int i = 0; i < 2 * Traits::kExpandRows; ++i) {
+      const int unit = rank * Traits::kSlice + (this->expand_row() + i / 2) * 16 + i % 2 * 8 + lane / 4;
+      vectors[i / 2][i % 2] = make_float2(optional(p.expand_bias, unit, 0.f), __ldg(sums + unit));
+    }
+  }
+
   // {r, -r m} of pixel `lane`.
   __device__ __forceinline__ float2 moments() const {
     if (!p.has_norm) return make_float2(1.f, 0.f);
@@ -143,14 +168,6 @@ struct LatencyStage : LatencyBlock<Traits> {
     const float mean = sum.x * (1.f / Traits::kChannels);
     const float scale = rsqrtf(fmaxf(sum.y * (1.f / Traits::kChannels) - mean * mean, 0.f) + p.eps);
     return make_float2(scale, -mean * scale);
-  }
-
-  __device__ __forceinline__ uint32_t activate(float s0, float s1) const {
-    if constexpr (Traits::kDType == DType::kHalf) {
-      return activate_half<Traits::kActivation>(s0, s1, 0);
-    } else {
-      return pack2<Element>(activate_float<Traits::kActivation>(s0, 0.f), activate_float<Traits::kActivation>(s1, 0.f));
-    }
   }
 
   // P of 16 hidden units and the 16 pixels from pixel tile `tile` on; `norm` is moments().
@@ -243,8 +260,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) latency_stage_fwd_sm90(co
   const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread / 32, 0), lane = thread % 32;
   const int rank = static_cast<int>(blockIdx.x) % Traits::kCluster, tile = static_cast<int>(blockIdx.x) / Traits::kCluster;
   const auto with_block = [&](int b, auto&& body) {
-    const LatencyParams p = Stage::block_params(t, b);
-    return body(Stage{{{p, smem_address(latency_smem), rank, tile * Traits::kPixels, thread, warp, lane, latency_rows<Traits>(p.width)}}});
+    const LatencyParams p = block_params<Traits>(t, b);
+    return body(Stage{{{{p, smem_address(latency_smem), rank, tile * Traits::kPixels, thread, warp, lane, latency_rows<Traits>(p.width)}}}});
   };
   uint4 w1[Traits::kExpandRows][Traits::kExpandSteps][2];
   float2 expand_vectors[Traits::kExpandRows][2];
@@ -303,11 +320,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) latency_stage_fwd_sm90(co
     });
   }
   ptx::cp_async_wait<0>();
-  __syncthreads();
-  if (thread == 0) {
-    auto* header = reinterpret_cast<unsigned*>(workspace);
-    if (atomicInc(header + 1, gridDim.x - 1) == gridDim.x - 1) header[0] = epoch + t.blocks;
-  }
+  leave(workspace, epoch + t.blocks);
 #endif
 }
 

@@ -4,25 +4,34 @@
 #include <cuda_runtime.h>
 
 #include "../common/launch.cuh"
-#include "latency_stage_fwd_sm90_mma.cuh"
+#include "wide_stage_fwd_sm90_mma.cuh"
 
 namespace convfirst::block_fusion::sm90 {
 
 template <class Traits>
+constexpr auto stage_kernel() {
+  if constexpr (Traits::kTeam > Traits::kCluster) {
+    return &wide_stage_fwd_sm90<Traits>;
+  } else {
+    return &latency_stage_fwd_sm90<Traits>;
+  }
+}
+
+template <class Traits>
 int StageKernel<Traits>::launch(const StageTensors& t, cudaStream_t stream) {
-  const auto kernel = &latency_stage_fwd_sm90<Traits>;
+  const auto kernel = stage_kernel<Traits>();
   if (Traits::kCluster > 8) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return static_cast<int>(error);
   }
   const int tiles = static_cast<int>(ceil_div(t.pixels, Traits::kPixels));
-  return start_dependent_clusters(kernel, Traits::kCluster, tiles * Traits::kCluster, Traits::kThreads,
+  return start_dependent_clusters(kernel, Traits::kCluster, tiles * Traits::kTeam, Traits::kThreads,
                                   LatencyLayout<Traits>::total(t.width), stream, t);
 }
 
 template <class Traits>
 int StageKernel<Traits>::resident(int width, int* clusters) {
-  const auto kernel = &latency_stage_fwd_sm90<Traits>;
+  const auto kernel = stage_kernel<Traits>();
   const int shared_memory = LatencyLayout<Traits>::total(width);
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory);
   if (error == cudaSuccess && Traits::kCluster > 8) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);

@@ -44,7 +44,7 @@ Tensor conv_first_stage(const Tensor& x, const Tensor& conv_weight, const MaybeT
   const sm90::StageProblem q{x.size(0), x.size(2), x.size(3), static_cast<int>(x.size(1)), static_cast<int>(blocks),
                              x.scalar_type() == ScalarType::Half ? DType::kHalf : DType::kBFloat16, parse_activation(activation)};
   if (const char* reason = sm90::stage_refusal(q, device_of(index))) kChecks.refuse("x has shape ", show(x.sizes()), "; ", reason);
-  const int64_t pixels = q.batch * q.height * q.width, bytes = sm90::StageWorkspace::bytes(pixels, q.channels);
+  const int64_t pixels = q.batch * q.height * q.width, bytes = sm90::stage_workspace(q);
   if (workspace.scalar_type() != ScalarType::Byte || workspace.numel() < bytes) {
     kChecks.refuse("workspace has ", workspace.numel(), " elements of ", show(workspace.scalar_type()), "; needed are ", bytes, " bytes");
   }

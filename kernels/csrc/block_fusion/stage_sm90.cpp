@@ -9,13 +9,13 @@
 namespace convfirst::block_fusion::sm90 {
 namespace {
 
-template <int kWidth, class Body>
+template <template <DType, int, Activation> class Traits, int kWidth, class Body>
 auto with_traits(const StageProblem& q, Body&& body) {
   const auto with_activation = [&](auto dtype) {
     constexpr DType kDType = decltype(dtype)::value;
-    if (q.activation == Activation::kRelu) return body(LatencyTraits<kDType, kWidth, Activation::kRelu>{});
-    if (q.activation == Activation::kSilu) return body(LatencyTraits<kDType, kWidth, Activation::kSilu>{});
-    return body(LatencyTraits<kDType, kWidth, Activation::kGelu>{});
+    if (q.activation == Activation::kRelu) return body(Traits<kDType, kWidth, Activation::kRelu>{});
+    if (q.activation == Activation::kSilu) return body(Traits<kDType, kWidth, Activation::kSilu>{});
+    return body(Traits<kDType, kWidth, Activation::kGelu>{});
   };
   if (q.dtype == DType::kHalf) return with_activation(std::integral_constant<DType, DType::kHalf>{});
   return with_activation(std::integral_constant<DType, DType::kBFloat16>{});
@@ -23,9 +23,10 @@ auto with_traits(const StageProblem& q, Body&& body) {
 
 template <class Body>
 auto with_kernel(const StageProblem& q, Body&& body) {
-  if (q.channels == 64) return with_traits<64>(q, body);
-  if (q.channels == 128) return with_traits<128>(q, body);
-  return with_traits<256>(q, body);
+  if (q.channels == 64) return with_traits<LatencyTraits, 64>(q, body);
+  if (q.channels == 128) return with_traits<LatencyTraits, 128>(q, body);
+  if (q.channels == 256) return with_traits<LatencyTraits, 256>(q, body);
+  return with_traits<WideTraits, 512>(q, body);
 }
 
 // Asked once of each kernel and width of image; all devices of one process are taken to be alike.
@@ -47,16 +48,29 @@ int resident_clusters(const StageProblem& q) {
 
 const char* stage_refusal(const StageProblem& q, const Device& device) {
   if (device.capability != 90) return "a stage in one launch runs on compute capability 9.0";
-  if (q.channels != 64 && q.channels != 128 && q.channels != 256) return "a stage in one launch has 64, 128 or 256 channels";
+  if (q.channels != 64 && q.channels != 128 && q.channels != 256 && q.channels != 512) {
+    return "a stage in one launch has 64, 128, 256 or 512 channels";
+  }
   if (q.blocks < 1) return "it has no blocks";
   if (q.batch <= 0 || q.height <= 0 || q.width <= 0) return "it has no pixels";
   const auto fits = with_kernel(q, [&](auto traits) {
     return LatencyLayout<decltype(traits)>::total(static_cast<int>(q.width)) <= device.max_shared_memory;
   });
   if (!fits) return "its images are too wide for shared memory";
-  const int64_t tiles = with_kernel(q, [&](auto traits) { return (q.batch * q.height * q.width + traits.kPixels - 1) / traits.kPixels; });
-  if (tiles > resident_clusters(q)) return "its tiles do not all run at once, and they wait for one another";
+  const int64_t clusters = with_kernel(q, [&](auto traits) {
+    return (q.batch * q.height * q.width + traits.kPixels - 1) / traits.kPixels * (traits.kTeam / traits.kCluster);
+  });
+  if (clusters > resident_clusters(q)) return "its tiles do not all run at once, and they wait for one another";
   return nullptr;
+}
+
+int64_t stage_workspace(const StageProblem& q) {
+  const int64_t pixels = q.batch * q.height * q.width;
+  return with_kernel(q, [&](auto traits) {
+    constexpr int kPixels = traits.kPixels, kWide = traits.kTeam > traits.kCluster;
+    const int64_t between = kWide ? (pixels + kPixels - 1) / kPixels * kPixels * (traits.kChannels + traits.kHidden) * 4 : 0;
+    return StageWorkspace::kHeader + StageWorkspace::words(pixels, q.channels) + between;
+  });
 }
 
 int launch_stage(const StageProblem& q, const StageTensors& t, cudaStream_t stream) {

@@ -58,6 +58,9 @@ def sources():
             rows = [row.replace("LatencyKernel", "StageKernel") for row in rows]
             yield f"stage_sm90_c{width}_{dtype[1:].lower()}.cu", "launch_stage_sm90.cuh", "\n".join(rows)
     for dtype in DTYPES:
+        rows = [f"template struct StageKernel<WideTraits<DType::{dtype}, 512, Activation::{a}>>;" for a in ACTIVATIONS]
+        yield f"stage_sm90_c512_{dtype[1:].lower()}.cu", "launch_stage_sm90.cuh", "\n".join(rows)
+    for dtype in DTYPES:
         for tile in EXPAND_TILES:
             traits = (f"LinearTraits<DType::{dtype}, Layer::kExpand, Activation::{a}, {tile}>" for a in ACTIVATIONS)
             rows = [f"template struct LinearKernel<{name}>;" for name in traits]
