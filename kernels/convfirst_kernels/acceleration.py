@@ -157,7 +157,7 @@ class StageForward:
         if self.weights is None:
             return
         device = self.weights.conv_weight.device
-        self.workspace = stages.workspace(device, device.index or 0)
+        self.workspace = stages.workspace(device)
         for forward, weights in zip(forwards, stages.unpack_stage(self.weights), strict=True):
             forward.packed = weights
 

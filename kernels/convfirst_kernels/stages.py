@@ -9,9 +9,8 @@ from torch import Tensor
 
 from convfirst_kernels import operators, reference  # noqa: F401  registers the operators
 from convfirst_kernels.block import BlockWeights
-from convfirst_kernels.planner import Device
 
-TILE = 32  # pixels of a tile
+WORKSPACE_BYTES = 1 << 22  # more than any stage needs whose tiles all run at once
 _implementations = torch.library.Library("convfirst", "IMPL")
 
 
@@ -19,12 +18,11 @@ class StageWeights(NamedTuple):
     """The packed weights of blocks of one shape, stacked: the operator's arguments, vectors flattened."""
 
     conv_weight: Tensor  # [blocks, 9, C, 8]
-    conv_bias: Tensor | None  # [blocks * C], float32
+    conv_bias: Tensor  # [blocks * C], float32
     expand_weight: Tensor  # [blocks, 4 C, C]
-    expand_bias: Tensor | None  # [blocks * 4 C], float32
-    expand_sums: Tensor  # [blocks * 4 C], float32: sums of expand_weight's rows
+    expand_vectors: Tensor  # [blocks * 4 C * 2], float32: bias and the sum of expand_weight's row, side by side
     project_weight: Tensor  # [blocks, C, 4 C]
-    project_bias: Tensor | None  # [blocks * C], float32
+    project_bias: Tensor  # [blocks * C], float32
     activation: str
     eps: float
     has_norm: bool
@@ -46,14 +44,15 @@ def pack_stage(blocks: Sequence[BlockWeights]) -> StageWeights | None:
         if block[-3:] != first[-3:] or [_shape(t) for t in block[:-3]] != [_shape(t) for t in first[:-3]]:
             return None
     expand = torch.stack([block.expand_weight for block in blocks])
+    expand_bias = _joined([block.expand_bias for block in blocks], expand.new_zeros(4 * channels, dtype=torch.float32))
+    none = expand.new_zeros(channels, dtype=torch.float32)
     return StageWeights(
         torch.stack([block.conv_weight for block in blocks]),
-        _joined([block.conv_bias for block in blocks]),
+        _joined([block.conv_bias for block in blocks], none),
         expand,
-        _joined([block.expand_bias for block in blocks]),
-        expand.float().sum(-1).flatten(),
+        torch.stack([expand_bias, expand.float().sum(-1).flatten()], -1).flatten(),
         torch.stack([block.project_weight for block in blocks]),
-        _joined([block.project_bias for block in blocks]),
+        _joined([block.project_bias for block in blocks], none),
         first.activation,
         first.eps,
         first.has_norm,
@@ -61,25 +60,22 @@ def pack_stage(blocks: Sequence[BlockWeights]) -> StageWeights | None:
 
 
 def unpack_stage(weights: StageWeights) -> list[BlockWeights]:
-    """The weights of each block, in the stage's memory."""
-
-    def part(vector: Tensor | None, index: int) -> Tensor | None:
-        return None if vector is None else vector.reshape(count, -1)[index]
-
+    """The weights of each block, those that are large in the stage's memory; biases that were absent are zero."""
     count = weights.conv_weight.shape[0]
+    conv_bias, project_bias = weights.conv_bias.view(count, -1), weights.project_bias.view(count, -1)
+    expand_bias = weights.expand_vectors.view(count, -1, 2)[..., 0].contiguous()
     return [
         BlockWeights(
-            weights.conv_weight[i], part(weights.conv_bias, i), None, None, weights.expand_weight[i],
-            part(weights.expand_bias, i), weights.project_weight[i], part(weights.project_bias, i), None,
-            weights.activation, weights.eps, weights.has_norm,
+            weights.conv_weight[i], conv_bias[i], None, None, weights.expand_weight[i], expand_bias[i],
+            weights.project_weight[i], project_bias[i], None, weights.activation, weights.eps, weights.has_norm,
         )
         for i in range(count)
     ]  # fmt: skip
 
 
-def workspace(device: torch.device, index: int) -> Tensor:
+def workspace(device: torch.device) -> Tensor:
     """The memory through which a stage's tiles exchange pixels: of launches one after another."""
-    return torch.zeros(256 + 8 * TILE * 64 * Device.of(index).multiprocessors, dtype=torch.uint8, device=device)
+    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
 @torch.compiler.assume_constant_result
@@ -104,12 +100,11 @@ def _fake(x: Tensor, *arguments) -> Tensor:
 def conv_first_stage(
     x: Tensor,
     conv_weight: Tensor,
-    conv_bias: Tensor | None,
+    conv_bias: Tensor,
     expand_weight: Tensor,
-    expand_bias: Tensor | None,
-    expand_sums: Tensor,
+    expand_vectors: Tensor,
     project_weight: Tensor,
-    project_bias: Tensor | None,
+    project_bias: Tensor,
     workspace: Tensor,
     activation: str,
     eps: float,
@@ -128,8 +123,7 @@ def conv_first_stage(
         RuntimeError: on a GPU, the operator refuses an argument; the message names it and what is supported.
     """
     stacked = StageWeights(
-        conv_weight, conv_bias, expand_weight, expand_bias, expand_sums, project_weight, project_bias, activation, eps,
-        has_norm,
+        conv_weight, conv_bias, expand_weight, expand_vectors, project_weight, project_bias, activation, eps, has_norm
     )  # fmt: skip
     y = x
     for *tensors, _, _, _ in unpack_stage(stacked):
@@ -141,5 +135,5 @@ def _shape(tensor: Tensor | None) -> tuple | None:
     return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
 
 
-def _joined(vectors: list[Tensor | None]) -> Tensor | None:
-    return None if vectors[0] is None else torch.cat(vectors)
+def _joined(vectors: list[Tensor | None], absent: Tensor) -> Tensor:
+    return torch.cat([absent if vector is None else vector for vector in vectors])

@@ -214,14 +214,14 @@ struct LatencyTile {
     }
   }
 
-  __device__ void initialise_barriers(char* barriers) const {
+  __device__ void initialise_barriers(char* barriers, int reduce_bytes = Traits::kReduceBytes) const {
     if (!kAlone && thread == 0) {
       auto* barrier = reinterpret_cast<TransactionBarrier*>(barriers);
       barrier[0].init(1);
       barrier[1].init(1);
       grid::fence_barrier_init();
       barrier[0].arrive_and_expect_tx(Traits::kExchangeBytes);
-      barrier[1].arrive_and_expect_tx(Traits::kReduceBytes);
+      barrier[1].arrive_and_expect_tx(reduce_bytes);
     }
   }
 
@@ -233,6 +233,10 @@ struct LatencyTile {
       store_shared_32(smem + Layout::kNorm + i * 4, __float_as_uint(optional(p.norm_weight, i, 1.f)));
       store_shared_32(smem + Layout::kNorm + (Traits::kChannels + i) * 4, __float_as_uint(optional(p.norm_bias, i, 0.f)));
     }
+    fill_zeros();
+  }
+
+  __device__ void fill_zeros() const {
     if (thread < Traits::kXPitch / 4) store_shared_32(smem + Layout::kX + rows.count * Traits::kXPitch + thread * 4, 0);
   }
 
@@ -422,8 +426,10 @@ struct LatencyBlock : LatencyTile<Traits> {
     const int piece = thread % kPieces;
     const uint4 v = load_shared_128(smem + Layout::kSent + piece * 16);
     const uint32_t a = smem + Layout::kA + (rank * kPieces + piece) * 16;
-    for (int to = thread / kPieces; to < Traits::kCluster; to += kAtOnce) {
-      send(a, v, received(), to);
+#pragma unroll
+    for (int i = 0; i < (Traits::kCluster + kAtOnce - 1) / kAtOnce; ++i) {
+      const int to = thread / kPieces + i * kAtOnce;
+      if (Traits::kCluster % kAtOnce == 0 || to < Traits::kCluster) send(a, v, received(), to);
     }
     float2 m = make_float2(0.f, 0.f);
     if (p.has_norm) {

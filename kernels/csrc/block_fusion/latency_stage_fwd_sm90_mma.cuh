@@ -51,34 +51,47 @@ __device__ __forceinline__ void leave(char* workspace, uint32_t epoch) {
   if (atomicInc(header + 1, gridDim.x - 1) == gridDim.x - 1) header[0] = epoch;
 }
 
-// What the latency path's functions read of block `b`.
-template <class Traits>
-__device__ __forceinline__ LatencyParams block_params(const StageTensors& t, int b) {
-  constexpr int kC = Traits::kChannels, kHidden = Traits::kHidden;
-  LatencyParams q{};
-  q.x = t.x, q.y = t.y, q.eps = t.eps, q.has_norm = t.has_norm, q.height = t.height, q.width = t.width, q.pixels = t.pixels;
-  const auto at = [&](const auto* base, int64_t elements) { return base == nullptr ? nullptr : base + b * elements; };
-  q.conv_weight = at(static_cast<const uint16_t*>(t.conv_weight), Traits::kTaps * kC * 8);
-  q.conv_bias = at(t.conv_bias, kC);
-  q.expand_weight = at(static_cast<const uint16_t*>(t.expand_weight), kHidden * kC);
-  q.expand_bias = at(t.expand_bias, kHidden);
-  q.project_weight = at(static_cast<const uint16_t*>(t.project_weight), kC * kHidden);
-  q.project_bias = at(t.project_bias, kC);
-  return q;
+// What the latency path's functions read that does not change from block to block.
+__device__ __forceinline__ LatencyParams tile_params(const StageTensors& t) {
+  LatencyParams p{};
+  p.x = t.x, p.y = t.y, p.eps = t.eps, p.has_norm = t.has_norm, p.height = t.height, p.width = t.width, p.pixels = t.pixels;
+  return p;
 }
+
+// Where a thread finds its share of a block's weights: it goes from block to block by adding, not by computing addresses anew.
+template <class Traits>
+struct StageWeights {
+  const char *conv, *expand, *project;
+  const float *conv_bias, *project_bias;
+  const float2* expand_vectors;
+
+  __device__ __forceinline__ void advance() {
+    constexpr int kC = Traits::kChannels, kHidden = Traits::kHidden;
+    conv += Traits::kTaps * kC * 16, expand += kHidden * kC * 2, project += kC * kHidden * 2;
+    conv_bias += kC, project_bias += kC, expand_vectors += kHidden;
+  }
+};
+
+__device__ __forceinline__ float2 load_float2(const void* address) { return __ldg(static_cast<const float2*>(address)); }
 
 // What stages of every width share; Base is a LatencyTile or derives from one.
 template <class Traits, class Base>
 struct StageParts : Base {
   using Element = ElementOf<Traits>;
   using Layout = LatencyLayout<Traits>;
-  using Base::first, Base::kAlone, Base::lane, Base::p, Base::rank, Base::smem, Base::thread;
+  using Weights = StageWeights<Traits>;
+  using Base::first, Base::kAlone, Base::lane, Base::p, Base::rank, Base::rows, Base::smem, Base::thread;
 
-  __device__ int conv_channel() const { return rank * Traits::kOwned + this->conv_block() * 8; }
+  __device__ __forceinline__ void locate_conv(Weights& from, const StageTensors& t) const {
+    const int channel = rank * Traits::kOwned + this->conv_block() * 8;
+    from.conv = static_cast<const char*>(t.conv_weight) + (channel + lane / 4) * 16 + lane % 4 * 4;
+    from.conv_bias = t.conv_bias + channel + lane % 4 * 2;
+  }
 
-  __device__ __forceinline__ void load_conv(ConvWeights& w, float2& bias) const {
-    w.template load<Traits>(p.conv_weight, conv_channel(), lane);
-    bias = make_float2(optional(p.conv_bias, conv_channel() + lane % 4 * 2, 0.f), optional(p.conv_bias, conv_channel() + lane % 4 * 2 + 1, 0.f));
+  __device__ __forceinline__ void load_conv(ConvWeights& w, float2& bias, const Weights& from) const {
+#pragma unroll
+    for (int tap = 0; tap < Traits::kTaps; ++tap) w.fragments[tap] = load_global_32(from.conv + tap * Traits::kChannels * 16);
+    bias = load_float2(from.conv_bias);
   }
 
   // Leaves in `places` only what other tiles own.
@@ -120,7 +133,7 @@ struct StageParts : Base {
     if constexpr (kAlone) {
       __syncthreads();
     } else {
-      grid::wait_for_peer(barrier, phase);
+      wait_barrier(barrier, phase);
     }
   }
 
@@ -138,6 +151,21 @@ struct StageParts : Base {
       return pack2<Element>(activate_float<Traits::kActivation>(s0, 0.f), activate_float<Traits::kActivation>(s1, 0.f));
     }
   }
+
+  // x + v of two neighbouring channels of a pixel: the next block's x, here and as a word for the tiles around; or y.
+  __device__ __forceinline__ void finish_pair(int channel, int pixel, float2 v, bool last, char* words, uint32_t flag) const {
+    if (first + pixel >= p.pixels) return;
+    const uint32_t center = smem + Layout::kX + (rows.step + pixel + 1) * Traits::kXPitch + channel * 2;
+    const float2 x = unpack2<Element>(load_shared_32(center));
+    const uint32_t bits = pack2<Element>(x.x + v.x, x.y + v.y);
+    const int64_t at = int64_t{first + pixel} * Traits::kChannels + rank * Traits::kOwned + channel;
+    if (last) {
+      *reinterpret_cast<uint32_t*>(static_cast<char*>(p.y) + at * 2) = bits;
+    } else {
+      store_word(words + at * 4, bits, flag);
+      store_shared_32(center, bits);
+    }
+  }
 };
 
 template <class Traits>
@@ -145,15 +173,47 @@ struct LatencyStage : StageParts<Traits, LatencyBlock<Traits>> {
   using Base = StageParts<Traits, LatencyBlock<Traits>>;
   using Element = ElementOf<Traits>;
   using Layout = LatencyLayout<Traits>;
-  using Base::activate, Base::first, Base::kPixelTiles, Base::lane, Base::p, Base::rank, Base::rows, Base::smem, Base::thread;
+  using Weights = StageWeights<Traits>;
+  using Base::activate, Base::first, Base::kPixelTiles, Base::lane, Base::p, Base::rank, Base::received, Base::reduced, Base::send, Base::smem,
+      Base::thread;
+  static constexpr int kWordsOfSource = Traits::kOwned * Traits::kPixels / 2;  // partial sums go in 16 bits, two pixels a word
 
-  // Bias and row sum of this thread's hidden units.
-  __device__ __forceinline__ void load_expand_vectors(float2 (&vectors)[Traits::kExpandRows][2], const float* sums) const {
+  __device__ __forceinline__ Weights locate(const StageTensors& t) const {
+    Weights from;
+    this->locate_conv(from, t);
+    const int unit = rank * Traits::kSlice + this->expand_row() * 16 + lane / 4, row = this->project_row() * 16 + lane / 4;
+    from.expand = static_cast<const char*>(t.expand_weight) + unit * Traits::kChannels * 2 +
+                  (this->expand_part() * Traits::kExpandSteps * 4 + lane % 4) * 16;
+    from.expand_vectors = reinterpret_cast<const float2*>(t.expand_vectors) + unit;
+    from.project = static_cast<const char*>(t.project_weight) + row * Traits::kHidden * 2 +
+                   (rank * (Traits::kSlice / 8) + this->project_part() * Traits::kProjectSteps * 4 + lane % 4) * 16;
+    from.project_bias = t.project_bias + rank * Traits::kOwned + output_channel(0);
+    return from;
+  }
+
+  __device__ __forceinline__ void load_expand(uint4 (&w1)[Traits::kExpandRows][Traits::kExpandSteps][2],
+                                              float2 (&vectors)[Traits::kExpandRows][2], const Weights& from) const {
 #pragma unroll
-    for (int i = 0; i < 2 * Traits::kExpandRows; ++i) {
-      const int unit = rank * Traits::kSlice + (this->expand_row() + i / 2) * 16 + i % 2 * 8 + lane / 4;
-      vectors[i / 2][i % 2] = make_float2(optional(p.expand_bias, unit, 0.f), __ldg(sums + unit));
+    for (int i = 0; i < 8; ++i) {
+      const int half = i % 2, step = i / 2 % Traits::kExpandSteps, j = i / 2 / Traits::kExpandSteps;
+      w1[j][step][half] = load_global_128(from.expand + (j * 16 + half * 8) * Traits::kChannels * 2 + step * 64);
     }
+#pragma unroll
+    for (int i = 0; i < 2 * Traits::kExpandRows; ++i) vectors[i / 2][i % 2] = load_float2(from.expand_vectors + i * 8);
+  }
+
+  __device__ __forceinline__ void load_project(const Weights& from) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int half = i % 2, step = i / 2 % Traits::kProjectSteps, j = i / 2 / Traits::kProjectSteps;
+      ptx::cp_async16(this->project_piece(i), from.project + (j * 16 + half * 8) * Traits::kHidden * 2 + step * 64, true);
+    }
+    ptx::cp_async_commit();
+  }
+
+  __device__ __forceinline__ void load_project_bias(float (&bias)[Traits::kOutputs], const Weights& from) const {
+#pragma unroll
+    for (int i = 0; i < Traits::kOutputs; ++i) bias[i] = __ldg(from.project_bias + i * 16);
   }
 
   // {r, -r m} of pixel `lane`.
@@ -215,38 +275,43 @@ struct LatencyStage : StageParts<Traits, LatencyBlock<Traits>> {
     }
   }
 
-  __device__ __forceinline__ void load_project_bias(float (&bias)[Traits::kOutputs]) const {
+  // Partial sums over this block's hidden units, to the blocks that own the channels. 16 bits: what carries them takes 16 KB in 1200 clocks.
+  __device__ __forceinline__ void project() const {
+    float o[Traits::kProjectRows][kPixelTiles][4] = {};
+    multiply<Traits, Traits::kProjectRows, Traits::kProjectSteps>(
+        o, smem + Layout::kP, this->project_part() * Traits::kProjectSteps, lane,
+        [&](int j, int step, int half) { return load_shared_128(this->project_piece((j * Traits::kProjectSteps + step) * 2 + half)); });
+    const int source = rank * Traits::kProjectSplit + this->project_part();
 #pragma unroll
-    for (int i = 0; i < Traits::kOutputs; ++i) {
-      bias[i] = optional(p.project_bias, rank * Traits::kOwned + this->output_channel(i * Traits::kThreads + thread), 0.f);
+    for (int j = 0; j < Traits::kProjectRows; ++j) {
+      const int tile = this->project_row() + j, owner = tile / Traits::kOwnedTiles;
+      const uint32_t to = smem + Layout::kReduce + (source * kWordsOfSource + tile % Traits::kOwnedTiles * 256) * 4 + lane * 16;
+#pragma unroll
+      for (int i = 0; i < kPixelTiles; i += 2) {
+        const float *v = o[j][i], *w = o[j][i + 1];
+        send(to + i * 256, make_uint4(pack2<Element>(v[0], v[1]), pack2<Element>(v[2], v[3]), pack2<Element>(w[0], w[1]), pack2<Element>(w[2], w[3])),
+             reduced(), owner);
+      }
     }
   }
 
-  // x + sum of all partial sums + bias: the next block's x, here and as words for the tiles around; or y.
+  // Of this thread's word `i` of each source: own channel, first of the two pixels.
+  __device__ int output_channel(int i) const { return i * 16 + thread % 2 * 8 + thread / 16 % 8; }
+  __device__ int output_pixel() const { return (thread / 128 * 2 + thread / 2 % 2) * 8 + thread / 4 % 4 * 2; }
+
+  // Threads of neighbouring channels swap a pixel, so that each has a pair of channels.
   __device__ __forceinline__ void finish(const float (&bias)[Traits::kOutputs], bool last, char* words, uint32_t flag) const {
 #pragma unroll
     for (int i = 0; i < Traits::kOutputs; ++i) {
-      const int item = i * Traits::kThreads + thread;
       float2 v = make_float2(bias[i], bias[i]);
 #pragma unroll
       for (int source = 0; source < Traits::kSources; ++source) {
-        const float2 part = load_shared_float2(smem + Layout::kReduce + source * (Traits::kOwned * Traits::kPixels * 4) + item * 8);
+        const float2 part = unpack2<Element>(load_shared_32(smem + Layout::kReduce + (source * kWordsOfSource + i * 256 + thread) * 4));
         v.x += part.x, v.y += part.y;
       }
-      const int channel = this->output_channel(item), odd = channel & 1, pixel = this->output_pixel(item) + odd;
-      const float other = __shfl_xor_sync(~0u, odd ? v.x : v.y, 8);
-      const float2 pair = odd ? make_float2(other, v.y) : make_float2(v.x, other);
-      if (first + pixel >= p.pixels) continue;
-      const uint32_t center = smem + Layout::kX + (rows.step + pixel + 1) * Traits::kXPitch + (channel - odd) * 2;
-      const float2 x = unpack2<Element>(load_shared_32(center));
-      const uint32_t bits = pack2<Element>(x.x + pair.x, x.y + pair.y);
-      const int64_t at = int64_t{first + pixel} * Traits::kChannels + rank * Traits::kOwned + channel - odd;
-      if (last) {
-        *reinterpret_cast<uint32_t*>(static_cast<char*>(p.y) + at * 2) = bits;
-      } else {
-        store_word(words + at * 4, bits, flag);
-        store_shared_32(center, bits);
-      }
+      const int channel = output_channel(i), odd = channel & 1;
+      const float other = __shfl_xor_sync(~0u, odd ? v.x : v.y, 16);
+      this->finish_pair(channel - odd, output_pixel() + odd, odd ? make_float2(other, v.y) : make_float2(v.x, other), last, words, flag);
     }
   }
 };
@@ -256,68 +321,62 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) latency_stage_fwd_sm90(co
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(16) char latency_smem[];
   using Layout = LatencyLayout<Traits>;
-  using Stage = LatencyStage<Traits>;
   const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread / 32, 0), lane = thread % 32;
   const int rank = static_cast<int>(blockIdx.x) % Traits::kCluster, tile = static_cast<int>(blockIdx.x) / Traits::kCluster;
-  const auto with_block = [&](int b, auto&& body) {
-    const LatencyParams p = block_params<Traits>(t, b);
-    return body(Stage{{{{p, smem_address(latency_smem), rank, tile * Traits::kPixels, thread, warp, lane, latency_rows<Traits>(p.width)}}}});
-  };
+  const LatencyParams p = tile_params(t);
+  const LatencyStage<Traits> stage{
+      {{{p, smem_address(latency_smem), rank, tile * Traits::kPixels, thread, warp, lane, latency_rows<Traits>(p.width)}}}};
+  stage.initialise_barriers(latency_smem + Layout::kBarriers, Traits::kReduceBytes / 2);
   uint4 w1[Traits::kExpandRows][Traits::kExpandSteps][2];
   float2 expand_vectors[Traits::kExpandRows][2];
   float project_bias[Traits::kOutputs];
   ConvWeights conv_weights;
   float2 conv_bias;
   LatencyPlaces<Traits> places;
-  with_block(0, [&](const Stage& block) {
-    block.initialise_barriers(latency_smem + Layout::kBarriers);
-    block.load_conv(conv_weights, conv_bias);
-    block.load_expand_weights(w1);
-    block.load_project_weights();
-    block.load_expand_vectors(expand_vectors, t.expand_sums);
-    block.load_project_bias(project_bias);
-    block.fill_shared();
-    block.prepare(places);
-    if (Traits::kCluster > 1) grid::cluster_barrier();  // every block of the cluster runs, its barriers exist
-  });
+  StageWeights<Traits> from = stage.locate(t);
+  stage.load_conv(conv_weights, conv_bias, from);
+  stage.load_expand(w1, expand_vectors, from);
+  stage.load_project(from);
+  stage.load_project_bias(project_bias, from);
+  stage.fill_zeros();
+  stage.prepare(places);
+  if (Traits::kCluster > 1) grid::cluster_barrier();  // every block of the cluster runs, its barriers exist
 
   wait_for_previous_launch();
   allow_next_launch();  // after the wait: the next launch may count on what came before this one
   char* const workspace = static_cast<char*>(t.workspace);
   const uint32_t epoch = load_global_32(workspace);
-  with_block(0, [&](const Stage& block) {
-    block.load_x(places);
-    block.keep_halo(places);
-  });
+  stage.load_x(places);
+  stage.keep_halo(places);
   const int64_t words_bytes = int64_t{t.pixels} * Traits::kChannels * 4;
   char* const words = workspace + StageWorkspace::kHeader;
 #pragma unroll 1
   for (int b = 0; b < t.blocks; ++b) {
     const bool last = b + 1 == t.blocks;
-    const int next = last ? b : b + 1;
     const uint32_t phase = b & 1;
-    with_block(next, [&](const Stage& block) {  // its weights are the next block's
-      if (b > 0) block.receive(places, words + (b & 1) * words_bytes, epoch + b);
-      if (b == 0) ptx::cp_async_wait<0>();
-      __syncthreads();
-      block.convolve(places, conv_weights, conv_bias);
-      block.load_conv(conv_weights, conv_bias);
-      __syncthreads();
-      block.send_results();
-      block.wait_for_all(block.received(), phase);
-      if (!last) block.expect(block.received(), Traits::kExchangeBytes);
-      block.expand(w1, expand_vectors);
-      block.load_expand_weights(w1);
-      block.load_expand_vectors(expand_vectors, t.expand_sums + int64_t{next} * Traits::kHidden);
-      ptx::cp_async_wait<0>();  // own pieces of W2
-      __syncthreads();
-      block.project();
-      block.load_project_weights();
-      block.wait_for_all(block.reduced(), phase);
-      if (!last) block.expect(block.reduced(), Traits::kReduceBytes);
-      block.finish(project_bias, last, words + (next & 1) * words_bytes, epoch + next);
-      block.load_project_bias(project_bias);
-    });
+    if (!last) from.advance();
+    if (b > 0) {
+      stage.receive(places, words + (b & 1) * words_bytes, epoch + b);
+    } else {
+      ptx::cp_async_wait<0>();
+    }
+    __syncthreads();
+    stage.convolve(places, conv_weights, conv_bias);
+    stage.load_conv(conv_weights, conv_bias, from);
+    __syncthreads();
+    stage.send_results();
+    stage.wait_for_all(stage.received(), phase);
+    if (!last) stage.expect(stage.received(), Traits::kExchangeBytes);
+    stage.expand(w1, expand_vectors);
+    stage.load_expand(w1, expand_vectors, from);
+    ptx::cp_async_wait<0>();  // own pieces of W2
+    __syncthreads();
+    stage.project();
+    stage.load_project(from);
+    stage.wait_for_all(stage.reduced(), phase);
+    if (!last) stage.expect(stage.reduced(), Traits::kReduceBytes / 2);
+    stage.finish(project_bias, last, words + (phase ^ 1) * words_bytes, epoch + b + 1);
+    stage.load_project_bias(project_bias, from);
   }
   ptx::cp_async_wait<0>();
   leave(workspace, epoch + t.blocks);

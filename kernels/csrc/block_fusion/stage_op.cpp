@@ -16,8 +16,7 @@ int64_t check_stage(const StageArguments& a) {
   kChecks.weight("expand_weight", a.expand_weight, a.x, {blocks, hidden, channels}, "[blocks, 4 channels, channels]");
   kChecks.weight("project_weight", a.project_weight, a.x, {blocks, channels, hidden}, "[blocks, channels, 4 channels]");
   kChecks.vector("conv_bias", a.conv_bias, a.x, blocks * channels, "[blocks x channels]");
-  kChecks.vector("expand_bias", a.expand_bias, a.x, blocks * hidden, "[blocks x 4 channels]");
-  kChecks.vector("expand_sums", a.expand_sums, a.x, blocks * hidden, "[blocks x 4 channels]");
+  kChecks.vector("expand_vectors", a.expand_vectors, a.x, blocks * hidden * 2, "[blocks x 4 channels x 2]");
   kChecks.vector("project_bias", a.project_bias, a.x, blocks * channels, "[blocks x channels]");
   kChecks.same_device("workspace", a.workspace, a.x);
   kChecks.alignment("workspace", a.workspace);
@@ -27,7 +26,7 @@ int64_t check_stage(const StageArguments& a) {
 }  // namespace convfirst::block_fusion
 
 STABLE_TORCH_LIBRARY_FRAGMENT(convfirst, m) {
-  m.def("conv_first_stage(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor expand_weight, Tensor? expand_bias, Tensor expand_sums, "
-        "Tensor project_weight, Tensor? project_bias, Tensor(a!) workspace, str activation, float eps, bool has_norm) -> Tensor");
+  m.def("conv_first_stage(Tensor x, Tensor conv_weight, Tensor conv_bias, Tensor expand_weight, Tensor expand_vectors, "
+        "Tensor project_weight, Tensor project_bias, Tensor(a!) workspace, str activation, float eps, bool has_norm) -> Tensor");
   m.def("conv_first_stage_refusal(int batch, int height, int width, int channels, int blocks, str dtype, str activation, int index) -> str");
 }

@@ -11,12 +11,11 @@ namespace convfirst::block_fusion {
 struct StageArguments {
   Tensor x;
   Tensor conv_weight;
-  MaybeTensor conv_bias;
+  Tensor conv_bias;
   Tensor expand_weight;
-  MaybeTensor expand_bias;
-  Tensor expand_sums;
+  Tensor expand_vectors;
   Tensor project_weight;
-  MaybeTensor project_bias;
+  Tensor project_bias;
   Tensor workspace;
   std::string activation;
   double eps;

@@ -13,7 +13,7 @@ namespace {
 
 constexpr Checks kChecks{"conv_first_stage"};
 
-const float* floats(const MaybeTensor& tensor) { return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr; }
+const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 
 Device device_of(int index) {
   const DeviceInfo info = device_info(index);
@@ -29,11 +29,10 @@ std::string refusal(int64_t batch, int64_t height, int64_t width, int64_t channe
   return reason == nullptr ? "" : reason;
 }
 
-Tensor conv_first_stage(const Tensor& x, const Tensor& conv_weight, const MaybeTensor& conv_bias, const Tensor& expand_weight,
-                        const MaybeTensor& expand_bias, const Tensor& expand_sums, const Tensor& project_weight,
-                        const MaybeTensor& project_bias, const Tensor& workspace, const std::string& activation, double eps, bool has_norm) {
-  const int64_t blocks = check_stage({x, conv_weight, conv_bias, expand_weight, expand_bias, expand_sums, project_weight, project_bias,
-                                      workspace, activation, eps, has_norm});
+Tensor conv_first_stage(const Tensor& x, const Tensor& conv_weight, const Tensor& conv_bias, const Tensor& expand_weight,
+                        const Tensor& expand_vectors, const Tensor& project_weight, const Tensor& project_bias, const Tensor& workspace, const std::string& activation, double eps, bool has_norm) {
+  const int64_t blocks = check_stage({x, conv_weight, conv_bias, expand_weight, expand_vectors, project_weight, project_bias, workspace,
+                                      activation, eps, has_norm});
   kChecks.cuda("x", x);
   const int index = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
@@ -49,7 +48,7 @@ Tensor conv_first_stage(const Tensor& x, const Tensor& conv_weight, const MaybeT
     kChecks.refuse("workspace has ", workspace.numel(), " elements of ", show(workspace.scalar_type()), "; needed are ", bytes, " bytes");
   }
   const sm90::StageTensors tensors{x.const_data_ptr(), y.mutable_data_ptr(), conv_weight.const_data_ptr(), floats(conv_bias),
-                                   expand_weight.const_data_ptr(), floats(expand_bias), floats(expand_sums),
+                                   expand_weight.const_data_ptr(), floats(expand_vectors),
                                    project_weight.const_data_ptr(), floats(project_bias), workspace.mutable_data_ptr(),
                                    static_cast<float>(eps), has_norm, static_cast<int>(q.height), static_cast<int>(q.width),
                                    static_cast<int>(pixels), q.blocks};

@@ -67,9 +67,12 @@ const char* stage_refusal(const StageProblem& q, const Device& device) {
 int64_t stage_workspace(const StageProblem& q) {
   const int64_t pixels = q.batch * q.height * q.width;
   return with_kernel(q, [&](auto traits) {
-    constexpr int kPixels = traits.kPixels, kWide = traits.kTeam > traits.kCluster;
-    const int64_t between = kWide ? (pixels + kPixels - 1) / kPixels * kPixels * (traits.kChannels + traits.kHidden) * 4 : 0;
-    return StageWorkspace::kHeader + StageWorkspace::words(pixels, q.channels) + between;
+    using Traits = decltype(traits);
+    int64_t within = 0;
+    if constexpr (Traits::kTeam > Traits::kCluster) {
+      within = (pixels + Traits::kPixels - 1) / Traits::kPixels * (Traits::kWordsOfA + Traits::kWordsOfP + Traits::kWordsOfSums);
+    }
+    return StageWorkspace::kHeader + StageWorkspace::words(pixels, q.channels) + within;
   });
 }
 

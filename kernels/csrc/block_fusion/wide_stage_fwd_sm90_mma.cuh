@@ -1,13 +1,13 @@
 // A stage of wide conv-first blocks, forward, for few pixels on Hopper: one launch, 64 blocks a tile of 32 pixels in four clusters.
 //
-//   A block's weights (4 MB at 512 channels) are more than a cluster can load while it works, so all multiprocessors share them. Within a
-//   cluster blocks exchange through distributed shared memory; between clusters through L2, as words of data and flag (latency_stage).
+//   A block's weights (4 MB at 512 channels) are more than a cluster can load while it works, so all multiprocessors share them, and exchange
+//   through L2: words of data and flag (latency_stage_fwd_sm90_mma.cuh). No clusters: of 16 blocks only seven fit a device.
 //
-//     block (cluster c, rank r)
+//     block (group g, rank r)
 //     x of 8 own channels       A [32 x 512]             S of 32 units            P [32 x 128]            O of 128 channels, partial
 //     +-------------------+     +-------------------+    +------------------+     +----------------+      +---------------------+
-//     | 32 pixels and     | --> | words of all 64   | -> | W1c A^T, norm,   | --> | words of the 4 | -->  | W2c P^T, sums over  | --> own channels
-//     | those around      | (1) | blocks, moments   |    | act              | (2) | blocks, rank r |      | the cluster (DSMEM) |     y, words (3)
+//     | 32 pixels and     | --> | words of all 64   | -> | W1c A^T, norm,   | --> | words of the 4 | -->  | W2c P^T, to the 16  | --> own channels:
+//     | those around      | (1) | blocks, moments   |    | act              | (2) | blocks, rank r |      | blocks of the group | (3) sums, y
 //     +-------------------+     +-------------------+    +------------------+     +----------------+      +---------------------+
 //
 //   what                          where                                      written by                    when
@@ -19,10 +19,10 @@
 //   A, moments of 64 channels     shared                                     gather_a                      (1)
 //   quarters of S                 shared (kSums)                             four warps                    before act
 //   P of 128 units                shared                                     gather_p                      (2)
-//   partial sums of O             shared (kReduce): [source][2][lane][4]     the cluster's blocks          before (3)
+//   sums over four sources of O   shared (kSums)                             gather_sums                   (3)
 //
-// One set of words serves (1) and one (2): a block sends its A of the next block after finishing this one, for which every block of the tile had
-// gathered A; its P after gathering all A of the next block, before which every block of the tile finished this one. (3) has two.
+// One set of words serves each of (1), (2), (3): a block sends its A of the next block after finishing this one, for which every block of the tile had
+// gathered A; its P and its partial sums after gathering all A of the next block, before which every block of the tile finished this one.
 #pragma once
 
 #include "latency_stage_fwd_sm90_mma.cuh"
@@ -41,48 +41,39 @@ struct WideStage : StageParts<Traits, LatencyTile<Traits>> {
   using Layout = LatencyLayout<Traits>;
   using Base::first, Base::kPixelTiles, Base::lane, Base::p, Base::rank, Base::rows, Base::smem, Base::thread, Base::warp;
 
-  __device__ int cluster() const { return rank / Traits::kCluster; }
-  __device__ int peer() const { return rank % Traits::kCluster; }
+  using Weights = StageWeights<Traits>;
+  __device__ int group() const { return rank / Traits::kRanks; }
+  __device__ int peer() const { return rank % Traits::kRanks; }
   __device__ int expand_row() const { return warp % (Traits::kUnits / 16); }
   __device__ int expand_part() const { return warp / (Traits::kUnits / 16); }
-  __device__ int first_unit() const { return peer() * Traits::kSlice + cluster() * Traits::kUnits; }
+  __device__ int first_unit() const { return peer() * Traits::kSlice + group() * Traits::kUnits; }
 
-  __device__ void initialise() const {
-    if (thread == 0) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(reduced()) : "memory");
-      grid::fence_barrier_init();
-      this->expect(reduced(), Traits::kReduceBytes);
-    }
-    if (thread < Traits::kXPitch / 4) store_shared_32(smem + Layout::kX + rows.count * Traits::kXPitch + thread * 4, 0);
+  __device__ __forceinline__ Weights locate(const StageTensors& t) const {
+    Weights from;
+    this->locate_conv(from, t);
+    const int unit = first_unit() + expand_row() * 16 + lane / 4, row = group() * Traits::kRows + warp * 16 + lane / 4;
+    from.expand = static_cast<const char*>(t.expand_weight) + unit * Traits::kChannels * 2 + (expand_part() * Traits::kExpandSteps * 4 + lane % 4) * 16;
+    from.expand_vectors = reinterpret_cast<const float2*>(t.expand_vectors) + unit;
+    from.project = static_cast<const char*>(t.project_weight) + row * Traits::kHidden * 2 + (peer() * (Traits::kSlice / 8) + lane % 4) * 16;
+    from.project_bias = t.project_bias + rank * Traits::kOwned + output_channel();
+    return from;
   }
 
-  __device__ uint32_t reduced() const { return smem + Layout::kBarriers; }
-
-  __device__ __forceinline__ void load_expand_weights(uint4 (&w1)[Traits::kExpandSteps][2]) const {
-    const char* from = static_cast<const char*>(p.expand_weight) +
-                       (int64_t{first_unit() + expand_row() * 16 + lane / 4} * Traits::kChannels) * 2 +
-                       (expand_part() * Traits::kExpandSteps * 4 + lane % 4) * 16;
+  __device__ __forceinline__ void load_expand(uint4 (&w1)[Traits::kExpandSteps][2], float2 (&vectors)[2], const Weights& from) const {
 #pragma unroll
-    for (int i = 0; i < 2 * Traits::kExpandSteps; ++i) w1[i / 2][i % 2] = load_global_128(from + i % 2 * 8 * Traits::kChannels * 2 + i / 2 * 64);
-  }
-
-  __device__ __forceinline__ void load_expand_vectors(float2 (&vectors)[2], const float* sums) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int unit = first_unit() + expand_row() * 16 + i * 8 + lane / 4;
-      vectors[i] = make_float2(optional(p.expand_bias, unit, 0.f), __ldg(sums + unit));
+    for (int i = 0; i < 2 * Traits::kExpandSteps; ++i) {
+      w1[i / 2][i % 2] = load_global_128(from.expand + i % 2 * 8 * Traits::kChannels * 2 + i / 2 * 64);
     }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) vectors[i] = load_float2(from.expand_vectors + i * 8);
   }
 
   __device__ uint32_t project_piece(int i) const { return smem + Layout::kW2 + (i * Traits::kThreads + thread) * 16; }
 
-  __device__ __forceinline__ void load_project_weights() const {
-    const char* from = static_cast<const char*>(p.project_weight) +
-                       int64_t{cluster() * Traits::kRows + warp * 16 + lane / 4} * Traits::kHidden * 2 +
-                       (peer() * (Traits::kSlice / 8) + lane % 4) * 16;
+  __device__ __forceinline__ void load_project(const Weights& from) const {
 #pragma unroll
     for (int i = 0; i < 2 * Traits::kProjectSteps; ++i) {
-      ptx::cp_async16(project_piece(i), from + i % 2 * 8 * Traits::kHidden * 2 + i / 2 * 64, true);
+      ptx::cp_async16(project_piece(i), from.project + i % 2 * 8 * Traits::kHidden * 2 + i / 2 * 64, true);
     }
     ptx::cp_async_commit();
   }
@@ -127,11 +118,11 @@ struct WideStage : StageParts<Traits, LatencyTile<Traits>> {
 
   // A thread has pixel `lane` of every eighth chunk: its sum and sum of squares on the way.
   __device__ __forceinline__ void gather_a(const char* words, uint32_t flag) const {
-    uint4 pieces[Traits::kGathered];
+    uint4 pieces[Traits::kGatheredA];
     gather(pieces, words, flag);
     float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
-    for (int i = 0; i < Traits::kGathered; ++i) {
+    for (int i = 0; i < Traits::kGatheredA; ++i) {
       store_shared_128(operand_address<Traits>(smem + Layout::kA, warp + i * Traits::kWarps, lane), pieces[i]);
       const uint32_t pairs[4] = {pieces[i].x, pieces[i].y, pieces[i].z, pieces[i].w};
 #pragma unroll
@@ -216,48 +207,49 @@ struct WideStage : StageParts<Traits, LatencyTile<Traits>> {
     }
   }
 
-  // Partial sums over this rank's hidden units, to the blocks of the cluster that own the channels.
-  __device__ __forceinline__ void project() const {
+  // Partial sums over this rank's hidden units, to the blocks of the group: [owner][source][pair of pixel tiles][lane][pixel tile], a word two pixels.
+  __device__ __forceinline__ void project(char* words, uint32_t flag) const {
     float o[1][kPixelTiles][4] = {};
     multiply<Traits, 1, Traits::kProjectSteps>(o, smem + Layout::kP, 0, lane,
                                                [&](int, int step, int half) { return load_shared_128(project_piece(step * 2 + half)); });
-    const uint32_t to = smem + Layout::kReduce + peer() * (Traits::kOwned * Traits::kPixels * 4) + lane * 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      const int owner = group() * Traits::kRanks + 2 * warp + half;
+      char* const to = words + ((owner * Traits::kRanks + peer()) * Traits::kSumWords + 2 * lane) * 8;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float *v = o[0][2 * i] + 2 * half, *w = o[0][2 * i + 1] + 2 * half;
-        const uint4 part = make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(w[0]), __float_as_uint(w[1]));
-        this->send(to + i * 512, part, reduced(), 2 * warp + half);
+        store_words(to + i * 512, pack2<Element>(v[0], v[1]), pack2<Element>(w[0], w[1]), flag);
       }
     }
+  }
+
+  // Sums over every fourth source, in order; `words` are the tile's.
+  __device__ __forceinline__ void gather_sums(const char* words, uint32_t flag) const {
+    const char* const from = words + (rank * Traits::kRanks * Traits::kSumWords + 2 * thread) * 8;
+    uint4 v[Traits::kGatheredSums];
+#pragma unroll
+    for (int i = 0; i < Traits::kGatheredSums; ++i) v[i] = load_words(from + i * Traits::kThreads * 16);
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int i = 0; i < Traits::kGatheredSums; ++i) {
+      while (v[i].y != flag || v[i].w != flag) v[i] = load_words(from + i * Traits::kThreads * 16);
+      const float2 a = unpack2<Element>(v[i].x), b = unpack2<Element>(v[i].z);
+      sum.x += a.x, sum.y += a.y, sum.z += b.x, sum.w += b.y;
+    }
+    store_shared_128(smem + Layout::kSums + thread * 16,
+                     make_uint4(__float_as_uint(sum.x), __float_as_uint(sum.y), __float_as_uint(sum.z), __float_as_uint(sum.w)));
   }
 
   __device__ int output_channel() const { return thread / 16 % 8; }
   __device__ int output_pixel() const { return (thread / 128 * 2 + thread % 4 / 2) * 8 + thread / 4 % 4 * 2 + thread % 2; }
 
-  __device__ __forceinline__ float load_project_bias() const { return optional(p.project_bias, rank * Traits::kOwned + output_channel(), 0.f); }
-
-  // x + sum of all partial sums + bias: the next block's x, here and as words for the tiles around; or y.
   __device__ __forceinline__ void finish(float bias, bool last, char* words, uint32_t flag) const {
     float v = bias;
 #pragma unroll
-    for (int source = 0; source < Traits::kCluster; ++source) {
-      v += __uint_as_float(load_shared_32(smem + Layout::kReduce + source * (Traits::kOwned * Traits::kPixels * 4) + thread * 4));
-    }
+    for (int i = 0; i < 4; ++i) v += __uint_as_float(load_shared_32(smem + Layout::kSums + (i * Traits::kThreads + thread) * 4));
     const float other = __shfl_xor_sync(~0u, v, 16);  // of the next channel
-    const int channel = output_channel(), pixel = output_pixel();
-    if (channel % 2 != 0 || first + pixel >= p.pixels) return;
-    const uint32_t center = smem + Layout::kX + (rows.step + pixel + 1) * Traits::kXPitch + channel * 2;
-    const float2 x = unpack2<Element>(load_shared_32(center));
-    const uint32_t bits = pack2<Element>(x.x + v, x.y + other);
-    const int64_t at = int64_t{first + pixel} * Traits::kChannels + rank * Traits::kOwned + channel;
-    if (last) {
-      *reinterpret_cast<uint32_t*>(static_cast<char*>(p.y) + at * 2) = bits;
-    } else {
-      store_word(words + at * 4, bits, flag);
-      store_shared_32(center, bits);
-    }
+    if (output_channel() % 2 == 0) this->finish_pair(output_channel(), output_pixel(), make_float2(v, other), last, words, flag);
   }
 };
 
@@ -265,70 +257,61 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1) wide_stage_fwd_sm90(const __grid_constant__ StageTensors t) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(16) char latency_smem[];
-  using Layout = LatencyLayout<Traits>;
-  using Stage = WideStage<Traits>;
   const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread / 32, 0), lane = thread % 32;
   const int rank = static_cast<int>(blockIdx.x) % Traits::kTeam, tile = static_cast<int>(blockIdx.x) / Traits::kTeam;
-  const auto with_block = [&](int b, auto&& body) {
-    const LatencyParams p = block_params<Traits>(t, b);
-    return body(Stage{{{p, smem_address(latency_smem), rank, tile * Traits::kPixels, thread, warp, lane, latency_rows<Traits>(p.width)}}});
-  };
+  const LatencyParams p = tile_params(t);
+  const WideStage<Traits> stage{
+      {{p, smem_address(latency_smem), rank, tile * Traits::kPixels, thread, warp, lane, latency_rows<Traits>(p.width)}}};
   uint4 w1[Traits::kExpandSteps][2];
   float2 expand_vectors[2];
-  float project_bias;
   ConvWeights conv_weights;
   float2 conv_bias;
   LatencyPlaces<Traits> places;
-  with_block(0, [&](const Stage& block) {
-    block.initialise();
-    block.load_conv(conv_weights, conv_bias);
-    block.load_expand_weights(w1);
-    block.load_project_weights();
-    block.load_expand_vectors(expand_vectors, t.expand_sums);
-    project_bias = block.load_project_bias();
-    block.prepare(places);
-    grid::cluster_barrier();  // every block of the cluster runs, its barrier exists
-  });
+  StageWeights<Traits> from = stage.locate(t);
+  stage.load_conv(conv_weights, conv_bias, from);
+  stage.load_expand(w1, expand_vectors, from);
+  stage.load_project(from);
+  float project_bias = __ldg(from.project_bias);
+  stage.fill_zeros();
+  stage.prepare(places);
 
   wait_for_previous_launch();
   allow_next_launch();  // after the wait: the next launch may count on what came before this one
   char* const workspace = static_cast<char*>(t.workspace);
   const uint32_t epoch = load_global_32(workspace);
-  with_block(0, [&](const Stage& block) {
-    block.load_x(places);
-    block.keep_halo(places);
-  });
+  stage.load_x(places);
+  stage.keep_halo(places);
   const int64_t words_bytes = int64_t{t.pixels} * Traits::kChannels * 4;
   char* const words = workspace + StageWorkspace::kHeader;
-  constexpr int64_t kWordsOfA = Traits::kPixels * Traits::kChannels * 4, kWordsOfP = Traits::kPixels * Traits::kHidden * 4;
-  char* const words_a = words + 2 * words_bytes + tile * (kWordsOfA + kWordsOfP);
-  char* const words_p = words_a + kWordsOfA;
+  char* const words_a = words + 2 * words_bytes + tile * (Traits::kWordsOfA + Traits::kWordsOfP + Traits::kWordsOfSums);
+  char* const words_p = words_a + Traits::kWordsOfA;
+  char* const words_sums = words_p + Traits::kWordsOfP;
 #pragma unroll 1
   for (int b = 0; b < t.blocks; ++b) {
     const bool last = b + 1 == t.blocks;
-    const int next = last ? b : b + 1;
     const uint32_t flag = epoch + b + 1;
-    with_block(next, [&](const Stage& block) {  // its weights are the next block's
-      if (b > 0) block.receive(places, words + (b & 1) * words_bytes, epoch + b);
-      if (b == 0) ptx::cp_async_wait<0>();
-      __syncthreads();
-      block.convolve(places, conv_weights, conv_bias, words_a, flag);
-      block.load_conv(conv_weights, conv_bias);
-      block.gather_a(words_a, flag);
-      __syncthreads();
-      block.expand(w1, expand_vectors, words_p, flag);
-      block.load_expand_weights(w1);
-      block.load_expand_vectors(expand_vectors, t.expand_sums + int64_t{next} * Traits::kHidden);
-      block.gather_p(words_p + block.peer() * (Traits::kSlice / 8 * Traits::kPixels * 32), flag);
-      ptx::cp_async_wait<0>();  // own pieces of W2
-      __syncthreads();
-      block.project();
-      block.load_project_weights();
-      block.wait_for_all(block.reduced(), b & 1);
-      if (!last) block.expect(block.reduced(), Traits::kReduceBytes);
-      block.finish(project_bias, last, words + (next & 1) * words_bytes, epoch + next);
-      project_bias = block.load_project_bias();
-    });
+    if (!last) from.advance();
+    if (b > 0) {
+      stage.receive(places, words + (b & 1) * words_bytes, epoch + b);
+    } else {
+      ptx::cp_async_wait<0>();
+    }
+    __syncthreads();
+    stage.convolve(places, conv_weights, conv_bias, words_a, flag);
+    stage.load_conv(conv_weights, conv_bias, from);
+    stage.gather_a(words_a, flag);
+    __syncthreads();
+    stage.expand(w1, expand_vectors, words_p, flag);
+    stage.load_expand(w1, expand_vectors, from);
+    stage.gather_p(words_p + stage.peer() * (Traits::kSlice / 8 * Traits::kPixels * 32), flag);
+    ptx::cp_async_wait<0>();  // own pieces of W2
+    __syncthreads();
+    stage.project(words_sums, flag);
+    stage.load_project(from);
+    stage.gather_sums(words_sums, flag);
+    __syncthreads();
+    stage.finish(project_bias, last, words + ((b & 1) ^ 1) * words_bytes, epoch + b + 1);
+    project_bias = __ldg(from.project_bias);
   }
   ptx::cp_async_wait<0>();
   leave(workspace, epoch + t.blocks);
