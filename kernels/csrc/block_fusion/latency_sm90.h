@@ -62,6 +62,7 @@ template <class Traits>
 struct LatencyLayout {
   static constexpr int kW2 = 0;
   static constexpr int kReduce = kW2 + Traits::kChannels * Traits::kSlice * 2;
+  static constexpr int kDownSums = kReduce;  // of a downsampling before the first block (stage_sm90.h)
   static constexpr int kA = kReduce + Traits::kReduceBytes;
   static constexpr int kP = kA + Traits::kPixels * Traits::kChannels * 2;
   static constexpr int kSums = kP + Traits::kPixels * Traits::kSlice * 2;  // of the first product, where its depth is split

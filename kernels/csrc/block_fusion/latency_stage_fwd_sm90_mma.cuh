@@ -74,6 +74,17 @@ struct StageWeights {
 
 __device__ __forceinline__ float2 load_float2(const void* address) { return __ldg(static_cast<const float2*>(address)); }
 
+// The downsampling that begins a stage: two warps a tap, each half of the own channels or of the depth. Operands come straight from L2.
+template <class Traits>
+struct StageDown {
+  static constexpr int kFrom = Traits::kChannels / 2;
+  static constexpr int kRows = Traits::kOwned > 16 ? Traits::kOwned / 16 : 1;  // tiles of 16 channels
+  static constexpr int kSplit = kRows > 1 ? 1 : 2;                             // parts of a tap's depth
+  static constexpr int kSteps = kFrom / 32 / kSplit;                           // of depth 32
+  uint4 weights[kSteps][2];
+  int pixels[Traits::kPixelTiles];  // elements from x to the pixels' tap
+};
+
 // What stages of every width share; Base is a LatencyTile or derives from one.
 template <class Traits, class Base>
 struct StageParts : Base {
@@ -93,6 +104,120 @@ struct StageParts : Base {
     for (int tap = 0; tap < Traits::kTaps; ++tap) w.fragments[tap] = load_global_32(from.conv + tap * Traits::kChannels * 16);
     bias = load_float2(from.conv_bias);
   }
+
+  // ---- downsampling ----
+
+  using Down = StageDown<Traits>;
+  __device__ int down_tap() const { return this->warp / 2; }
+  __device__ int down_row() const { return Down::kRows > 1 ? this->warp % 2 : 0; }
+  __device__ int down_part() const { return Down::kRows > 1 ? 0 : this->warp % 2; }
+  // Shared memory that is used later: of others by none before they have this block's first results.
+  __device__ uint32_t down_sums() const { return smem + Layout::kDownSums; }
+  __device__ uint32_t down_moments() const { return smem + Layout::kP; }
+
+  // Before the wait: weights, and where the pixels are.
+  __device__ __forceinline__ void prepare_down(Down& down, const StageTensors& t) const {
+    const int row = rank * Traits::kOwned + down_row() * 16 + lane / 4;
+    const char* from = static_cast<const char*>(t.down_weight) + ((row * 4 + down_tap()) * Down::kFrom + down_part() * Down::kSteps * 32) * 2 +
+                       lane % 4 * 16;
+#pragma unroll
+    for (int step = 0; step < Down::kSteps; ++step) {
+      down.weights[step][0] = load_global_128(from + step * 64);
+      down.weights[step][1] = Traits::kOwned >= 16 ? load_global_128(from + step * 64 + 8 * 4 * Down::kFrom * 2) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < Traits::kPixelTiles; ++i) {
+      const int number = first + 8 * i + lane / 4, pixel = number < p.pixels ? number : 0, line = pixel / p.width, image = line / p.height;
+      const int y = 2 * (line - image * p.height) + down_tap() / 2, x = 2 * (pixel - line * p.width) + down_tap() % 2;
+      down.pixels[i] = ((image * t.down_height + y) * t.down_width + x) * Down::kFrom + (down_part() * Down::kSteps * 4 + lane % 4) * 8;
+    }
+  }
+
+  // Each warp's products of its tap and the tap's moments, into shared memory; the norm is applied to the products.
+  __device__ __forceinline__ void multiply_down(const Down& down) const {
+    uint4 b[Traits::kPixelTiles][Down::kSteps];
+#pragma unroll
+    for (int i = 0; i < Traits::kPixelTiles; ++i) {
+#pragma unroll
+      for (int step = 0; step < Down::kSteps; ++step) {
+        b[i][step] = load_global_128(static_cast<const char*>(p.x) + int64_t{down.pixels[i]} * 2 + step * 64);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Traits::kPixelTiles; ++i) {
+      float s[4] = {};
+      float2 m = make_float2(0.f, 0.f);
+#pragma unroll
+      for (int step = 0; step < Down::kSteps; ++step) {
+        const uint4 low = down.weights[step][0], high = down.weights[step][1], v = b[i][step];
+        const uint32_t a[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
+        mma_16816<Element>(s, a[0], v.x, v.y);
+        mma_16816<Element>(s, a[1], v.z, v.w);
+        const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float2 f = unpack2<Element>(pairs[j]);
+          m.x += f.x + f.y, m.y = fmaf(f.x, f.x, fmaf(f.y, f.y, m.y));
+        }
+      }
+#pragma unroll
+      for (int d = 1; d < 4; d *= 2) m.x += __shfl_xor_sync(~0u, m.x, d), m.y += __shfl_xor_sync(~0u, m.y, d);
+      store_shared_128(down_sums() + (this->warp * Traits::kPixelTiles + i) * 512 + lane * 16,
+                       make_uint4(__float_as_uint(s[0]), __float_as_uint(s[1]), __float_as_uint(s[2]), __float_as_uint(s[3])));
+      if (lane % 4 == 0) store_shared_float2(down_moments() + (this->warp * Traits::kPixels + 8 * i + lane / 4) * 8, m);
+    }
+  }
+
+  // {r, -r m} of a tap of a pixel.
+  __device__ __forceinline__ float2 down_norm(int tap, int pixel, const StageTensors& t) const {
+    if (!t.down_norm) return make_float2(1.f, 0.f);
+    float2 sum = load_shared_float2(down_moments() + (tap * 2 * Traits::kPixels + pixel) * 8);
+    if (Down::kSplit > 1) {
+      const float2 part = load_shared_float2(down_moments() + ((tap * 2 + 1) * Traits::kPixels + pixel) * 8);
+      sum.x += part.x, sum.y += part.y;
+    }
+    const float mean = sum.x * (1.f / Down::kFrom);
+    const float scale = rsqrtf(fmaxf(sum.y * (1.f / Down::kFrom) - mean * mean, 0.f) + t.down_eps);
+    return make_float2(scale, -mean * scale);
+  }
+
+  // One result: own channel, pixel; `word` is its sum's place among the 512 bytes of a pixel tile.
+  __device__ __forceinline__ float down_result(int channel, int pixel, int word, const StageTensors& t) const {
+    const float* vectors = t.down_vectors + (rank * Traits::kOwned + channel) * 5;
+    float v = __ldg(vectors);
+#pragma unroll
+    for (int tap = 0; tap < 4; ++tap) {
+      const float2 norm = down_norm(tap, pixel, t);
+      float sum = 0.f;
+#pragma unroll
+      for (int part = 0; part < Down::kSplit; ++part) {
+        const int from = tap * 2 + (Down::kRows > 1 ? channel / 16 : part);
+        sum += __uint_as_float(load_shared_32(down_sums() + (from * Traits::kPixelTiles + pixel / 8) * 512 + word * 4));
+      }
+      v = fmaf(norm.x, sum, fmaf(norm.y, __ldg(vectors + 1 + tap), v));
+    }
+    return v;
+  }
+
+  // Zeros for neighbours outside all images, which load_x would have written.
+  __device__ __forceinline__ void clear_halo(const LatencyPlaces<Traits>& places) const {
+    const uint32_t to = smem + Layout::kX + thread / Base::kPieces * Traits::kXPitch + thread % Base::kPieces * 16;
+#pragma unroll
+    for (int i = 0; i < Traits::kXPieces; ++i) {
+      if (places.x[i] != Base::kZeros) continue;
+      store_shared_128(to + i * (Traits::kThreads / Base::kPieces) * Traits::kXPitch, make_uint4(0, 0, 0, 0));
+    }
+  }
+
+  // The results of two neighbouring channels of a pixel become x.
+  __device__ __forceinline__ void begin_pair(int channel, int pixel, float2 v, char* words, uint32_t flag) const {
+    if (first + pixel >= p.pixels) return;
+    const uint32_t bits = pack2<Element>(v.x, v.y);
+    store_word(words + (int64_t{first + pixel} * Traits::kChannels + rank * Traits::kOwned + channel) * 4, bits, flag);
+    store_shared_32(smem + Layout::kX + (rows.step + pixel + 1) * Traits::kXPitch + channel * 2, bits);
+  }
+
+  // ---- between blocks ----
 
   // Leaves in `places` only what other tiles own.
   __device__ __forceinline__ void keep_halo(LatencyPlaces<Traits>& places) const {
@@ -299,6 +424,16 @@ struct LatencyStage : StageParts<Traits, LatencyBlock<Traits>> {
   __device__ int output_channel(int i) const { return i * 16 + thread % 2 * 8 + thread / 16 % 8; }
   __device__ int output_pixel() const { return (thread / 128 * 2 + thread / 2 % 2) * 8 + thread / 4 % 4 * 2; }
 
+  __device__ __forceinline__ void finish_down(char* words, uint32_t flag, const StageTensors& t) const {
+#pragma unroll
+    for (int i = 0; i < Traits::kOutputs; ++i) {
+      const int channel = output_channel(i), pixel = output_pixel(), odd = channel & 1, word = thread / 4 % 32 * 4 + thread % 2 * 2;
+      const float2 v = make_float2(this->down_result(channel, pixel, word, t), this->down_result(channel, pixel + 1, word + 1, t));
+      const float other = __shfl_xor_sync(~0u, odd ? v.x : v.y, 16);
+      this->begin_pair(channel - odd, pixel + odd, odd ? make_float2(other, v.y) : make_float2(v.x, other), words, flag);
+    }
+  }
+
   // Threads of neighbouring channels swap a pixel, so that each has a pair of channels.
   __device__ __forceinline__ void finish(const float (&bias)[Traits::kOutputs], bool last, char* words, uint32_t flag) const {
 #pragma unroll
@@ -340,23 +475,36 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) latency_stage_fwd_sm90(co
   stage.load_project_bias(project_bias, from);
   stage.fill_zeros();
   stage.prepare(places);
+  [[maybe_unused]] StageDown<Traits> down;
+  const bool begins = t.down_weight != nullptr;
+  if constexpr (Traits::kChannels > 64) {
+    if (begins) stage.prepare_down(down, t);
+  }
   if (Traits::kCluster > 1) grid::cluster_barrier();  // every block of the cluster runs, its barriers exist
 
   wait_for_previous_launch();
   allow_next_launch();  // after the wait: the next launch may count on what came before this one
   char* const workspace = static_cast<char*>(t.workspace);
   const uint32_t epoch = load_global_32(workspace);
-  stage.load_x(places);
-  stage.keep_halo(places);
   const int64_t words_bytes = int64_t{t.pixels} * Traits::kChannels * 4;
   char* const words = workspace + StageWorkspace::kHeader;
+  if (!begins) stage.load_x(places);
+  if constexpr (Traits::kChannels > 64) {
+    if (begins) {
+      stage.multiply_down(down);
+      stage.clear_halo(places);
+      __syncthreads();
+      stage.finish_down(words, epoch + 1, t);
+    }
+  }
+  stage.keep_halo(places);
 #pragma unroll 1
   for (int b = 0; b < t.blocks; ++b) {
     const bool last = b + 1 == t.blocks;
     const uint32_t phase = b & 1;
     if (!last) from.advance();
-    if (b > 0) {
-      stage.receive(places, words + (b & 1) * words_bytes, epoch + b);
+    if (b > 0 || begins) {
+      stage.receive(places, words + (b & 1) * words_bytes, epoch + b + 1);
     } else {
       ptx::cp_async_wait<0>();
     }
@@ -375,7 +523,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) latency_stage_fwd_sm90(co
     stage.load_project(from);
     stage.wait_for_all(stage.reduced(), phase);
     if (!last) stage.expect(stage.reduced(), Traits::kReduceBytes / 2);
-    stage.finish(project_bias, last, words + (phase ^ 1) * words_bytes, epoch + b + 1);
+    stage.finish(project_bias, last, words + (phase ^ 1) * words_bytes, epoch + b + 2);
     stage.load_project_bias(project_bias, from);
   }
   ptx::cp_async_wait<0>();

@@ -16,6 +16,8 @@ struct StageArguments {
   Tensor expand_vectors;
   Tensor project_weight;
   Tensor project_bias;
+  MaybeTensor down_weight;
+  MaybeTensor down_vectors;
   Tensor workspace;
   std::string activation;
   double eps;

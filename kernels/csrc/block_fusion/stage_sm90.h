@@ -6,6 +6,8 @@
 namespace convfirst::block_fusion::sm90 {
 
 // The blocks' weights one behind another, in the layouts of params.h; vectors float32.
+// Where down_weight is given, x is the stage before's, [images, down_height, down_width, channels / 2], and the blocks' input is the result of
+// LayerNorm without an affine part over its channels and a 2x2 convolution of stride 2.
 struct StageTensors {
   const void* x;               // [pixels, channels]
   void* y;
@@ -21,10 +23,15 @@ struct StageTensors {
   int height, width;
   int pixels;  // of all images
   int blocks;
+  const void* down_weight;    // [channels, 4, channels / 2] or nullptr
+  const float* down_vectors;  // [channels, 5]: bias, sums of the weights of each tap
+  float down_eps;
+  int down_norm;
+  int down_height, down_width;
 };
 
 struct StageProblem {
-  int64_t batch, height, width;
+  int64_t batch, height, width;  // of the blocks
   int channels, blocks;
   DType dtype;
   Activation activation;
@@ -75,6 +82,7 @@ struct LatencyLayout<WideTraits<kDType, kChannels, kActivation>> {
   static constexpr int kA = kW2 + Traits::kRows * Traits::kSlice * 2;
   static constexpr int kP = kA + Traits::kPixels * Traits::kChannels * 2;
   static constexpr int kSums = kP + Traits::kPixels * Traits::kSlice * 2;  // of the first product, then of the second
+  static constexpr int kDownSums = kSums;
   static constexpr int kSent = kSums + Traits::kThreads * Traits::kPixelTiles * 16;  // own results of the convolution, then own P
   static constexpr int kMoments = kSent + Traits::kPixels * Traits::kUnits * 2;
   static constexpr int kX = kMoments + Traits::kWarps * Traits::kPixels * 8;

@@ -244,6 +244,12 @@ struct WideStage : StageParts<Traits, LatencyTile<Traits>> {
   __device__ int output_channel() const { return thread / 16 % 8; }
   __device__ int output_pixel() const { return (thread / 128 * 2 + thread % 4 / 2) * 8 + thread / 4 % 4 * 2 + thread % 2; }
 
+  __device__ __forceinline__ void finish_down(char* words, uint32_t flag, const StageTensors& t) const {
+    const float v = this->down_result(output_channel(), output_pixel(), thread / 4 % 32 * 4 + thread % 2, t);
+    const float other = __shfl_xor_sync(~0u, v, 16);  // of the next channel
+    if (output_channel() % 2 == 0) this->begin_pair(output_channel(), output_pixel(), make_float2(v, other), words, flag);
+  }
+
   __device__ __forceinline__ void finish(float bias, bool last, char* words, uint32_t flag) const {
     float v = bias;
 #pragma unroll
@@ -274,15 +280,28 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) wide_stage_fwd_sm90(const
   float project_bias = __ldg(from.project_bias);
   stage.fill_zeros();
   stage.prepare(places);
+  [[maybe_unused]] StageDown<Traits> down;
+  const bool begins = t.down_weight != nullptr;
+  if constexpr (Traits::kChannels > 64) {
+    if (begins) stage.prepare_down(down, t);
+  }
 
   wait_for_previous_launch();
   allow_next_launch();  // after the wait: the next launch may count on what came before this one
   char* const workspace = static_cast<char*>(t.workspace);
   const uint32_t epoch = load_global_32(workspace);
-  stage.load_x(places);
-  stage.keep_halo(places);
   const int64_t words_bytes = int64_t{t.pixels} * Traits::kChannels * 4;
   char* const words = workspace + StageWorkspace::kHeader;
+  if (!begins) stage.load_x(places);
+  if constexpr (Traits::kChannels > 64) {
+    if (begins) {
+      stage.multiply_down(down);
+      stage.clear_halo(places);
+      __syncthreads();
+      stage.finish_down(words, epoch + 1, t);
+    }
+  }
+  stage.keep_halo(places);
   char* const words_a = words + 2 * words_bytes + tile * (Traits::kWordsOfA + Traits::kWordsOfP + Traits::kWordsOfSums);
   char* const words_p = words_a + Traits::kWordsOfA;
   char* const words_sums = words_p + Traits::kWordsOfP;
@@ -291,8 +310,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) wide_stage_fwd_sm90(const
     const bool last = b + 1 == t.blocks;
     const uint32_t flag = epoch + b + 1;
     if (!last) from.advance();
-    if (b > 0) {
-      stage.receive(places, words + (b & 1) * words_bytes, epoch + b);
+    if (b > 0 || begins) {
+      stage.receive(places, words + (b & 1) * words_bytes, epoch + b + 1);
     } else {
       ptx::cp_async_wait<0>();
     }
@@ -310,7 +329,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) wide_stage_fwd_sm90(const
     stage.load_project(from);
     stage.gather_sums(words_sums, flag);
     __syncthreads();
-    stage.finish(project_bias, last, words + ((b & 1) ^ 1) * words_bytes, epoch + b + 1);
+    stage.finish(project_bias, last, words + ((b & 1) ^ 1) * words_bytes, epoch + b + 2);
     project_bias = __ldg(from.project_bias);
   }
   ptx::cp_async_wait<0>();
