@@ -136,52 +136,64 @@ class HeadForward(OutsideForward):
 
 
 class StageForward:
-    """Stands in for the ``forward`` of a stage's sequence of frozen blocks: one launch where that covers the call.
+    """Stands in for the ``forward`` of a frozen stage: downsampling and blocks in one launch where that covers it.
 
     It takes over the blocks' packed weights, stacked; the blocks keep views of them.
     """
 
-    def __init__(self, sequence: nn.Sequential):
-        self.sequence = sequence
+    def __init__(self, stage: nn.Module):
+        self.stage = stage
         self.weights: stages.StageWeights | None = None
+        self.down: stages.DownWeights | None = None
         self.workspace: Tensor | None = None
         self._pack()
 
     def _pack(self) -> None:
-        forwards = [block.__dict__["forward"] for block in self.sequence]
+        forwards = [block.__dict__["forward"] for block in self.stage.blocks]
         packed = [forward.packed for forward in forwards]
         if any(weights is None for weights in packed):
             return
         with torch.no_grad():
-            self.weights = stages.pack_stage(packed)
-        if self.weights is None:
+            weights = stages.pack_stage(packed)
+        if weights is None:
             return
-        device = self.weights.conv_weight.device
-        self.workspace = stages.workspace(device)
-        for forward, weights in zip(forwards, stages.unpack_stage(self.weights), strict=True):
-            forward.packed = weights
+        before = self.stage.downsample.__dict__.get("forward")
+        if isinstance(before, OutsideForward) and before.packed is not None:
+            weight, bias, _, eps, has_norm = before.packed
+            channels = weights.conv_weight.shape[2]
+            if channels >= stages.DOWN_CHANNELS and weight.shape == (channels, 2 * channels):
+                self.down = stages.pack_down(weight, bias, eps, has_norm)
+        self.weights, self.workspace = weights, stages.workspace(weights.conv_weight.device)
+        for forward, own in zip(forwards, stages.unpack_stage(weights), strict=True):
+            forward.packed = own
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self.covers(x):
-            return type(self.sequence).forward(self.sequence, x)
-        *tensors, activation, eps, has_norm = self.weights
-        x = x.contiguous(memory_format=torch.channels_last)
-        return torch.ops.convfirst.conv_first_stage(x, *tensors, self.workspace, activation, eps, has_norm)
+        down = self.down
+        if down is not None and self.covers(x, 2):
+            return stages.run_stage(x, self.weights, down, self.workspace)
+        if down is None and self.weights is not None:
+            x = self.stage.downsample(x)
+            if self.covers(x, 1):
+                return stages.run_stage(x, self.weights, None, self.workspace)
+            return self.stage.blocks(x)
+        return type(self.stage).forward(self.stage, x)
 
-    def covers(self, x: Tensor) -> bool:
+    def covers(self, x: Tensor, halved: int) -> bool:
+        """Whether one launch takes x, which a downsampling halves by ``halved``."""
         weights = self.weights
-        if weights is None or torch.is_grad_enabled() or any(block.training for block in self.sequence):
+        if torch.is_grad_enabled() or self.stage.training or any(block.training for block in self.stage.blocks):
             return False
         dtype = weights.conv_weight.dtype
         if x.dtype != dtype or fused.compute_dtype(x) != dtype or x.device != weights.conv_weight.device:
             return False
-        n, channels, height, width = x.shape
+        n, _, height, width = x.shape
+        count, _, channels, _ = weights.conv_weight.shape
         name = str(dtype).removeprefix("torch.")
-        count = weights.conv_weight.shape[0]
-        return not stages.refusal(n, height, width, channels, count, name, weights.activation, x.device.index or 0)
+        problem = n, height // halved, width // halved, channels, count, name, weights.activation
+        return not stages.refusal(*problem, x.device.index or 0)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "weights": None, "workspace": None}
+        return {**self.__dict__, "weights": None, "down": None, "workspace": None}
 
 
 _BATCH_STATISTICS = "batch norm in training mode needs the batch's statistics; only evaluation mode folds"
@@ -303,14 +315,14 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, wi
     found = [entry for entry in found if entry[2] is not None or entry[3] is not None]
     layers = [(name, module, *_examine_outside(module)) for name, module in outside.find_outside(model)]
     heads = [(name, head, *_examine_outside(head, outside.read_head)) for name, head in outside.find_heads(model)]
-    sequences = _sequences(model)
+    found_stages = _find_stages(model)
     taken = [name for name, *_ in found + layers]
     convolutions = find_convolutions(model, taken) if winograd or kernels == "off" else []
     if kernels == "off":
         for _, module, _, _ in found + layers + heads + convolutions:
             _restore(module)
-        for sequence in sequences:
-            _restore(sequence)
+        for stage in found_stages:
+            _restore(stage)
         parts = found, layers, heads, convolutions
         rows = [[Row(n, type(m).__name__, "kernels='off'", False) for n, m, _, _ in part] for part in parts]
         return Report(rows[0], kernels, *rows[1:])
@@ -334,10 +346,10 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, wi
                 module.forward = stand_in(module, kernels, frozen)
                 module.forward.prepare(parts)
                 report._blocks.append(module)
-    for sequence in sequences if frozen and kernels != "reference" else []:
-        if all(isinstance(block.__dict__.get("forward"), FusedForward) for block in sequence):
-            sequence.forward = StageForward(sequence)
-            report._blocks.append(sequence)
+    for stage in found_stages if frozen and kernels != "reference" else []:
+        if all(isinstance(block.__dict__.get("forward"), FusedForward) for block in stage.blocks):
+            stage.forward = StageForward(stage)
+            report._blocks.append(stage)
     if report.skipped:
         first = report.skipped[0]
         counts = len(report.skipped), len(found)
@@ -345,14 +357,18 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, wi
     return report
 
 
-def _sequences(model: nn.Module) -> list[nn.Sequential]:
-    """The sequences of blocks of every ConvFirst stage in the model."""
+def _find_stages(model: nn.Module) -> list[nn.Module]:
+    """Every stage of a ConvFirst in the model whose parts have no hooks."""
     found = []
     for module in model.modules():
-        blocks = getattr(module, "blocks", None)
-        if "ConvFirstStage" in {cls.__name__ for cls in type(module).__mro__} and isinstance(blocks, nn.Sequential):
-            found.append(blocks)
-    return [sequence for sequence in found if len(sequence)]
+        if "ConvFirstStage" not in {cls.__name__ for cls in type(module).__mro__} or not len(module.blocks):
+            continue
+        try:
+            check_hooks(module)
+        except Unsupported:
+            continue
+        found.append(module)
+    return found
 
 
 def _examine(module: nn.Module) -> tuple[Parts | None, str | None]:

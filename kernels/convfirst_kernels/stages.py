@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from convfirst_kernels import operators, reference  # noqa: F401  registers the operators
+from convfirst_kernels import operators, patches, reference  # noqa: F401  registers the operators
 from convfirst_kernels.block import BlockWeights
 
 WORKSPACE_BYTES = 1 << 22  # more than any stage needs whose tiles all run at once
@@ -26,6 +26,38 @@ class StageWeights(NamedTuple):
     activation: str
     eps: float
     has_norm: bool
+
+
+class DownWeights(NamedTuple):
+    """The packed downsampling that a stage begins with: LayerNorm without an affine part, 2x2 convolution of stride 2."""
+
+    weight: Tensor  # [C, 4 * C / 2]: output channel; row, column and channel of the patch
+    vectors: Tensor  # [C * 5], float32: bias and the sums of the four taps' weights, side by side
+    eps: float
+    has_norm: bool
+
+
+def pack_down(weight: Tensor, bias: Tensor, eps: float, has_norm: bool) -> DownWeights:
+    """Of the weights that `patches.downsample` takes."""
+    sums = weight.float().view(weight.shape[0], 4, -1).sum(-1)
+    return DownWeights(weight, torch.cat([bias[:, None], sums], 1).flatten(), eps, has_norm)
+
+
+def run_stage(x: Tensor, weights: StageWeights, down: DownWeights | None, workspace: Tensor) -> Tensor:
+    """`conv_first_stage` on packed weights."""
+    *tensors, activation, eps, has_norm = weights
+    begin = (None, None) if down is None else down[:2]
+    settings = (0.0, False) if down is None else down[2:]
+    return torch.ops.convfirst.conv_first_stage(
+        x.contiguous(memory_format=torch.channels_last),
+        *tensors,
+        *begin,
+        workspace,
+        activation,
+        eps,
+        has_norm,
+        *settings,
+    )
 
 
 def pack_stage(blocks: Sequence[BlockWeights]) -> StageWeights | None:
@@ -93,7 +125,10 @@ def _refusal_cached(*arguments) -> str:
 
 @torch.library.register_fake("convfirst::conv_first_stage")
 def _fake(x: Tensor, *arguments) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
+    n, channels, height, width = x.shape
+    if arguments[6] is not None:
+        channels, height, width = 2 * channels, height // 2, width // 2
+    return x.new_empty((n, channels, height, width), memory_format=torch.channels_last)
 
 
 @torch.library.impl(_implementations, "conv_first_stage", "CPU")
@@ -105,19 +140,24 @@ def conv_first_stage(
     expand_vectors: Tensor,
     project_weight: Tensor,
     project_bias: Tensor,
+    down_weight: Tensor | None,
+    down_vectors: Tensor | None,
     workspace: Tensor,
     activation: str,
     eps: float,
     has_norm: bool,
+    down_eps: float,
+    down_norm: bool,
 ) -> Tensor:
     """``block(... block(x))`` of `reference.conv_first_block`, weights stacked as in `StageWeights`.
 
     Args:
-        x: [N, C, H, W], channels_last.
+        x: [N, C, H, W], channels_last; with ``down_weight``, [N, C / 2, H, W], which `patches.downsample` makes the
+            blocks' input; its weights as in `DownWeights`.
         workspace: uint8, zero before its first use; see `workspace`. On a CPU it is not used.
 
     Returns:
-        [N, C, H, W] in x's dtype, channels_last.
+        [N, C, H, W] in x's dtype, channels_last; H and W are halved with ``down_weight``.
 
     Raises:
         RuntimeError: on a GPU, the operator refuses an argument; the message names it and what is supported.
@@ -126,9 +166,11 @@ def conv_first_stage(
         conv_weight, conv_bias, expand_weight, expand_vectors, project_weight, project_bias, activation, eps, has_norm
     )  # fmt: skip
     y = x
+    if down_weight is not None:
+        y = patches.downsample(x, down_weight, down_vectors.view(-1, 5)[:, 0], down_eps, down_norm)
     for *tensors, _, _, _ in unpack_stage(stacked):
         y = reference.conv_first_block(y, *tensors, None, 8, activation, eps, has_norm)
-    return torch.empty_like(x, memory_format=torch.channels_last).copy_(y)
+    return torch.empty_like(y, memory_format=torch.channels_last).copy_(y)
 
 
 def _shape(tensor: Tensor | None) -> tuple | None:

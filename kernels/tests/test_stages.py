@@ -7,7 +7,7 @@ import torch
 from cases import Case, inputs
 
 import convfirst_kernels as ck
-from convfirst_kernels import acceleration, reference, stages
+from convfirst_kernels import acceleration, patches, reference, stages
 from convfirst_kernels.block import BlockWeights
 from convfirst_kernels.planner import Problem
 
@@ -19,14 +19,16 @@ def blocks(channels: int, count: int, seed: int, **case) -> tuple[torch.Tensor, 
     return drawn[0][0], [BlockWeights(*arguments[1:10], *arguments[12:]) for arguments in drawn]
 
 
+@pytest.mark.parametrize("begins", [True, False])
 @pytest.mark.parametrize("biases", [True, False])
-def test_operator_is_the_chain_of_blocks(biases, seed):
+def test_operator_is_the_chain_of_blocks(biases, begins, seed):
     x, packed = blocks(16, 3, seed, biases=biases)
-    weights = stages.pack_stage(packed)
-    *tensors, activation, eps, has_norm = weights
-    workspace = torch.zeros(256, dtype=torch.uint8)
-    y = torch.ops.convfirst.conv_first_stage(x, *tensors, workspace, activation, eps, has_norm)
-    expected = x
+    weights, down, expected = stages.pack_stage(packed), None, x
+    if begins:
+        x, weight, bias = torch.randn(2, 8, 11, 14).half(), torch.randn(16, 32).half() * 0.2, torch.randn(16)
+        down, expected = stages.pack_down(weight, bias, 1e-6, True), patches.downsample(x, weight, bias, 1e-6, True)
+        torch.testing.assert_close(down.vectors.view(16, 5)[:, 3], weight.float()[:, 16:24].sum(1))
+    y = stages.run_stage(x, weights, down, torch.zeros(256, dtype=torch.uint8))
     for *arguments, act, epsilon, norm in packed:
         expected = reference.conv_first_block(expected, *arguments, None, 8, act, epsilon, norm)
     assert torch.equal(y, expected)
