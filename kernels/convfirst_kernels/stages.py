@@ -10,6 +10,7 @@ from torch import Tensor
 from convfirst_kernels import operators, patches, reference  # noqa: F401  registers the operators
 from convfirst_kernels.block import BlockWeights
 
+DOWN_CHANNELS = 128  # the fewest of a stage that begins with its downsampling in the same launch
 WORKSPACE_BYTES = 1 << 22  # more than any stage needs whose tiles all run at once
 _implementations = torch.library.Library("convfirst", "IMPL")
 
@@ -29,7 +30,7 @@ class StageWeights(NamedTuple):
 
 
 class DownWeights(NamedTuple):
-    """The packed downsampling that a stage begins with: LayerNorm without an affine part, 2x2 convolution of stride 2."""
+    """The packed downsampling that a stage begins with: LayerNorm without affine part, 2x2 convolution, stride 2."""
 
     weight: Tensor  # [C, 4 * C / 2]: output channel; row, column and channel of the patch
     vectors: Tensor  # [C * 5], float32: bias and the sums of the four taps' weights, side by side
