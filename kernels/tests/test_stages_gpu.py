@@ -1,11 +1,11 @@
 """A stage in one launch against float64, repeated, poisoned, in graphs, and in a network."""
 
+import convfirst.models  # noqa: F401
 import pytest
 import timm
 import torch
 from cases import Case, guarded, guards_intact, inputs, worst_ratio
 
-import convfirst.models  # noqa: F401
 import convfirst_kernels as ck
 from convfirst_kernels import acceleration, patches, reference, stages
 from convfirst_kernels.block import BlockWeights
