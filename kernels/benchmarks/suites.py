@@ -259,7 +259,7 @@ def _model_rows(name, dtype, batch, peer, known, path, iterations, compiled, ima
     network = _network(name, torch_dtype)
     (problem, *_) = problems_of(network, (batch, 3, image_size, image_size), dtype)
     fused = copy.deepcopy(network)
-    convfirst_kernels.accelerate(fused, kernels="required", frozen=True)
+    convfirst_kernels.accelerate(fused, kernels="required", frozen=True, whole_stages=True)
     with convfirst_kernels.force_path(path):
         _check_agreement(fused, network, inputs[0])
         variant = plan(problem, Device.of(inputs[0].device.index))["chosen"]

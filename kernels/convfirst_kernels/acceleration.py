@@ -188,7 +188,7 @@ class StageForward:
             return False
         n, _, height, width = x.shape
         count, _, channels, _ = weights.conv_weight.shape
-        name = str(dtype).removeprefix("torch.")
+        name = "float16" if dtype == torch.float16 else "bfloat16"
         problem = n, height // halved, width // halved, channels, count, name, weights.activation
         return not stages.refusal(*problem, x.device.index or 0)
 
@@ -281,7 +281,13 @@ class Report:
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, winograd: bool = False) -> Report:
+def accelerate(
+    model: nn.Module,
+    kernels: str = "auto",
+    frozen: bool = False,
+    winograd: bool = False,
+    whole_stages: bool = False,
+) -> Report:
     """Make the residual blocks of ConvFirst and of timm's ConvNeXt run as fused kernels, in place.
 
     So do, in inference, their stems, downsampling layers and, for few images, heads; where a gradient may be asked
@@ -301,6 +307,10 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, wi
         winograd: also dense 3x3 convolutions of stride 1 elsewhere in the model, as VGG's and ResNet's: as Winograd's
             in float32 without TF32, as direct convolution in 16 bits, in inference and calls of a size where that was
             measured to be faster than cuDNN. The kernels ran on a GPU; put into a model they have not yet.
+        whole_stages: also run a stage of a frozen ConvFirst, its downsampling and its blocks, in one launch where its
+            tiles of 32 pixels fit the device all at once: one image of 224 pixels, or several small ones. The launch's
+            thread blocks wait for one another, so two such launches must never run at once on a device, as they might
+            on two streams: they could wait for ever. `compile_for_inference` keeps its calls apart.
 
     Returns:
         A report of every block and layer that was found: swapped or not, and why.
@@ -346,7 +356,7 @@ def accelerate(model: nn.Module, kernels: str = "auto", frozen: bool = False, wi
                 module.forward = stand_in(module, kernels, frozen)
                 module.forward.prepare(parts)
                 report._blocks.append(module)
-    for stage in found_stages if frozen and kernels != "reference" else []:
+    for stage in found_stages if whole_stages and frozen and kernels != "reference" else []:
         if all(isinstance(block.__dict__.get("forward"), FusedForward) for block in stage.blocks):
             stage.forward = StageForward(stage)
             report._blocks.append(stage)

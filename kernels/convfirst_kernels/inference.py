@@ -1,7 +1,9 @@
 """A network for inference in one call: blocks fused, the rest compiled, everything in CUDA graphs."""
 
 import copy
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,30 @@ from torch import Tensor, nn
 from convfirst_kernels.acceleration import Report, accelerate
 
 WARMUP_CALLS = 3
+
+
+class _Turns:
+    """Keeps what every thread runs on one device in a sequence, whatever the streams.
+
+    A stage in one launch has thread blocks that wait for one another: two such launches at once could wait for ever.
+    """
+
+    def __init__(self):
+        self._lock = threading.RLock()
+        self._last: dict[torch.device, torch.cuda.Stream] = {}
+
+    @contextmanager
+    def taken(self, device: torch.device) -> Iterator[None]:
+        """Inside, the current stream has waited for what ran before; costs nothing while the stream stays the same."""
+        with self._lock:
+            stream, last = torch.cuda.current_stream(device), self._last.get(device)
+            if last is not None and last != stream:
+                stream.wait_stream(last)
+            self._last[device] = stream
+            yield
+
+
+_turns = _Turns()
 
 
 class CompiledInference:
@@ -23,10 +49,10 @@ class CompiledInference:
         self.model = model  # the graphs read its parameters
         self.example = example
         self.batches = tuple(sorted({*batches, example.shape[0]}))
-        self.report: Report = accelerate(model, kernels=kernels, frozen=True)
+        self.report: Report = accelerate(model, kernels=kernels, frozen=True, whole_stages=True)
         self._pool = None
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        with torch.inference_mode(), torch.cuda.device(example.device):
+        with torch.inference_mode(), torch.cuda.device(example.device), _turns.taken(example.device):
             for batch in reversed(self.batches):  # the largest first: the others fit into its memory
                 function = torch.compile(model, dynamic=False) if outside == "inductor" else model
                 self._graphs[batch] = self._capture(function, example[:batch])
@@ -58,10 +84,14 @@ class CompiledInference:
         self._check(x)
         batch = next(size for size in self.batches if size >= x.shape[0])
         graph, static, output = self._graphs[batch]
-        with torch.inference_mode(), torch.cuda.device(static.device):
+        with torch.inference_mode(), torch.cuda.device(static.device), _turns.taken(static.device):
             static[: x.shape[0]].copy_(x)
             graph.replay()
             return output[: x.shape[0]].clone()
+
+    def graph(self, batch: int) -> torch.cuda.CUDAGraph:
+        """What a call of ``batch`` images replays, one of `batches`: to time or profile. Replays must not overlap."""
+        return self._graphs[batch][0]
 
     def _check(self, x: Tensor) -> None:
         like = self.example
@@ -83,7 +113,9 @@ def compile_for_inference(
 
     A copy of the model in evaluation mode, its blocks fused (`accelerate`, weights frozen), what lies outside them
     compiled by Inductor, and a CUDA graph of the whole for each size in ``batches`` and for the example's; the graphs
-    share their memory. The model itself stays as it is.
+    share their memory. The model itself stays as it is. Where images are few, each stage of a ConvFirst is one launch
+    (`accelerate`'s ``whole_stages``); calls from several threads or streams follow one another on the device. Do not
+    run two processes so on one GPU under MPS.
 
     Args:
         model: on a CUDA device, of the dtype that it shall run in (``model.half()``, ``model.bfloat16()``).

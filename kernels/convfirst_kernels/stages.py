@@ -1,7 +1,6 @@
 """The blocks of a stage, one after another, in one launch where images are few: packing and CPU path."""
 
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -116,12 +115,9 @@ def refusal(
     batch: int, height: int, width: int, channels: int, blocks: int, dtype: str, activation: str, index: int
 ) -> str:
     """Why no launch computes such a stage of ``blocks`` blocks on CUDA device ``index``; empty where one does."""
-    return _refusal_cached(batch, height, width, channels, blocks, dtype, activation, index)
-
-
-@cache
-def _refusal_cached(*arguments) -> str:
-    return torch.ops.convfirst.conv_first_stage_refusal(*arguments)
+    return torch.ops.convfirst.conv_first_stage_refusal(
+        batch, height, width, channels, blocks, dtype, activation, index
+    )
 
 
 @torch.library.register_fake("convfirst::conv_first_stage")
@@ -129,7 +125,8 @@ def _fake(x: Tensor, *arguments) -> Tensor:
     n, channels, height, width = x.shape
     if arguments[6] is not None:
         channels, height, width = 2 * channels, height // 2, width // 2
-    return x.new_empty((n, channels, height, width), memory_format=torch.channels_last)
+    shape = n, channels, height, width
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 @torch.library.impl(_implementations, "conv_first_stage", "CPU")

@@ -15,13 +15,17 @@
 //     +----------+          +----------+          +----------+
 //
 //   what                          where                                      written by            when
+//   downsampling's weights, x     registers, operand layout                  its thread            before and after the wait
+//   products of each tap          shared (kDownSums), moments in kP          two warps a tap       before the first block
 //   W1 slice of the next block    registers, operand layout                  its thread            after the first product
 //   W2 slice of the next block    shared, each thread its own pieces         its thread            after the second product
 //   x of own pixels               shared (kX), in place                      finish                every block
 //   x of pixels around            shared (kX)                                receive               every block
 //   words                         workspace [2][pixels][channels / 2]        finish                every block but the last
-//   A, moments, P, sums           as in the latency path                     as there
+//   partial sums of O, 16 bits    shared (kReduce)                           all blocks            before finish
+//   A, moments, P, halves of S    as in the latency path                     as there
 //
+// A stage may begin with its downsampling: a block computes its own channels of its tile from the pixels of the stage before, and sends them as words.
 // The norm is not applied to A: S = r (W1 a) - r m (sum of W1's row) + b, with a pixel's mean m and inverse deviation r. All clusters of the grid run
 // at once (stage_refusal sees to it). Why two sets of words do: a tile writes block b + 2's when it has the words of block b + 1 of every tile
 // around it, and each of those sent them after reading block b's.

@@ -22,8 +22,11 @@ Device device_of(int index) {
 
 std::string refusal(int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t blocks, const std::string& dtype,
                     const std::string& activation, int64_t index) {
+  const std::string path = forced_path();
+  if (!path.empty() && path != "sm90") return "launches are restricted to path " + path;
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int>(index));
   make_current(static_cast<int>(index));
-  const sm90::StageProblem q{batch, height, width, static_cast<int>(channels), static_cast<int>(blocks),
+  const sm90::StageProblem q{static_cast<int>(index), batch, height, width, static_cast<int>(channels), static_cast<int>(blocks),
                              dtype == "float16" ? DType::kHalf : DType::kBFloat16, parse_activation(activation)};
   const char* reason = sm90::stage_refusal(q, device_of(static_cast<int>(index)));
   return reason == nullptr ? "" : reason;
@@ -44,7 +47,7 @@ Tensor conv_first_stage(const Tensor& x, const Tensor& conv_weight, const Tensor
                                         torch::headeronly::MemoryFormat::ChannelsLast);
   if (y.numel() == 0) return y;
   make_current(index);
-  const sm90::StageProblem q{y.size(0), y.size(2), y.size(3), static_cast<int>(y.size(1)), static_cast<int>(blocks),
+  const sm90::StageProblem q{index, y.size(0), y.size(2), y.size(3), static_cast<int>(y.size(1)), static_cast<int>(blocks),
                              x.scalar_type() == ScalarType::Half ? DType::kHalf : DType::kBFloat16, parse_activation(activation)};
   if (const char* reason = sm90::stage_refusal(q, device_of(index))) kChecks.refuse("x has shape ", show(x.sizes()), "; ", reason);
   if (down_weight && q.channels == 64) kChecks.refuse("a stage of 64 channels begins without a downsampling here");

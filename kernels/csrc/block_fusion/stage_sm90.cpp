@@ -29,12 +29,12 @@ auto with_kernel(const StageProblem& q, Body&& body) {
   return with_traits<WideTraits, 512>(q, body);
 }
 
-// Asked once of each kernel and width of image; all devices of one process are taken to be alike.
+// Asked once of each kernel, width of image and device: how many clusters of 16 fit differs from one H100 to another.
 int resident_clusters(const StageProblem& q) {
   static std::mutex mutex;
-  static std::map<std::tuple<int, int, int, int64_t>, int> known;
+  static std::map<std::tuple<int, int, int, int, int64_t>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [place, fresh] = known.try_emplace({q.channels, static_cast<int>(q.dtype), static_cast<int>(q.activation), q.width}, 0);
+  const auto [place, fresh] = known.try_emplace({q.device, q.channels, static_cast<int>(q.dtype), static_cast<int>(q.activation), q.width}, 0);
   if (fresh) {
     int clusters = 0;
     const int error =

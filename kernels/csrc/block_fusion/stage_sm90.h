@@ -31,6 +31,7 @@ struct StageTensors {
 };
 
 struct StageProblem {
+  int device;
   int64_t batch, height, width;  // of the blocks
   int channels, blocks;
   DType dtype;
@@ -95,7 +96,7 @@ struct StageKernel {
   static int resident(int width, int* clusters);  // how many clusters run at once; returns cudaError_t
 };
 
-// nullptr where it can run, else why not (static text).
+// nullptr where it can run, else why not (static text). The problem's device is the current one.
 const char* stage_refusal(const StageProblem& q, const Device& device);
 int64_t stage_workspace(const StageProblem& q);  // bytes
 int launch_stage(const StageProblem& q, const StageTensors& t, cudaStream_t stream);
