@@ -15,9 +15,10 @@ REPOSITORY = Path(__file__).parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(REPOSITORY)]
 
 import convfirst.models  # noqa: E402, F401
+from graph_timing import replay_ms  # noqa: E402
+
 import convfirst_kernels  # noqa: E402
 from convfirst_kernels import acceleration  # noqa: E402
-from graph_timing import replay_ms  # noqa: E402
 
 
 def kernels_of(graph: torch.cuda.CUDAGraph, replays: int = 5) -> list[tuple[float, float, str]]:
