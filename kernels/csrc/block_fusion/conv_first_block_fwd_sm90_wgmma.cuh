@@ -15,15 +15,15 @@
 //
 //   what                         where                                          written by            released when
 //   x tile with halo             shared, kPanel-channel panels, TMA swizzle     warp 1 (TMA)          tile stored
-//   A, kARegisterChannels        registers, wgmma operand layout                consumer              first products of the tile done
-//   A, the other channels        shared, over the x tile                        consumer              tile stored
+//   A (kARegisters)              registers, wgmma operand layout                consumer              first products of the tile done
+//   A (otherwise)                shared, over the x tile                        consumer              tile stored
 //   W1, W2 chunks                shared, two rings, or resident if all fit      warp 0 (TMA)          product done, per chunk
 //   convolution weights          shared, or registers (B fragments) two pairs   warp 0 (TMA), or      -
 //                                of channel blocks ahead of their use           consumer, from L2
 //   bias, norm, scale vectors    shared, float32; at 256 channels L1            prologue              -
 //   turns at the rings           shared, a barrier a consumer and ring          the consumer before   turn taken
 //   convolution sums, then O     the same C/2 registers, from the bias on        mma.sync, then wgmma  -
-//   S, P                         32 and 2 x 16 registers (kOneSet: 16)          wgmma, activation     -
+//   S, P                         32 and 2 x 16 registers                        wgmma, activation     -
 //   y tile                       shared, over the x tile; 16-byte stores        consumer              -
 #pragma once
 
@@ -486,22 +486,22 @@ struct Consumer {
   // Normalises the sums and makes them the first product's operand.
   __device__ __forceinline__ void to_operand(float (&sums)[kChannels / 2], OperandA<Traits>& a, uint32_t slot) const {
     if (p.has_norm) layer_norm<kChannels>(sums, p.norm_weight != nullptr || p.norm_bias != nullptr, p.eps, lane, [&](int i, int c) { return vector_at(i, c); });
+    if constexpr (Traits::kARegisters) {
 #pragma unroll
-    for (int i = 0; i < Traits::kARegisterChannels / 4; ++i) a.fragments[i] = pack2<Element>(sums[2 * i], sums[2 * i + 1]);
-    if constexpr (!Traits::kARegisters) {
+      for (int i = 0; i < kChannels / 4; ++i) a.fragments[i] = pack2<Element>(sums[2 * i], sums[2 * i + 1]);
+    } else {
       warpgroup_barrier(1 + warpgroup);  // every warp has read its taps
-      store_pixels<Traits::kARegisterChannels / 8>(sums, slot);
+      store_pixels(sums, slot);
       fence_async_proxy();
       warpgroup_barrier(1 + warpgroup);
       a.descriptor = matrix_descriptor<Traits::kRowBytes>(slot);
     }
   }
 
-  // The warp's 16 pixels as rows of a dense tile, from the 8-channel block kFirst on.
-  template <int kFirst = 0>
+  // The warp's 16 pixels as rows of a dense tile.
   __device__ __forceinline__ void store_pixels(const float (&v)[kChannels / 2], uint32_t slot) const {
 #pragma unroll
-    for (int j = kFirst; j < kChannels / 8; j += 2) {
+    for (int j = 0; j < kChannels / 8; j += 2) {
       stmatrix_x4(matrix_address(slot, Traits::kAPanelBytes, warp * 16 + (lane & 15), j), pack2<Element>(v[4 * j], v[4 * j + 1]),
                   pack2<Element>(v[4 * j + 2], v[4 * j + 3]), pack2<Element>(v[4 * j + 4], v[4 * j + 5]),
                   pack2<Element>(v[4 * j + 6], v[4 * j + 7]));

@@ -118,10 +118,10 @@ __device__ __forceinline__ void activate(const float (&s)[kHiddenChunk / 2], uin
   }
 }
 
-// A, the first product's operand: its first channels in registers (16 x 16 fragments), the descriptor of the panels in shared memory.
+// A, the first product's operand: in registers (16 x 16 fragments), or the descriptor of its panels in shared memory.
 template <class Traits>
 struct OperandA {
-  uint32_t fragments[Traits::kARegisterChannels > 0 ? Traits::kARegisterChannels / 4 : 1];
+  uint32_t fragments[Traits::kARegisters ? Traits::kChannels / 4 : 1];
   uint64_t descriptor;
 };
 
@@ -129,18 +129,14 @@ struct OperandA {
 template <class Traits>
 __device__ __forceinline__ void issue_expand(float (&s)[kHiddenChunk / 2], OperandA<Traits>& a, uint64_t w1) {
   constexpr int kStepsPerPanel = Traits::kPanel / 16;
-  // Opaque: a step's descriptor is worked out here, else each keeps two registers throughout the loop.
-  uint32_t start = static_cast<uint32_t>(a.descriptor);
-  if constexpr (Traits::kARegisterChannels < Traits::kChannels) asm volatile("" : "+r"(start));
-  const auto descriptor = [&](int offset) { return a.descriptor >> 32 << 32 | (start + offset); };
 #pragma unroll
   for (int k = 0; k < Traits::kChannels / 16; ++k) {
     const int panel = k / kStepsPerPanel, inside = k % kStepsPerPanel * 2;
     const uint64_t b = w1 + panel * (kHiddenChunk * Traits::kRowBytes / 16) + inside;
-    if (k * 16 < Traits::kARegisterChannels) {
+    if constexpr (Traits::kARegisters) {
       wgmma_rs<ElementOf<Traits>, kHiddenChunk>(s, a.fragments + 4 * k, b, k > 0);
     } else {
-      wgmma_ss<ElementOf<Traits>, kHiddenChunk>(s, descriptor(panel * (Traits::kAPanelBytes / 16) + inside), b, k > 0);
+      wgmma_ss<ElementOf<Traits>, kHiddenChunk>(s, a.descriptor + panel * (Traits::kAPanelBytes / 16) + inside, b, k > 0);
     }
   }
 }
@@ -161,9 +157,7 @@ struct FeedForward {
   using Hidden = uint32_t[kHiddenChunk / 4];
   using Output = float[Traits::kChannels / 2];
   static constexpr int kFixed = Traits::kFixedSlots;
-  // Both products of a step are finished in it, so what is released is what was waited for last.
-  static constexpr bool kDrains = Traits::kSchedule == Schedule::kDrain || Traits::kSchedule == Schedule::kOneSet;
-  static_assert(kFixed == 0 || kDrains);
+  static_assert(kFixed == 0 || Traits::kSchedule == Schedule::kDrain);  // what is released is what was waited for last
   const Work& p;
   const Bars bar;
   uint32_t w1_base, w2_base, bias_base;
@@ -245,12 +239,7 @@ struct FeedForward {
     project(o, h, chunk > 0);
     cute::warpgroup_wait<1>();
     release_w1();
-    if constexpr (Traits::kSchedule == Schedule::kOneSet) {
-      cute::warpgroup_wait<0>();
-      fence_operands(o);
-      release_w2();
-      activate_chunk(s, next, chunk + 1);
-    } else if constexpr (Traits::kSchedule == Schedule::kDrain) {
+    if constexpr (Traits::kSchedule == Schedule::kDrain) {
       activate_chunk(s, next, chunk + 1);
       cute::warpgroup_wait<0>();
       fence_operands(o);
@@ -263,9 +252,8 @@ struct FeedForward {
 
   template <class Read>
   __device__ __forceinline__ void run_one(Output& o, OperandA<Traits>& a, Read&& read) {
-    constexpr int kOther = Traits::kSchedule == Schedule::kOneSet ? 0 : 1;
     Sums s;
-    Hidden h[kOther + 1];
+    Hidden h[2];
     expand(s, a);
     cute::warpgroup_wait<0>();
     read();
@@ -274,12 +262,12 @@ struct FeedForward {
     int chunk = 0;
 #pragma unroll 1
     for (; chunk + 2 < count; chunk += 2) {
-      step(o, s, a, h[0], h[kOther], chunk);
-      step(o, s, a, h[kOther], h[0], chunk + 1);
+      step(o, s, a, h[0], h[1], chunk);
+      step(o, s, a, h[1], h[0], chunk + 1);
     }
     if (chunk + 2 == count) {
-      step(o, s, a, h[0], h[kOther], chunk);
-      finish(o, h[kOther]);
+      step(o, s, a, h[0], h[1], chunk);
+      finish(o, h[1]);
     } else {
       finish(o, h[0]);
     }
@@ -332,7 +320,7 @@ struct FeedForward {
     cute::warpgroup_wait<0>();
     fence_operands(o);
     release_w2();
-    if (!kDrains && count > 1) release_w2();
+    if (Traits::kSchedule != Schedule::kDrain && count > 1) release_w2();
   }
 
   // read: called once the first product has finished, from when on A's fragments are in registers for certain.

@@ -39,7 +39,6 @@ struct FeedForwardTraits {
   static constexpr Activation kActivation = kActivation_;
   static constexpr int kWarpgroups = kChoice.warpgroups;
   static constexpr bool kARegisters = kChoice.a_registers;
-  static constexpr int kARegisterChannels = kARegisters ? kChannels : 0;
   static constexpr bool kXShared = kChoice.x_shared;
   static constexpr Schedule kSchedule = kChoice.schedule;
   static constexpr int kPanel = kChannels % 64 == 0 ? 64 : 32;

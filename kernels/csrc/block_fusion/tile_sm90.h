@@ -23,13 +23,12 @@ constexpr int kMaxSlots = 8;
 //   kDrain:    S(j+1), P(j) W2 issued together, both finished every step: weights are released soonest (shallow rings)
 //   kOneAhead: S one chunk ahead, the queue never drains
 //   kTwoAhead: S two chunks ahead in two sets of registers
-//   kOneSet:   as kDrain, but the activation waits for both products and needs one set of P
-enum class Schedule { kDrain, kOneAhead, kTwoAhead, kOneSet };
+enum class Schedule { kDrain, kOneAhead, kTwoAhead };
 
 // What was measured best at each width (NOTES.md): with three consumer warpgroups a thread has 160 registers, with two 240.
 struct WidthChoice {
   int warpgroups;
-  bool a_registers;        // the first product's operand A stays in registers, else (but for kARegisterChannels) it lies in shared memory
+  bool a_registers;        // the first product's operand A stays in registers, else it lies in shared memory
   bool conv_weights_stay;  // in shared memory; else each warp reads them from global memory, two channel blocks ahead
   bool alternates;         // the warpgroups take turns at the weights, a tile each: one convolves while another multiplies
   Schedule schedule;
@@ -40,7 +39,7 @@ constexpr WidthChoice width_choice(int channels) {
   if (channels <= 96) return {2, true, true, false, Schedule::kTwoAhead};
   if (channels <= 128) return {2, true, true, true, Schedule::kTwoAhead};
   if (channels <= 192) return {2, false, true, true, Schedule::kOneAhead};
-  return {2, false, false, true, Schedule::kOneSet};
+  return {2, false, false, true, Schedule::kDrain};
 }
 
 // Compile-time description of one variant.
@@ -56,8 +55,6 @@ struct BlockTraits {
   static constexpr Activation kActivation = kActivation_;
   static constexpr int kWarpgroups = kChoice.warpgroups;
   static constexpr bool kARegisters = kChoice.a_registers;
-  // Channels of A in registers; wgmma reads the others from shared memory each chunk, at whose rate it waits. More than 80 spill.
-  static constexpr int kARegisterChannels = kARegisters ? kChannels : kChoice.schedule == Schedule::kOneSet ? 80 : 0;
   static constexpr bool kConvWeightsStay = kChoice.conv_weights_stay;
   static constexpr Schedule kSchedule = kChoice.schedule;
   static constexpr bool kAlternates = kChoice.alternates;
@@ -83,7 +80,6 @@ struct BlockTraits {
   static constexpr bool kVectorsInShared = kChannels < 256;
   static constexpr bool kHalfActivation = kDType == DType::kHalf;
   static constexpr int kExpandBiasBytes = kHalfActivation ? 2 : 4;
-  static_assert(kARegisterChannels % 16 == 0);
   static_assert(kChannels % 32 == 0 && kChannels <= 256 && (kConvWeightsStay || kGroupWidth == 8));
 };
 
