@@ -6,7 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1 HOME=$work
+# Caches too: left in /tmp of the image they would be closed to every other user.
+export OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1 HOME=$work TMPDIR=$work MPLCONFIGDIR=$work/matplotlib NUMBA_CACHE_DIR=$work/numba
 python -c 'import convfirst_kernels.library as library; print("kernels:", library.__file__)'
 python -m pytest --quiet -p no:cacheprovider --basetemp "$work/pytest" \
   kernels/tests/test_block.py tests/models tests/data/test_ffcv.py
