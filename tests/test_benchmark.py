@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from convfirst.app import benchmark as benchmark_module
+from convfirst.app import training_step as training_step_module
+from convfirst.app import training_throughput as training_throughput_module
 from convfirst.app.bare_loop import bare_loop
 from convfirst.app.benchmark import SUITES, benchmark
 from convfirst.app.kernels_agreement import compare
@@ -61,6 +63,41 @@ def test_training_is_held_against_the_bare_loop(tmp_path):
     expected = pytest.approx(row["images_per_s"] / row["bare_images_per_s"], rel=2 * rounded, abs=1e-4)
     assert row["ratio_to_bare"] == expected
     assert 0 <= row["data_wait"] < 1
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_several_devices_train_by_the_strategy_asked_for(strategy, monkeypatch):
+    trained = []
+
+    def run_trainer(overrides, devices, warmup_steps):
+        trained.extend(overrides)
+        return {"images_per_s": 10.0, "data_wait": 0.0, "peak_memory_gib": 1.0}
+
+    monkeypatch.setattr(training_throughput_module, "run_trainer", run_trainer)
+    monkeypatch.setattr(training_throughput_module, "run_bare_loop", lambda arguments, devices: {"images_per_s": 20.0})
+    options = ["devices=[2]", f"strategy={strategy}", "recipes=[convfirst_nano]"]
+    config = compose("suite=training_throughput", *(f"training_throughput.{option}" for option in options))
+    (row,) = training_throughput_module.training_throughput(config)
+    assert f"trainer={strategy}" in trained
+    assert (row["strategy"], row["devices"], row["ratio_to_bare"]) == (strategy, 2, 0.5)
+
+
+def test_steps_on_several_devices_without_a_peer(monkeypatch):
+    measured = []
+
+    def bare_loop(model, kernels, **options):
+        measured.append((model, kernels))
+        return {"images_per_s": 10.0, "ms": 1.0, "peak_memory_gib": None}
+
+    several = {"images_per_s": 19.0, "ms": 1.0, "peak_memory_gib": None}
+    monkeypatch.setattr(training_step_module, "bare_loop", bare_loop)
+    monkeypatch.setattr(training_step_module, "run_bare_loop", lambda arguments, devices: several)
+    options = ["models=[convfirst_atto]", "peers=null", "devices=[1,2]", "modes=[eager]"]
+    (row,) = training_step_module.training_step(
+        compose("suite=training", *(f"training.{option}" for option in options))
+    )
+    assert measured == [("convfirst_atto", "required")]
+    assert (row["devices"], row["scaling"]) == (2, 1.9)
 
 
 def test_steps_with_kernels_are_held_against_the_same_model_and_its_peer(tmp_path, capsys):
@@ -170,6 +207,19 @@ def test_missing_gpu_is_said(monkeypatch):
 def test_suites_are_found_by_name(monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark_module, "SUITES", {**SUITES, "mine": lambda config: [{"name": config.suite}]})
     assert benchmark(compose("suite=mine", f"output={tmp_path / 'out.json'}")) == [{"name": "mine"}]
+
+
+def test_a_commit_made_meanwhile_stops_no_measurement(monkeypatch, tmp_path):
+    path = tmp_path / "out.json"
+
+    def suite(config):
+        for name in ("before", "after"):
+            monkeypatch.setenv("GIT_COMMIT", name)
+            yield {"name": name}
+
+    monkeypatch.setattr(benchmark_module, "SUITES", {**SUITES, "mine": suite})
+    rows = benchmark(compose("suite=mine", f"output={path}"))
+    assert json.loads(path.read_text())["rows"] == rows == [{"name": "before"}, {"name": "after"}]
 
 
 def test_rows_are_written_as_they_come(monkeypatch, tmp_path):

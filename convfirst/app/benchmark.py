@@ -42,15 +42,17 @@ def benchmark(config: DictConfig) -> list[dict]:
     gpu = f"-{gpu_slug()}" if config.suite in PER_GPU and torch.cuda.is_available() else ""
     output = REPOSITORY / Path(config.output or f"results/{config.suite.replace('_', '-')}{gpu}.json")
     rows: list[dict] = []
+    written = None
     try:
         for row in SUITES[config.suite](config):
             rows.append(row)
             # Row by row: what was measured before an error, or before the process is killed, isn't lost.
-            write_results(output, config.suite, [row], append=config.append or len(rows) > 1)
+            written = write_results(output, config.suite, [row] if config.append else rows, append=config.append)
     finally:
         if rows:
             _print_rows(config.suite, rows)
-            log.info("wrote %s", output)
+        if written:
+            log.info("wrote %s", written)
     return rows
 
 
