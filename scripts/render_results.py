@@ -7,8 +7,9 @@ They say what to show in comments, and this script fills in what stands between 
     <!-- end -->
 
 `table` lists columns of the file's rows, each with its heading after a colon; `plot` draws bars of one column, a group
-for each value of `by` and a colour for each value of `over`. `where column=value` keeps only such rows. With --check
-nothing is written, and the exit status is 1 if their tables differ from the measurements.
+for each value of `by` and a colour for each value of `over`. `where column=value` keeps only such rows. A file without
+rows, as gpu-tests.json, is one row itself. With --check nothing is written, and the exit status is 1 if their tables
+differ from the measurements.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def render(text: str, root: Path, draw: bool = True) -> str:
             return start + MISSING + end
         results = json.loads(path.read_text())
         request, _, condition = request.partition(" where ")
-        rows = [row for row in results["rows"] if _matches(row, condition)]
+        rows = [row for row in results.get("rows", [results]) if _matches(row, condition)]
         body = _table(rows, request.split()) if kind == "table" else _plot(rows, request, path, draw)
         return start + body + "\n" + _provenance(results) + "\n" + end
 

@@ -42,6 +42,14 @@ def test_table_shows_the_chosen_columns_and_rows(render, tmp_path):
     assert render(text, tmp_path) == text
 
 
+def test_a_file_without_rows_is_one_row(render, tmp_path):
+    (tmp_path / "r.json").write_text(
+        json.dumps({key: RESULTS[key] for key in RESULTS if key != "rows"} | {"failed": 3})
+    )
+    text = render(readme("table r.json device failed:red"), tmp_path)
+    assert "| device | red |\n| --- | --- |\n| GPU | 3 |\n\nMeasured on GPU," in text
+
+
 def test_plot_is_drawn_and_linked(render, tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results/r.json").write_text(json.dumps(RESULTS))
