@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3
 from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric, SumMetric
 
-from convfirst.training.fsdp import shard
+from convfirst.training.fsdp import compile_sharded, shard
 from convfirst.training.schedule import create_scheduler
 from convfirst.training.seeding import step_seed
 
@@ -80,7 +80,8 @@ class ClassificationModule(LightningModule):
             for module in [self.model] if self.ema is None else [self.model, self.ema.module]:
                 shard(module, self.device_mesh)
         if self._compile is not None and self.trainer.training:
-            self.model.compile(**self._compile)
+            sharded = isinstance(self.model, FSDPModule)
+            compile_sharded(self.model, **self._compile) if sharded else self.model.compile(**self._compile)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = create_optimizer_v2(self.model, **self._optimizer)

@@ -27,6 +27,7 @@ def alone(tmp_path_factory):
 STRATEGIES = {
     "ddp": [],
     "fsdp": ["trainer=fsdp", "trainer.precision=32-true"],
+    "fsdp, compiled": ["trainer=fsdp", "trainer.precision=32-true", "compile.enabled=true"],
 }
 
 
