@@ -1,4 +1,9 @@
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import hydra
@@ -11,7 +16,7 @@ from convfirst.app import training_throughput as training_throughput_module
 from convfirst.app.bare_loop import bare_loop
 from convfirst.app.benchmark import SUITES, benchmark
 from convfirst.app.kernels_agreement import compare
-from convfirst.app.results import environment, git_object, write_results
+from convfirst.app.results import REPOSITORY, environment, git_object, write_results
 from convfirst.app.timing import median_ms
 
 CONFIGS = str(Path(__file__).parents[1] / "configs")
@@ -80,6 +85,23 @@ def test_several_devices_train_by_the_strategy_asked_for(strategy, monkeypatch):
     (row,) = training_throughput_module.training_throughput(config)
     assert f"trainer={strategy}" in trained
     assert (row["strategy"], row["devices"], row["ratio_to_bare"]) == (strategy, 2, 0.5)
+
+
+def test_stopping_the_suite_ends_the_workers_of_torchrun(tmp_path):
+    worker = "import os, pathlib, time; pathlib.Path(os.sys.argv[1]).write_text(str(os.getpid())); time.sleep(600)"
+    (tmp_path / "worker.py").write_text(worker)
+    arguments = ["-m", "torch.distributed.run", "--standalone", str(tmp_path / "worker.py"), str(tmp_path / "pid")]
+    code = "from convfirst.app.training_throughput import _run; import sys; _run(sys.argv[1:])"
+    suite = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=REPOSITORY, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (pid := tmp_path / "pid").exists() or not pid.read_text():
+        assert suite.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    suite.send_signal(signal.SIGINT)
+    assert suite.wait(timeout=90) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_steps_on_several_devices_without_a_peer(monkeypatch):

@@ -123,11 +123,21 @@ def _bare_arguments(train_config: DictConfig, suite: DictConfig) -> dict:
 
 
 def _run(arguments: list[str]) -> str:
-    done = subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    if done.returncode:
-        output = "\n".join((done.stdout + done.stderr).splitlines()[-30:])
-        raise RuntimeError(f"exit status {done.returncode} of python {' '.join(arguments)}:\n{output}")
-    return done.stdout
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, *arguments], cwd=REPOSITORY, **pipes) as process:
+        try:
+            output, errors = process.communicate()
+        except BaseException:
+            process.terminate()  # a killed torchrun would leave its workers on the GPUs
+            try:
+                process.communicate(timeout=60)  # it gives them 30 seconds
+            finally:
+                process.kill()
+            raise
+    if process.returncode:
+        tail = "\n".join((output + errors).splitlines()[-30:])
+        raise RuntimeError(f"exit status {process.returncode} of python {' '.join(arguments)}:\n{tail}")
+    return output
 
 
 def _row(
