@@ -85,6 +85,9 @@ def test_several_devices_train_by_the_strategy_asked_for(strategy, monkeypatch):
     (row,) = training_throughput_module.training_throughput(config)
     assert f"trainer={strategy}" in trained
     assert (row["strategy"], row["devices"], row["ratio_to_bare"]) == (strategy, 2, 0.5)
+    config.training_throughput.bare = False
+    (row,) = training_throughput_module.training_throughput(config)
+    assert (row["images_per_s"], row["bare_images_per_s"], row["ratio_to_bare"]) == (10.0, None, None)
 
 
 def test_stopping_the_suite_ends_the_workers_of_torchrun(tmp_path):
