@@ -55,7 +55,7 @@ def sources():
             traits = (f"LatencyTraits<DType::{dtype}, {width}, Activation::{activation}>" for activation in ACTIVATIONS)
             rows = [f"template struct LatencyKernel<{name}>;" for name in traits]
             yield f"latency_sm90_c{width}_{dtype[1:].lower()}.cu", "launch_latency_sm90.cuh", "\n".join(rows)
-            rows = [row.replace("LatencyKernel", "StageKernel") for row in rows]
+            rows = [row.replace("Latency", "Stage") for row in rows]
             yield f"stage_sm90_c{width}_{dtype[1:].lower()}.cu", "launch_stage_sm90.cuh", "\n".join(rows)
     for dtype in DTYPES:
         rows = [f"template struct StageKernel<WideTraits<DType::{dtype}, 512, Activation::{a}>>;" for a in ACTIVATIONS]
