@@ -3,7 +3,7 @@
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import timm
@@ -56,12 +56,12 @@ def benchmark(config: DictConfig) -> list[dict]:
     return rows
 
 
-def throughput(config: DictConfig) -> list[dict]:
+def throughput(config: DictConfig) -> Iterator[dict]:
     """Images/s of inference with calls queued up: one row for each model, mode and batch size."""
     return _inference(config, config.throughput, synchronize=False)
 
 
-def latency(config: DictConfig) -> list[dict]:
+def latency(config: DictConfig) -> Iterator[dict]:
     """Time of one forward pass on an idle device, launching included: one row for each model, mode and batch size."""
     return _inference(config, config.latency, synchronize=True)
 
@@ -76,27 +76,27 @@ def cost(config: DictConfig) -> list[dict]:
     return rows
 
 
-def blocks(config: DictConfig) -> list[dict]:
+def blocks(config: DictConfig) -> Iterator[dict]:
     """Fused residual blocks against the same modules under Inductor: one row for each block, dtype and batch size."""
     return _kernel_suites()["blocks"](**config.blocks)
 
 
-def networks(config: DictConfig) -> list[dict]:
+def networks(config: DictConfig) -> Iterator[dict]:
     """Networks with fused blocks against themselves and their counterparts under Inductor, both in CUDA graphs."""
     return _kernel_suites()["models"](**config.networks)
 
 
-def winograd(config: DictConfig) -> list[dict]:
+def winograd(config: DictConfig) -> Iterator[dict]:
     """Winograd's convolution on VGG-E's layers against cuDNN: a row for each layer, batch size, dtype and algorithm."""
     return _kernel_suites()["winograd"](**config.winograd)
 
 
-def direct(config: DictConfig) -> list[dict]:
+def direct(config: DictConfig) -> Iterator[dict]:
     """Direct convolution of maxDNN's and VGG-E's layers against cuDNN, and its gradients."""
     return _kernel_suites()["direct"](**config.direct)
 
 
-def _kernel_suites() -> Mapping[str, Callable[..., list[dict]]]:
+def _kernel_suites() -> Mapping[str, Callable[..., Iterator[dict]]]:
     """The suites that the kernel package keeps beside its tests."""
     if not torch.cuda.is_available():
         raise ValueError("suites blocks and models time CUDA kernels, but there is no CUDA device here")
@@ -111,20 +111,18 @@ def _cost(model: nn.Module, image_size: int) -> tuple[float, float]:
     return round(macs / 1e9, 3), round(sum(p.numel() for p in model.parameters()) / 1e6, 3)
 
 
-def _inference(config: DictConfig, suite: DictConfig, synchronize: bool) -> list[dict]:
+def _inference(config: DictConfig, suite: DictConfig, synchronize: bool) -> Iterator[dict]:
     _check("dtype", config.dtype, DTYPES)
     check_kernels(config.kernels)
     if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={config.device!r}, but there is no CUDA device here; use device=cpu")
-    rows = []
     for name in config.models:
         for mode in suite.modes:
             _check("modes", mode, MODES)
             for batch in suite.batches:
                 log.info("%s, %s, batch %d", name, mode, batch)
-                rows.append(_measure(config, name, mode, batch, synchronize))
+                yield _measure(config, name, mode, batch, synchronize)
                 torch.compiler.reset()
-    return rows
 
 
 @torch.no_grad()

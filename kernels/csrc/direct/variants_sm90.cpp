@@ -138,7 +138,7 @@ struct FewRow {
   static constexpr Variant row() { return {"sm90_few_taps", 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
-// kRgb: three channels and stride 2 or 4, which is what ran on a GPU; else whatever more the kernel takes.
+// kRgb: three channels and stride 2 or 4, which was timed at its layers; else whatever more the kernel takes, by name alone.
 template <bool kRgb>
 struct FirstRow {
   static bool supports(const Problem& q, const Device& d) {
