@@ -15,15 +15,15 @@
 //
 //   what                         where                                          written by            released when
 //   x tile with halo             shared, kPanel-channel panels, TMA swizzle     warp 1 (TMA)          tile stored
-//   A, kARegisterChannels        registers, wgmma operand layout                consumer              first products of the tile done
-//   A, the other channels        shared, over the x tile                        consumer              tile stored
+//   A (kARegisters)              registers, wgmma operand layout                consumer              first products of the tile done
+//   A (otherwise)                shared, over the x tile                        consumer              tile stored
 //   W1, W2 chunks                shared, two rings, or resident if all fit      warp 0 (TMA)          product done, per chunk
 //   convolution weights          shared, or registers (B fragments) two pairs   warp 0 (TMA), or      -
 //                                of channel blocks ahead of their use           consumer, from L2
 //   bias, norm, scale vectors    shared, float32; at 256 channels L1            prologue              -
 //   turns at the rings           shared, a barrier a consumer and ring          the consumer before   turn taken
 //   convolution sums, then O     the same C/2 registers, from the bias on        mma.sync, then wgmma  -
-//   S, P                         32 and 2 x 16 registers (kOneSet: 16)          wgmma, activation     -
+//   S, P                         32 and 2 x 16 registers                        wgmma, activation     -
 //   y tile                       shared, over the x tile; 16-byte stores        consumer              -
 #pragma once
 
@@ -125,18 +125,12 @@ __device__ void produce_weights(const KernelParams& p, const CUtensorMap& w1_map
                                 const SharedLayout& layout, Barriers bar) {
   const bool w1_resident = !Traits::kAlternates && p.w1_slots == p.chunks, w2_resident = !Traits::kAlternates && p.w2_slots == p.chunks;
   const int tiles = tiles_of_block(p), passes = Traits::kAlternates ? tiles : (tiles + Traits::kWarpgroups - 1) / Traits::kWarpgroups;
-  // Where turns overlap, a tile begins when the one before is half done: every chunk of the stream serves two tiles, but the first and the last
-  // `alone` chunks one, for whose missing other the producer releases the slot.
-  const int alone = Traits::kOverlaps ? p.chunks / 2 : 0, streamed = passes * p.chunks - max(passes - 1, 0) * alone;
   RingState<Traits::kFixedSlots> w1, w2;
   if (Traits::kConvWeightsStay) {
     TransactionBarrier* full = transaction_barrier(bar.conv_full());
     full->arrive_and_expect_tx(Traits::kConvWeightBytes);
     bulk_load(p.conv_weight, full, smem + layout.conv_weight, Traits::kConvWeightBytes);
   }
-  const auto release_alone = [&](uint32_t empty, int chunk) {
-    if (Traits::kOverlaps && (chunk < alone || chunk >= streamed - alone)) arrive_barrier(empty, 4);
-  };
   const auto load_w1 = [&](int chunk) {
     wait_barrier(bar.w1_empty(w1.slot()), w1.phase() ^ 1);  // the slots start empty
     TransactionBarrier* full = transaction_barrier(bar.w1_full(w1.slot()));
@@ -150,19 +144,16 @@ __device__ void produce_weights(const KernelParams& p, const CUtensorMap& w1_map
   };
   // W1 runs as far ahead of W2 as S does of the projection: in step with it, a slot of W1 would wait for one of W2 that is released later.
   constexpr int kLead = Traits::kSchedule == Schedule::kTwoAhead ? 2 : 1;
-  const int w1_chunks = w1_resident ? p.chunks : streamed, w2_chunks = w2_resident ? p.chunks : streamed;
+  const int w1_chunks = (w1_resident ? 1 : passes) * p.chunks, w2_chunks = (w2_resident ? 1 : passes) * p.chunks;
   int first = 0, second = 0;  // chunks to load next
   for (int i = 0; i < max(w1_chunks, w2_chunks + kLead); ++i) {
     if (i < w1_chunks) {
-      const uint32_t empty = bar.w1_empty(w1.slot());
       load_w1(first);
-      release_alone(empty, i);
       if (++first == p.chunks) first = 0;
     }
     if (i >= kLead && i - kLead < w2_chunks) {
       wait_barrier(bar.w2_empty(w2.slot()), w2.phase() ^ 1);
       load_w2<Traits>(w2_map, transaction_barrier(bar.w2_full(w2.slot())), smem + layout.w2 + w2.slot() * Traits::kW2Bytes, second, false);
-      release_alone(bar.w2_empty(w2.slot()), i - kLead);
       w2.advance(p.w2_slots, false);
       if (++second == p.chunks) second = 0;
     }
@@ -495,22 +486,22 @@ struct Consumer {
   // Normalises the sums and makes them the first product's operand.
   __device__ __forceinline__ void to_operand(float (&sums)[kChannels / 2], OperandA<Traits>& a, uint32_t slot) const {
     if (p.has_norm) layer_norm<kChannels>(sums, p.norm_weight != nullptr || p.norm_bias != nullptr, p.eps, lane, [&](int i, int c) { return vector_at(i, c); });
+    if constexpr (Traits::kARegisters) {
 #pragma unroll
-    for (int i = 0; i < Traits::kARegisterChannels / 4; ++i) a.fragments[i] = pack2<Element>(sums[2 * i], sums[2 * i + 1]);
-    if constexpr (!Traits::kARegisters) {
+      for (int i = 0; i < kChannels / 4; ++i) a.fragments[i] = pack2<Element>(sums[2 * i], sums[2 * i + 1]);
+    } else {
       warpgroup_barrier(1 + warpgroup);  // every warp has read its taps
-      store_pixels<Traits::kARegisterChannels / 8>(sums, slot);
+      store_pixels(sums, slot);
       fence_async_proxy();
       warpgroup_barrier(1 + warpgroup);
       a.descriptor = matrix_descriptor<Traits::kRowBytes>(slot);
     }
   }
 
-  // The warp's 16 pixels as rows of a dense tile, from the 8-channel block kFirst on.
-  template <int kFirst = 0>
+  // The warp's 16 pixels as rows of a dense tile.
   __device__ __forceinline__ void store_pixels(const float (&v)[kChannels / 2], uint32_t slot) const {
 #pragma unroll
-    for (int j = kFirst; j < kChannels / 8; j += 2) {
+    for (int j = 0; j < kChannels / 8; j += 2) {
       stmatrix_x4(matrix_address(slot, Traits::kAPanelBytes, warp * 16 + (lane & 15), j), pack2<Element>(v[4 * j], v[4 * j + 1]),
                   pack2<Element>(v[4 * j + 2], v[4 * j + 3]), pack2<Element>(v[4 * j + 4], v[4 * j + 5]),
                   pack2<Element>(v[4 * j + 6], v[4 * j + 7]));
@@ -649,8 +640,10 @@ struct Consumer {
                                                smem_address(smem + layout.expand_bias), lane, 0, p.chunks, {}, {}, {}, {}};
     const int tiles = tiles_of_block(p);
     if constexpr (Traits::kAlternates) {
-      feed_forward.warpgroup = warpgroup, feed_forward.next = (warpgroup + 1) % kTurns;
-      feed_forward.jump(warpgroup * feed_forward.stride());
+      const int next = (warpgroup + 1) % kTurns;
+      feed_forward.turn_w1 = bar.w1_turn(warpgroup), feed_forward.turn_w2 = bar.w2_turn(warpgroup);
+      feed_forward.next_w1 = bar.w1_turn(next), feed_forward.next_w2 = bar.w2_turn(next);
+      feed_forward.jump(warpgroup * p.chunks);
     }
     for (int i = warpgroup; i < tiles; i += kTurns) {
       const int slot_index = i % p.x_slots;
@@ -662,10 +655,9 @@ struct Consumer {
       convolve(sums, slot, Tile(p, blockIdx.x + i * gridDim.x), bar);
       to_operand(sums, a, slot);
       if constexpr (Traits::kAlternates) feed_forward.turn = i == 0 ? -1 : (i - 1) / kTurns & 1;
-      if constexpr (Traits::kOverlaps) feed_forward.first = i % 2 * feed_forward.stride();
       initialise_sums(sums, 3);
       feed_forward.run(sums, a);
-      if constexpr (Traits::kAlternates) feed_forward.jump(kTurns * feed_forward.stride() - p.chunks);
+      if constexpr (Traits::kAlternates) feed_forward.jump((kTurns - 1) * p.chunks);
       finish_tile(sums, slot, Tile(p, blockIdx.x + opaque(i) * gridDim.x));
       fence_async_proxy();
       __syncwarp();
@@ -725,7 +717,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (int i = 0; i < 7 * kMaxSlots; ++i) {
       const int group = i / kMaxSlots;
       const bool weights_empty = group == 3 || group == 4;
-      const int arrivals = group < 3 || i == 6 * kMaxSlots ? 1 : weights_empty && !Traits::kAlternates ? 4 * Traits::kWarpgroups : weights_empty && Traits::kOverlaps ? 8 : 4;
+      const int arrivals = group < 3 || i == 6 * kMaxSlots ? 1 : weights_empty && !Traits::kAlternates ? 4 * Traits::kWarpgroups : 4;
       transaction_barrier(bar.at(group, i % kMaxSlots))->init(arrivals);
     }
     cutlass::arch::fence_barrier_init();

@@ -118,10 +118,10 @@ __device__ __forceinline__ void activate(const float (&s)[kHiddenChunk / 2], uin
   }
 }
 
-// A, the first product's operand: its first channels in registers (16 x 16 fragments), the descriptor of the panels in shared memory.
+// A, the first product's operand: in registers (16 x 16 fragments), or the descriptor of its panels in shared memory.
 template <class Traits>
 struct OperandA {
-  uint32_t fragments[Traits::kARegisterChannels > 0 ? Traits::kARegisterChannels / 4 : 1];
+  uint32_t fragments[Traits::kARegisters ? Traits::kChannels / 4 : 1];
   uint64_t descriptor;
 };
 
@@ -129,18 +129,14 @@ struct OperandA {
 template <class Traits>
 __device__ __forceinline__ void issue_expand(float (&s)[kHiddenChunk / 2], OperandA<Traits>& a, uint64_t w1) {
   constexpr int kStepsPerPanel = Traits::kPanel / 16;
-  // Opaque: a step's descriptor is worked out here, else each keeps two registers throughout the loop.
-  uint32_t start = static_cast<uint32_t>(a.descriptor);
-  if constexpr (Traits::kARegisterChannels < Traits::kChannels) asm volatile("" : "+r"(start));
-  const auto descriptor = [&](int offset) { return a.descriptor >> 32 << 32 | (start + offset); };
 #pragma unroll
   for (int k = 0; k < Traits::kChannels / 16; ++k) {
     const int panel = k / kStepsPerPanel, inside = k % kStepsPerPanel * 2;
     const uint64_t b = w1 + panel * (kHiddenChunk * Traits::kRowBytes / 16) + inside;
-    if (k * 16 < Traits::kARegisterChannels) {
+    if constexpr (Traits::kARegisters) {
       wgmma_rs<ElementOf<Traits>, kHiddenChunk>(s, a.fragments + 4 * k, b, k > 0);
     } else {
-      wgmma_ss<ElementOf<Traits>, kHiddenChunk>(s, descriptor(panel * (Traits::kAPanelBytes / 16) + inside), b, k > 0);
+      wgmma_ss<ElementOf<Traits>, kHiddenChunk>(s, a.descriptor + panel * (Traits::kAPanelBytes / 16) + inside, b, k > 0);
     }
   }
 }
@@ -161,9 +157,7 @@ struct FeedForward {
   using Hidden = uint32_t[kHiddenChunk / 4];
   using Output = float[Traits::kChannels / 2];
   static constexpr int kFixed = Traits::kFixedSlots;
-  // Both products of a step are finished in it, so what is released is what was waited for last.
-  static constexpr bool kDrains = Traits::kSchedule == Schedule::kDrain || Traits::kSchedule == Schedule::kOneSet;
-  static_assert(kFixed == 0 || kDrains);
+  static_assert(kFixed == 0 || Traits::kSchedule == Schedule::kDrain);  // what is released is what was waited for last
   const Work& p;
   const Bars bar;
   uint32_t w1_base, w2_base, bias_base;
@@ -172,24 +166,17 @@ struct FeedForward {
   RingState<kFixed> w1, w2;                               // next to wait for
   RingState<kFixed> w1_free, w2_free;                     // next to release: products trail waits
 
-  // Where warpgroups alternate, which one this is and which is next: its `turn` must have come before a tile's first chunk, and it passes on.
-  int warpgroup = 0, next = 0;
+  // Where warpgroups alternate, the other's turns: `turn` must have come before a tile's first chunk, `next` gets it after the last.
+  uint32_t turn_w1 = 0, turn_w2 = 0, next_w1 = 0, next_w2 = 0;
   int turn = -1;  // phase of the turn; negative: nothing to wait for
-
-  // Chunks from a tile's first to that of the next tile's.
-  __device__ __forceinline__ int stride() const { return Traits::kOverlaps ? count / 2 : count; }
 
   __device__ bool w1_resident() const { return kFixed == 0 && !Traits::kAlternates && p.w1_slots == p.chunks; }
   __device__ bool w2_resident() const { return kFixed == 0 && !Traits::kAlternates && p.w2_slots == p.chunks; }
   __device__ __forceinline__ void pass_w1() {
-    if constexpr (Traits::kAlternates) {
-      if (lane == 0) arrive_barrier(bar.w1_turn(next));
-    }
+    if (Traits::kAlternates && lane == 0) arrive_barrier(next_w1);
   }
   __device__ __forceinline__ void pass_w2() {
-    if constexpr (Traits::kAlternates) {
-      if (lane == 0) arrive_barrier(bar.w2_turn(next));
-    }
+    if (Traits::kAlternates && lane == 0) arrive_barrier(next_w2);
   }
   // Over the chunks of the other warpgroups' tiles.
   __device__ __forceinline__ void jump(int steps) {
@@ -233,9 +220,7 @@ struct FeedForward {
     cute::warpgroup_commit_batch();
   }
   __device__ __forceinline__ void project(Output& o, Hidden& h, bool accumulate) {
-    if constexpr (Traits::kAlternates) {
-      if (!accumulate && turn >= 0) wait_barrier(bar.w2_turn(warpgroup), turn);
-    }
+    if (Traits::kAlternates && !accumulate && turn >= 0) wait_barrier(turn_w2, turn);
     const uint64_t w2_chunk = matrix_descriptor<128>(wait_w2());
     cute::warpgroup_arrive();
     issue_project<Traits>(o, h, w2_chunk, accumulate);
@@ -243,26 +228,18 @@ struct FeedForward {
   }
   __device__ __forceinline__ void activate_chunk(Sums& s, Hidden& h, int chunk) {
     fence_operands(s);
-    int units = first + chunk;
-    if (Traits::kOverlaps && units >= count) units -= count;
-    activate<Traits>(s, h, bias_base + units * kHiddenChunk * Traits::kExpandBiasBytes, lane);
+    activate<Traits>(s, h, bias_base + (first + chunk) * kHiddenChunk * Traits::kExpandBiasBytes, lane);
   }
 
   // One set of S: the next chunk's first product goes before this chunk's second one, which runs under the activation. Products
   // complete in order, so wait<1> says that the previous step's second product is done too; the queue never drains.
   __device__ __forceinline__ void step(Output& o, Sums& s, OperandA<Traits>& a, Hidden& h, Hidden& next, int chunk) {
     expand(s, a);
-    if (chunk + 2 == stride()) pass_w1();
+    if (chunk + 2 == count) pass_w1();
     project(o, h, chunk > 0);
-    if (Traits::kOverlaps && chunk + 1 == stride()) pass_w2();
     cute::warpgroup_wait<1>();
     release_w1();
-    if constexpr (Traits::kSchedule == Schedule::kOneSet) {
-      cute::warpgroup_wait<0>();
-      fence_operands(o);
-      release_w2();
-      activate_chunk(s, next, chunk + 1);
-    } else if constexpr (Traits::kSchedule == Schedule::kDrain) {
+    if constexpr (Traits::kSchedule == Schedule::kDrain) {
       activate_chunk(s, next, chunk + 1);
       cute::warpgroup_wait<0>();
       fence_operands(o);
@@ -275,9 +252,8 @@ struct FeedForward {
 
   template <class Read>
   __device__ __forceinline__ void run_one(Output& o, OperandA<Traits>& a, Read&& read) {
-    constexpr int kOther = Traits::kSchedule == Schedule::kOneSet ? 0 : 1;
     Sums s;
-    Hidden h[kOther + 1];
+    Hidden h[2];
     expand(s, a);
     cute::warpgroup_wait<0>();
     read();
@@ -286,12 +262,12 @@ struct FeedForward {
     int chunk = 0;
 #pragma unroll 1
     for (; chunk + 2 < count; chunk += 2) {
-      step(o, s, a, h[0], h[kOther], chunk);
-      step(o, s, a, h[kOther], h[0], chunk + 1);
+      step(o, s, a, h[0], h[1], chunk);
+      step(o, s, a, h[1], h[0], chunk + 1);
     }
     if (chunk + 2 == count) {
-      step(o, s, a, h[0], h[kOther], chunk);
-      finish(o, h[kOther]);
+      step(o, s, a, h[0], h[1], chunk);
+      finish(o, h[1]);
     } else {
       finish(o, h[0]);
     }
@@ -340,20 +316,18 @@ struct FeedForward {
 
   __device__ __forceinline__ void finish(Output& o, Hidden& h) {
     project(o, h, count > 1);
-    if (!Traits::kOverlaps) pass_w2();
+    pass_w2();
     cute::warpgroup_wait<0>();
     fence_operands(o);
-    if (!kDrains && count > 1) release_w2();
     release_w2();
+    if (Traits::kSchedule != Schedule::kDrain && count > 1) release_w2();
   }
 
   // read: called once the first product has finished, from when on A's fragments are in registers for certain.
   template <class Read>
   __device__ __forceinline__ void run(Output& o, OperandA<Traits>& a, Read&& read) {
     fence_operands(o);
-    if constexpr (Traits::kAlternates) {
-      if (turn >= 0) wait_barrier(bar.w1_turn(warpgroup), turn);
-    }
+    if (Traits::kAlternates && turn >= 0) wait_barrier(turn_w1, turn);
     if constexpr (Traits::kSchedule == Schedule::kTwoAhead) {
       run_two(o, a, read);
     } else {

@@ -39,7 +39,6 @@ struct FeedForwardTraits {
   static constexpr Activation kActivation = kActivation_;
   static constexpr int kWarpgroups = kChoice.warpgroups;
   static constexpr bool kARegisters = kChoice.a_registers;
-  static constexpr int kARegisterChannels = kARegisters ? kChannels : 0;
   static constexpr bool kXShared = kChoice.x_shared;
   static constexpr Schedule kSchedule = kChoice.schedule;
   static constexpr int kPanel = kChannels % 64 == 0 ? 64 : 32;
@@ -53,7 +52,7 @@ struct FeedForwardTraits {
   static constexpr int kAPanelBytes = kTilePixels * kRowBytes;
   static constexpr int kSlotBytes = kTilePixels * kChannels * 2;
   static constexpr int kLeastSlots = kXShared ? 2 : 1;  // a warpgroup's slots of A and x
-  static constexpr bool kAlternates = false, kOverlaps = false;
+  static constexpr bool kAlternates = false;
   static constexpr bool kBiasFirst = false;
   static constexpr bool kSharesTail = kChannels == 256;  // two blocks may share the tiles of a last round
   static constexpr int kW2Parts = kSharesTail ? 2 : 1;

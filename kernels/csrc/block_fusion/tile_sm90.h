@@ -23,30 +23,29 @@ constexpr int kMaxSlots = 8;
 //   kDrain:    S(j+1), P(j) W2 issued together, both finished every step: weights are released soonest (shallow rings)
 //   kOneAhead: S one chunk ahead, the queue never drains
 //   kTwoAhead: S two chunks ahead in two sets of registers
-//   kOneSet:   as kDrain, but the activation waits for both products and needs one set of P
-enum class Schedule { kDrain, kOneAhead, kTwoAhead, kOneSet };
+enum class Schedule { kDrain, kOneAhead, kTwoAhead };
 
 // What was measured best at each width (NOTES.md): with three consumer warpgroups a thread has 160 registers, with two 240.
 struct WidthChoice {
   int warpgroups;
-  bool a_registers;        // the first product's operand A stays in registers, else (but for kARegisterChannels) it lies in shared memory
+  bool a_registers;        // the first product's operand A stays in registers, else it lies in shared memory
   bool conv_weights_stay;  // in shared memory; else each warp reads them from global memory, two channel blocks ahead
   bool alternates;         // the warpgroups take turns at the weights, a tile each: one convolves while another multiplies
   Schedule schedule;
 };
 
-constexpr WidthChoice width_choice(int channels, DType dtype) {
+constexpr WidthChoice width_choice(int channels) {
   if (channels <= 64) return {3, true, true, false, Schedule::kOneAhead};
   if (channels <= 96) return {2, true, true, false, Schedule::kTwoAhead};
-  if (channels <= 128) return {3, false, true, true, Schedule::kOneSet};
+  if (channels <= 128) return {2, true, true, true, Schedule::kTwoAhead};
   if (channels <= 192) return {2, false, true, true, Schedule::kOneAhead};
-  return {2, false, false, true, dtype == DType::kHalf ? Schedule::kDrain : Schedule::kOneSet};
+  return {2, false, false, true, Schedule::kDrain};
 }
 
 // Compile-time description of one variant.
 template <DType kDType_, int kChannels_, Activation kActivation_, int kKernel_ = 3, int kGroupWidth_ = 8>
 struct BlockTraits {
-  static constexpr WidthChoice kChoice = width_choice(kChannels_, kDType_);
+  static constexpr WidthChoice kChoice = width_choice(kChannels_);
   static constexpr DType kDType = kDType_;
   static constexpr int kChannels = kChannels_;
   static constexpr int kKernel = kKernel_;
@@ -56,19 +55,14 @@ struct BlockTraits {
   static constexpr Activation kActivation = kActivation_;
   static constexpr int kWarpgroups = kChoice.warpgroups;
   static constexpr bool kARegisters = kChoice.a_registers;
-  // Channels of A in registers; wgmma reads the others from shared memory each chunk, at whose rate it waits. More than 80 spill.
-  static constexpr int kARegisterChannels = kARegisters ? kChannels : kChannels == 256 && kChoice.schedule == Schedule::kOneSet ? 80 : 0;
   static constexpr bool kConvWeightsStay = kChoice.conv_weights_stay;
   static constexpr Schedule kSchedule = kChoice.schedule;
   static constexpr bool kAlternates = kChoice.alternates;
-  // Three warpgroups of which two multiply at a time: a tile begins at the chunk where the one before is half done, and each chunk of the
-  // endless stream serves two tiles.
-  static constexpr bool kOverlaps = kAlternates && kWarpgroups == 3;
   static constexpr bool kFlatTiles = kChannels > 64;  // the checks of flat tiles cost 4 % at 64 channels, whose large maps take none
   static constexpr bool kSharesTail = false;
   static constexpr bool kBiasFirst = true;  // O starts from the projection's bias
   static constexpr int kW2Parts = 1;
-  static constexpr int kFixedSlots = kChannels == 256 ? 2 : kOverlaps ? 3 : 0;  // of both weights: spares the registers of counting them
+  static constexpr int kFixedSlots = kChannels == 256 ? 2 : 0;  // of both weights, where no more fit: spares the registers of counting them
   static constexpr int kPanel = kChannels % 64 == 0 ? 64 : 32;  // channels of one swizzled panel
   static constexpr int kRowBytes = kPanel * 2;
   static constexpr int kPanels = kChannels / kPanel;
@@ -86,7 +80,6 @@ struct BlockTraits {
   static constexpr bool kVectorsInShared = kChannels < 256;
   static constexpr bool kHalfActivation = kDType == DType::kHalf;
   static constexpr int kExpandBiasBytes = kHalfActivation ? 2 : 4;
-  static_assert(kARegisterChannels % 16 == 0);
   static_assert(kChannels % 32 == 0 && kChannels <= 256 && (kConvWeightsStay || kGroupWidth == 8));
 };
 
@@ -169,7 +162,6 @@ bool choose_slots(const Problem& q, const Device& device, const TileShape& t, Sl
            shared_layout<Traits>(w1, w2, x, x_bytes, q.hidden).total <= device.max_shared_memory;
   };
   const int least_x = Traits::kWarpgroups;
-  if (Traits::kOverlaps && (chunks % 2 != 0 || chunks < 4)) return false;  // a tile begins when the one before is half done
   if (Traits::kFixedSlots > 0) {
     *slots = {Traits::kFixedSlots, Traits::kFixedSlots, least_x};
     if (!fits(slots->w1, slots->w2, least_x)) return false;
