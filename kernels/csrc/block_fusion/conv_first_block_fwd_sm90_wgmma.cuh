@@ -684,8 +684,8 @@ __device__ void load_vectors(const KernelParams& p, char* smem, const SharedLayo
   }
   for (int i = threadIdx.x; i < p.chunks * kHiddenChunk; i += Traits::kThreads) {
     const float b = (p.expand_bias != nullptr ? p.expand_bias[i] : 0.f) * bias_scale<Traits::kActivation>();
-    if constexpr (Traits::kHalfActivation) {
-      reinterpret_cast<__half*>(smem + layout.expand_bias)[i] = __float2half_rn(b);
+    if constexpr (Traits::kExpandBiasBytes == 2) {
+      reinterpret_cast<ElementOf<Traits>*>(smem + layout.expand_bias)[i] = ElementOf<Traits>(b);
     } else {
       reinterpret_cast<float*>(smem + layout.expand_bias)[i] = b;
     }
