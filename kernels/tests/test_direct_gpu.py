@@ -43,6 +43,9 @@ CASES = [
     (1, 3, 150, 300, 64, 7, 7, (2, 2), (3, 3), (1, 1), "none"),
     (2, 3, 30, 37, 64, 3, 3, (1, 1), (1, 1), (1, 1), "relu"),
     (3, 2, 15, 18, 200, 4, 4, (1, 3), (2, 1), (1, 1), "silu"),
+    # Channels and filters that no tile is a multiple of.
+    (3, 36, 17, 11, 70, 3, 3, (2, 2), (1, 1), (1, 1), "gelu"),
+    (6, 100, 20, 20, 257, 3, 2, (1, 1), (2, 2), (2, 2), "silu"),
 ]
 
 
@@ -127,13 +130,13 @@ def test_forward(case, dtype, seed):
 @pytest.mark.parametrize("variant", variants())
 def test_each_variant(variant, seed):
     """Every row of the planner's table on what it covers, chosen by the planner or not."""
-    covered = [case for case in CASES if plan_of(case, torch.float16, path=variant)["chosen"]]
+    dtypes = (*HALVES, torch.float32)
+    covered = [(case, dtype) for case in CASES for dtype in dtypes if plan_of(case, dtype, path=variant)["chosen"]]
     if not covered:
         pytest.skip(f"{variant} covers no forward case on this device")
     with ck.force_path(variant):
-        for case in covered:
-            for dtype in HALVES:
-                check_forward(case, dtype, seed)
+        for case, dtype in covered:
+            check_forward(case, dtype, seed)
 
 
 # Few pixels and a long depth, also one that the blocks of a cluster cannot share evenly.

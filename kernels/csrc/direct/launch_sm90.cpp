@@ -21,6 +21,13 @@ int launch_resident(const GemmProblem& q, const GemmTensors& t, const ResidentPl
   return q.dtype == DType::kHalf ? ResidentKernels<DType::kHalf>::launch(q, t, plan, stream) : ResidentKernels<DType::kBFloat16>::launch(q, t, plan, stream);
 }
 
+int launch_float(const GemmProblem& q, const FloatTensors& t, const FloatPlan& plan, cudaStream_t stream) {
+  static_assert(kFloatTileCount == 3);
+  return plan.tile == 0   ? FloatKernel<0>::launch(q, t, plan, stream)
+         : plan.tile == 1 ? FloatKernel<1>::launch(q, t, plan, stream)
+                          : FloatKernel<2>::launch(q, t, plan, stream);
+}
+
 int launch_first(const Problem& q, const Tensors& t, const FirstPlan& plan, void* workspace, cudaStream_t stream) {
   return q.dtype == DType::kHalf ? Kernels<DType::kHalf>::first(q, t, plan, workspace, stream) : Kernels<DType::kBFloat16>::first(q, t, plan, workspace, stream);
 }
@@ -39,6 +46,10 @@ const void* halo_kernel(DType dtype, int columns) {
 
 const void* resident_kernel(DType dtype) {
   return dtype == DType::kHalf ? ResidentKernels<DType::kHalf>::kernel() : ResidentKernels<DType::kBFloat16>::kernel();
+}
+
+const void* float_kernel(int tile) {
+  return tile == 0 ? FloatKernel<0>::kernel() : tile == 1 ? FloatKernel<1>::kernel() : FloatKernel<2>::kernel();
 }
 
 const void* first_kernel(DType dtype, int columns) {

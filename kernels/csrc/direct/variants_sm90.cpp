@@ -5,6 +5,7 @@
 #include "few_taps_sm90.h"
 #include "first_layer_sm90.h"
 #include "first_layer_wgrad_sm90.h"
+#include "float_gemm_sm90.h"
 #include "launch_sm90.h"
 #include "resident_halo_sm90.h"
 #include "wgrad_sm90.h"
@@ -138,6 +139,31 @@ struct FewRow {
   static constexpr Variant row() { return {"sm90_few_taps", 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
+template <int kTile>
+struct FloatRow {
+  static bool supports(const Problem& q, const Device& d) {
+    return q.direction == Direction::kForward && q.dtype == DType::kFloat && d.max_shared_memory >= kSharedMemory &&
+           float_supports(forward_problem(q), d, kTile);
+  }
+  static Config configure(const Problem& q, const Device& d) {
+    const FloatPlan plan = plan_float_tile(forward_problem(q), d, kTile);
+    Config c{};
+    c.tile_pixels = kFloatTiles[kTile].rows(), c.hidden_chunk = kFloatTiles[kTile].columns(), c.stages = kFloatTiles[kTile].slots();
+    c.threads = kFloatThreads, c.grid = plan.grid, c.shared_memory = plan.shared_memory, c.launches = 2, c.workspace = plan.workspace;
+    c.multiprocessors = d.multiprocessors;
+    return c;
+  }
+  static double cost(const Problem& q, const Device& d, const Config&) { return plan_float_tile(forward_problem(q), d, kTile).cost; }
+  static int launch(const Problem& q, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
+    const auto floats = [](const void* data) { return static_cast<const float*>(data); };
+    const FloatTensors tensors{floats(t.x), floats(t.weight), t.bias, static_cast<float*>(t.result), workspace};
+    const GemmProblem g = forward_problem(q);
+    return launch_float(g, tensors, plan_float_tile(g, device_of(c), kTile), stream);
+  }
+  static const void* kernel(const Problem&) { return float_kernel(kTile); }
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, false}; }
+};
+
 // kRgb: three channels and stride 2 or 4, which is what ran on a GPU; else whatever more the kernel takes.
 template <bool kRgb>
 struct FirstRow {
@@ -244,12 +270,13 @@ constexpr Variant kTable[] = {
     HaloRow<128, 1>::row("sm90_halo_128x128"), HaloRow<128, 2>::row("sm90_halo_128x128x2"), HaloRow<64, 1>::row("sm90_halo_128x64"),
     HaloRow<64, 2>::row("sm90_halo_128x64x2"), HaloRow<64, 4>::row("sm90_halo_128x64x4"),
     ResidentRow::row(), FewRow::row(),
+    FloatRow<0>::row("sm90_float_256x128"), FloatRow<1>::row("sm90_float_512x64"), FloatRow<2>::row("sm90_float_128x256"),
     FirstRow<true>::row("sm90_first_layer"), FirstRow<false>::row("sm90_first_layer_any"), DgradRow::row(),
     WgradRow<0>::row("sm90_wgrad_256x192"), WgradRow<1>::row("sm90_wgrad_192x192"), WgradRow<2>::row("sm90_wgrad_192x128"),
     WgradRow<3>::row("sm90_wgrad_128x256"), WgradRow<4>::row("sm90_wgrad_256x128"),
     FirstWgradRow::row("sm90_first_layer_wgrad"),
 };
-static_assert(std::size(kTable) == kGemmTileCount + kWgradTileCount + 15);
+static_assert(std::size(kTable) == kGemmTileCount + kFloatTileCount + kWgradTileCount + 15);
 
 }  // namespace
 }  // namespace sm90
