@@ -10,8 +10,10 @@
 namespace convfirst::direct::sm90 {
 
 constexpr int kFloatDepth = 32;      // channels of a slice: rows of 128 bytes, swizzled
+constexpr int kFloatGroup = 16;      // of them in a round of the main loop; all 32 are 69 KB of instructions, which take 1.5 times as long
 constexpr int kFloatConsumers = 256, kFloatThreads = kFloatConsumers + 128;
-constexpr int kFloatConsumerRegisters = 216, kFloatProducerRegisters = 72;
+// What the products need: with 216, ptxas moves a tenth of the sums from one depth to the next, and into the wrong bank.
+constexpr int kFloatConsumerRegisters = 208, kFloatProducerRegisters = 88;
 static_assert(2 * kFloatConsumerRegisters + kFloatProducerRegisters <= 3 * (65536 / kFloatThreads / 8 * 8));
 constexpr int kFloatSums = 128;      // a thread: 8 pixels x 16 filters
 constexpr int kFloatTransposed = 2;  // slots of transposed slices
@@ -65,8 +67,9 @@ struct FloatKernel {
 
 inline FloatPlan plan_float_tile(const GemmProblem& q, const Device& device, int index) {
   constexpr int64_t kLeastSteps = 4;  // a smaller share costs more to add up than it saves
-  // Measured on an H200 (NOTES.md): 6.0 to 6.15 us a slice, and 25 to 45 us for what is not in step with them.
-  constexpr double kClockMhz = 1980, kFixedMicroseconds = 40, kSliceClocks[kFloatTileCount] = {11900, 12180, 11950};
+  // Measured on an H100 (NOTES.md): 5.3 to 5.4 us a slice, and 25 us for what is not in step with them; the code of an activation is fetched once.
+  constexpr double kClockMhz = 1980, kSliceClocks[kFloatTileCount] = {10430, 10690, 10390};
+  constexpr double kFixedMicroseconds = 25, kActivationMicroseconds[] = {0, 10, 25, 60};
   const FloatTile& t = kFloatTiles[index];
   const int64_t tiles = (q.pixels() + t.rows() - 1) / t.rows() * ((q.filters + t.columns() - 1) / t.columns());
   FloatPlan plan{};
@@ -76,7 +79,7 @@ inline FloatPlan plan_float_tile(const GemmProblem& q, const Device& device, int
   plan.grid = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(device.multiprocessors, plan.units / kLeastSteps)));
   plan.shared_memory = t.shared_bytes();
   plan.workspace = float_flag_bytes(plan.grid) + int64_t{plan.grid} * kFloatPartialBytes;
-  plan.cost = kFixedMicroseconds + (plan.units + plan.grid - 1) / plan.grid * kSliceClocks[index] / kClockMhz;
+  plan.cost = kFixedMicroseconds + kActivationMicroseconds[static_cast<int>(q.activation)] + (plan.units + plan.grid - 1) / plan.grid * kSliceClocks[index] / kClockMhz;
   return plan;
 }
 

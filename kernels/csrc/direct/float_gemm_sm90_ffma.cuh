@@ -16,8 +16,11 @@
 //   part of a tile       global, one a block, [16 bytes][thread]            a split tile     the block with the tile's first slice adds it
 //   output               global, 16 bytes a thread                          consumer         -
 //
-//   Why transposed: registers lie in two banks, even and odd, that give one operand a clock each, and a load of 16 bytes fills four
-//   neighbours. Were those four of the depth, a product's operands would always be of one bank; as four pixels or filters they take turns.
+//   Why transposed: registers lie in two banks, even and odd, that give one operand a clock each (measured: FFMA of three operands of one
+//   bank take 3.0 clocks, of two 2.0). A product reads its sum and its filter's value, the pixel's comes from the reuse cache; so those two
+//   must be of different banks. A load of 16 bytes fills four neighbours, as four of the sums lie because they are stored so: were the four
+//   loaded of the depth, all would be of one bank; as filters in the sums' order, a sum and its filter's value would be. Therefore
+//   the filters of a transposed slice lie in swapped pairs: 1 0 3 2.
 //
 //   All tiles' slices are shared out evenly (stream-K). Of a tile that several blocks have parts of, the one with the first slice adds
 //   the others' in the order of the depth, so results repeat to the bit. It waits for blocks of lower index only, which the GPU starts
@@ -30,6 +33,9 @@
 namespace convfirst::direct::sm90 {
 
 using namespace convfirst::sm90;
+
+// Position in its pair of a filter's value in a transposed slice, against the filter's own.
+constexpr int kFilterSwap = 1;
 
 struct FloatParams {
   float* y;
@@ -133,7 +139,9 @@ struct FloatProducer {
       const uint32_t there = to + (n < kABlocks ? n * 256 : kShape.b_offset() + (n - kABlocks) * 256) + 4 * c * pitch;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there + k * pitch), "f"(v[0][k]), "f"(v[1][k]), "f"(v[2][k]), "f"(v[3][k])
+        const int swap = n < kABlocks ? 0 : kFilterSwap;
+        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there + k * pitch), "f"(v[swap][k]), "f"(v[1 ^ swap][k]), "f"(v[2 ^ swap][k]),
+                     "f"(v[3 ^ swap][k])
                      : "memory");
       }
     }
@@ -199,7 +207,9 @@ struct FloatConsumer {
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "r"(address));
   }
 
-  // Addresses of four of the depth; the next four of a slot follow at fixed distances.
+  // Addresses of a group of the depth; the next of a slot is kAGroup and kBGroup bytes further on.
+  static constexpr int kGroups = kFloatDepth / kFloatGroup, kSkew = 16;  // bytes, after each four of the depth
+  static constexpr int kAGroup = kFloatGroup * kAPitch + kFloatGroup / 4 * kSkew, kBGroup = kFloatGroup * kBPitch + kFloatGroup / 4 * kSkew;
   struct Position {
     uint32_t a, b;
     __device__ __forceinline__ Position(const FloatConsumer& self, int slot) {
@@ -207,12 +217,12 @@ struct FloatConsumer {
       a = address + (warp / kShape.warps_n * 16 + lane_row(index)) * 16;
       b = address + kShape.b_offset() + (warp % kShape.warps_n * 16 + lane_column(index)) * 16;
     }
-    __device__ __forceinline__ void advance() { a += 4 * kAPitch + 16, b += 4 * kBPitch + 16; }
   };
   static __device__ __forceinline__ void load_fragments(A& a, B& b, const Position& at, int k) {
-    load(a, at.a + k * kAPitch), load(a + 4, at.a + k * kAPitch + 128);
+    const int skew = k / 4 * kSkew;
+    load(a, at.a + k * kAPitch + skew), load(a + 4, at.a + k * kAPitch + skew + 128);
 #pragma unroll
-    for (int q = 0; q < 4; ++q) load(b + 4 * q, at.b + k * kBPitch + q * 64);
+    for (int q = 0; q < 4; ++q) load(b + 4 * q, at.b + k * kBPitch + skew + q * 64);
   }
 
   // Back and forth, so that a pixel's value, and at the turn a filter's, comes from the reuse cache and not from its bank.
@@ -222,18 +232,29 @@ struct FloatConsumer {
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
         const int jj = i & 1 ? 15 - j : j;
-        sums[i][jj] = fmaf(a[i], b[jj], sums[i][jj]);
+        sums[i][jj] = fmaf(a[i], b[jj ^ kFilterSwap], sums[i][jj]);
       }
     }
   }
 
-  // Four of the depth, and before each the loads of the next.
-  static __device__ __forceinline__ void chunk(Sums& sums, A (&a)[2], B (&b)[2], const Position& at, const Position& next) {
+  // A group of the depth; before the products of each, the loads of the next.
+  static __device__ __forceinline__ void multiply_group(Sums& sums, A (&a)[2], B (&b)[2], const Position& at, const Position& next) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      load_fragments(a[(k + 1) % 2], b[(k + 1) % 2], k < 3 ? at : next, (k + 1) % 4);
+    for (int k = 0; k < kFloatGroup; ++k) {
+      load_fragments(a[(k + 1) % 2], b[(k + 1) % 2], k < kFloatGroup - 1 ? at : next, (k + 1) % kFloatGroup);
       multiply(sums, a[k % 2], b[k % 2]);
     }
+  }
+  // Addresses of a slot's barriers, which lie behind the slots.
+  __device__ __forceinline__ uint32_t full(int s) const { return slots + kFloatTransposed * kShape.transposed_bytes() + (kShape.slots() + s) * 8; }
+  __device__ __forceinline__ uint32_t empty(int s) const { return full(s) + kFloatTransposed * 8; }
+
+  // Predicated, not branched around: see multiply_slices.
+  static __device__ __forceinline__ void release(uint32_t barrier, bool now) {
+    __syncwarp();
+    asm volatile("{\n.reg .pred now;\nsetp.ne.u32 now, %1, 0;\n@now mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(barrier),
+                 "r"(static_cast<uint32_t>(now && thread() % 32 == 0))
+                 : "memory");
   }
 
   __device__ __forceinline__ void begin(A& a, B& b) {
@@ -241,28 +262,24 @@ struct FloatConsumer {
     load_fragments(a, b, Position(*this, slot), 0);
   }
 
-  // `count` slices; of the first the first fragments are in a[0] and b[0], and on return those of the slice after, where there is one.
+  // `count` slices; of the first the first fragments are in a[0] and b[0], and on return those of the slice after, where there is `more`.
+  // A round's products are one basic block, because at the border of two ptxas moves sums from one register to another: so each round
+  // waits for the slice that it loads from last, its own or the next, which the producer has had most of a slice's time for.
   __device__ __forceinline__ void multiply_slices(Sums& sums, A (&a)[2], B (&b)[2], int count, bool more) {
+    constexpr int kSlot = kShape.transposed_bytes(), kRing = kFloatTransposed * kSlot;
     Position at(*this, slot);
 #pragma unroll 1
-    for (int pairs = count * 4; pairs > 0; --pairs) {
-      const bool last = pairs % 4 == 1;
-      Position middle = at;
-      middle.advance();
-      chunk(sums, a, b, at, middle);
-      at = middle;
-      at.advance();
-      const int read = slot;
-      if (last) {
-        if (++slot == kFloatTransposed) slot = 0, phase ^= 1;
-        if (pairs > 1 || more) bar.full[slot].wait(phase);
-        at = Position(*this, slot);
-      }
-      chunk(sums, a, b, middle, at);
-      if (last) {
-        __syncwarp();
-        if (thread() % 32 == 0) bar.empty[read].arrive();
-      }
+    for (int groups = count * kGroups; groups > 0; --groups) {
+      const bool last = groups % kGroups == 1, on = last && (groups > 1 || more), wraps = on && slot + 1 == kFloatTransposed;
+      const uint32_t read = empty(slot);
+      Position next = at;
+      next.a += (last && !on ? 0 : kAGroup) + (on ? kSlot - kGroups * kAGroup : 0) - (wraps ? kRing : 0);
+      next.b += (last && !on ? 0 : kBGroup) + (on ? kSlot - kGroups * kBGroup : 0) - (wraps ? kRing : 0);
+      slot = wraps ? 0 : slot + on, phase ^= wraps;
+      wait_barrier(full(slot), phase);
+      multiply_group(sums, a, b, at, next);
+      at = next;
+      release(read, last);
     }
   }
 
