@@ -161,7 +161,7 @@ struct FloatRow {
     return launch_float(g, tensors, plan_float_tile(g, device_of(c), kTile), stream);
   }
   static const void* kernel(const Problem&) { return float_kernel(kTile); }
-  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, false}; }
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
 // kRgb: three channels and stride 2 or 4, which is what ran on a GPU; else whatever more the kernel takes.
