@@ -1,6 +1,8 @@
 // From a plan to a compiled kernel.
 #include "launch_sm90.h"
 
+#include <iterator>
+
 #include "resident_halo_sm90.h"
 
 namespace convfirst::direct::sm90 {
@@ -22,10 +24,10 @@ int launch_resident(const GemmProblem& q, const GemmTensors& t, const ResidentPl
 }
 
 int launch_float(const GemmProblem& q, const FloatTensors& t, const FloatPlan& plan, cudaStream_t stream) {
-  static_assert(kFloatTileCount == 3);
-  return plan.tile == 0   ? FloatKernel<0>::launch(q, t, plan, stream)
-         : plan.tile == 1 ? FloatKernel<1>::launch(q, t, plan, stream)
-                          : FloatKernel<2>::launch(q, t, plan, stream);
+  constexpr decltype(&FloatKernel<0>::launch) kLaunches[] = {FloatKernel<0>::launch, FloatKernel<1>::launch, FloatKernel<2>::launch,
+                                                             FloatKernel<3>::launch, FloatKernel<4>::launch, FloatKernel<5>::launch};
+  static_assert(std::size(kLaunches) == kFloatTileCount);
+  return kLaunches[plan.tile](q, t, plan, stream);
 }
 
 int launch_first(const Problem& q, const Tensors& t, const FirstPlan& plan, void* workspace, cudaStream_t stream) {
@@ -49,7 +51,10 @@ const void* resident_kernel(DType dtype) {
 }
 
 const void* float_kernel(int tile) {
-  return tile == 0 ? FloatKernel<0>::kernel() : tile == 1 ? FloatKernel<1>::kernel() : FloatKernel<2>::kernel();
+  constexpr decltype(&FloatKernel<0>::kernel) kKernels[] = {FloatKernel<0>::kernel, FloatKernel<1>::kernel, FloatKernel<2>::kernel,
+                                                            FloatKernel<3>::kernel, FloatKernel<4>::kernel, FloatKernel<5>::kernel};
+  static_assert(std::size(kKernels) == kFloatTileCount);
+  return kKernels[tile]();
 }
 
 const void* first_kernel(DType dtype, int columns) {

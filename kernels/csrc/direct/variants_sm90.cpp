@@ -161,7 +161,7 @@ struct FloatRow {
     return launch_float(g, tensors, plan_float_tile(g, device_of(c), kTile), stream);
   }
   static const void* kernel(const Problem&) { return float_kernel(kTile); }
-  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel}; }
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, !kFloatTiles[kTile].early}; }
 };
 
 // kRgb: three channels and stride 2 or 4, which is what ran on a GPU; else whatever more the kernel takes.
@@ -271,6 +271,7 @@ constexpr Variant kTable[] = {
     HaloRow<64, 2>::row("sm90_halo_128x64x2"), HaloRow<64, 4>::row("sm90_halo_128x64x4"),
     ResidentRow::row(), FewRow::row(),
     FloatRow<0>::row("sm90_float_256x128"), FloatRow<1>::row("sm90_float_512x64"), FloatRow<2>::row("sm90_float_128x256"),
+    FloatRow<3>::row("sm90_float_early_256x128"), FloatRow<4>::row("sm90_float_early_512x64"), FloatRow<5>::row("sm90_float_early_128x256"),
     FirstRow<true>::row("sm90_first_layer"), FirstRow<false>::row("sm90_first_layer_any"), DgradRow::row(),
     WgradRow<0>::row("sm90_wgrad_256x192"), WgradRow<1>::row("sm90_wgrad_192x192"), WgradRow<2>::row("sm90_wgrad_192x128"),
     WgradRow<3>::row("sm90_wgrad_128x256"), WgradRow<4>::row("sm90_wgrad_256x128"),
