@@ -222,6 +222,7 @@ def test_plan(shape, weight, options, variant):
         ((128, 3, 128, 128), (96, 3, 11, 11), {}, "sm90_first_layer_any"),
         ((8, 1, 64, 64), (32, 1, 5, 5), {"stride": 2}, "sm90_first_layer_any"),
         ((128, 64, 27, 27), (192, 64, 5, 5), {"padding": 2, "dtype": "float32"}, "sm90_float_early_512x64"),
+        ((8, 64, 14, 14), (64, 64, 3, 3), {"direction": "dgrad", "dtype": "float32"}, "sm90_float_dgrad"),
     ],
     ids=str,
 )

@@ -189,6 +189,20 @@ def test_gradients(case, dtype, path, seed):
         check(lambda: ops.direct_conv2d_wgrad(dy, x, *kernel, *flat(case)), truths[1], peers[1])
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case[7] == (1, 1) and case[4] % 4 == 0], ids=str)
+def test_float32_input_gradient_on_hopper(case, seed):
+    """Stride 1 by the forward kernel, chosen by the planner or not."""
+    if not plan_of(case, torch.float32, direction="dgrad", path="sm90_float_dgrad")["chosen"]:
+        pytest.skip("covers no such case on this device")
+    x, weight, _ = inputs(case, torch.float32, seed)
+    dy = torch.randn_like(F.conv2d(x, weight, None, *case[7:10])).contiguous(memory_format=torch.channels_last)
+    arguments = (None, *([*pair] for pair in case[7:10]), False, [0, 0], 1, [True, False, False])
+    truth = torch.ops.aten.convolution_backward(dy.double(), x.double(), weight.double(), *arguments)[0]
+    peer = torch.ops.aten.convolution_backward(dy, x, weight, *arguments)[0]
+    with ck.force_path("sm90_float_dgrad"):
+        check(lambda: torch.ops.convfirst.direct_conv2d_dgrad(dy, weight, *case[2:4], *flat(case)), truth, peer)
+
+
 # Large enough for whole rounds of tiles and for tiles that many blocks share.
 LARGE = [
     (40, 128, 14, 14, 512, 3, 3, (1, 1), (1, 1), (1, 1), "none"),

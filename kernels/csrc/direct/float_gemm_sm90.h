@@ -88,6 +88,16 @@ inline FloatPlan plan_float_tile(const GemmProblem& q, const Device& device, int
   return plan;
 }
 
+// Of the tiles that the planner takes unasked, the one of least cost.
+inline FloatPlan plan_float(const GemmProblem& q, const Device& device) {
+  FloatPlan best = plan_float_tile(q, device, 0);
+  for (int i = 1; i < kFloatTileCount; ++i) {
+    if (kFloatTiles[i].early) continue;
+    if (const FloatPlan plan = plan_float_tile(q, device, i); plan.cost < best.cost) best = plan;
+  }
+  return best;
+}
+
 // Rows of x and of the filters must be multiples of 16 bytes; slices are counted in an int.
 inline bool float_supports(const GemmProblem& q, const Device& device, int index) {
   return im2col_supports(q) && q.channels % 4 == 0 && plan_float_tile(q, device, index).units < int64_t{1} << 31;

@@ -18,6 +18,7 @@ int launch_halo(const GemmProblem&, const GemmTensors&, const HaloPlan&, cudaStr
 int launch_float(const GemmProblem&, const FloatTensors&, const FloatPlan&, cudaStream_t);
 int launch_first(const Problem&, const Tensors&, const FirstPlan&, void* workspace, cudaStream_t);
 int launch_dgrad(const Problem&, const Tensors&, const Device&, void* workspace, cudaStream_t);
+int launch_float_dgrad(const Problem&, const Tensors&, const FloatPlan&, void* workspace, cudaStream_t);
 int launch_wgrad(const Problem&, const Tensors&, const WgradPlan&, void* workspace, cudaStream_t);
 int launch_first_wgrad(const Problem&, const Tensors&, const FirstWgradPlan&, void* workspace, cudaStream_t);
 

@@ -139,6 +139,14 @@ struct FewRow {
   static constexpr Variant row() { return {"sm90_few_taps", 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
+Config float_config(const FloatPlan& plan, const Device& d) {
+  const FloatTile& t = kFloatTiles[plan.tile];
+  Config c{};
+  c.tile_pixels = t.rows(), c.hidden_chunk = t.columns(), c.stages = t.slots(), c.threads = kFloatThreads, c.grid = plan.grid;
+  c.shared_memory = plan.shared_memory, c.launches = 2, c.workspace = plan.workspace, c.multiprocessors = d.multiprocessors;
+  return c;
+}
+
 template <int kTile>
 struct FloatRow {
   static bool supports(const Problem& q, const Device& d) {
@@ -146,12 +154,7 @@ struct FloatRow {
            float_supports(forward_problem(q), d, kTile);
   }
   static Config configure(const Problem& q, const Device& d) {
-    const FloatPlan plan = plan_float_tile(forward_problem(q), d, kTile);
-    Config c{};
-    c.tile_pixels = kFloatTiles[kTile].rows(), c.hidden_chunk = kFloatTiles[kTile].columns(), c.stages = kFloatTiles[kTile].slots();
-    c.threads = kFloatThreads, c.grid = plan.grid, c.shared_memory = plan.shared_memory, c.launches = 2, c.workspace = plan.workspace;
-    c.multiprocessors = d.multiprocessors;
-    return c;
+    return float_config(plan_float_tile(forward_problem(q), d, kTile), d);
   }
   static double cost(const Problem& q, const Device& d, const Config&) { return plan_float_tile(forward_problem(q), d, kTile).cost; }
   static int launch(const Problem& q, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
@@ -225,6 +228,26 @@ struct DgradRow {
   static constexpr Variant row() { return {"sm90_dgrad", 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
+// Of stride 1, by the forward kernel. It has not run on a GPU.
+struct FloatDgradRow {
+  static bool supports(const Problem& q, const Device& d) {
+    if (q.direction != Direction::kDgrad || q.dtype != DType::kFloat || q.stride_h != 1 || q.stride_w != 1) return false;
+    const GemmProblem g = float_dgrad_problem(q);
+    return q.out_pixels() > 0 && d.max_shared_memory >= kSharedMemory && float_supports(g, d, plan_float(g, d).tile);
+  }
+  static Config configure(const Problem& q, const Device& d) {
+    Config c = float_config(plan_float(float_dgrad_problem(q), d), d);
+    c.launches = 3, c.workspace += int64_t{4} * q.filters * q.taps() * q.channels;
+    return c;
+  }
+  static double cost(const Problem& q, const Device& d, const Config&) { return plan_float(float_dgrad_problem(q), d).cost + 5; }
+  static int launch(const Problem& q, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
+    return launch_float_dgrad(q, t, plan_float(float_dgrad_problem(q), device_of(c)), workspace, stream);
+  }
+  static const void* kernel(const Problem&) { return float_kernel(0); }
+  static constexpr Variant row() { return {"sm90_float_dgrad", 90, 90, supports, configure, cost, launch, kernel, false}; }
+};
+
 template <int kTile>
 struct WgradRow {
   static bool supports(const Problem& q, const Device& d) { return wgrad_supports(q) && d.max_shared_memory >= kWgradSharedMemory; }
@@ -272,12 +295,12 @@ constexpr Variant kTable[] = {
     ResidentRow::row(), FewRow::row(),
     FloatRow<0>::row("sm90_float_256x128"), FloatRow<1>::row("sm90_float_512x64"), FloatRow<2>::row("sm90_float_128x256"),
     FloatRow<3>::row("sm90_float_early_256x128"), FloatRow<4>::row("sm90_float_early_512x64"), FloatRow<5>::row("sm90_float_early_128x256"),
-    FirstRow<true>::row("sm90_first_layer"), FirstRow<false>::row("sm90_first_layer_any"), DgradRow::row(),
+    FirstRow<true>::row("sm90_first_layer"), FirstRow<false>::row("sm90_first_layer_any"), DgradRow::row(), FloatDgradRow::row(),
     WgradRow<0>::row("sm90_wgrad_256x192"), WgradRow<1>::row("sm90_wgrad_192x192"), WgradRow<2>::row("sm90_wgrad_192x128"),
     WgradRow<3>::row("sm90_wgrad_128x256"), WgradRow<4>::row("sm90_wgrad_256x128"),
     FirstWgradRow::row("sm90_first_layer_wgrad"),
 };
-static_assert(std::size(kTable) == kGemmTileCount + kFloatTileCount + kWgradTileCount + 15);
+static_assert(std::size(kTable) == kGemmTileCount + kFloatTileCount + kWgradTileCount + 16);
 
 }  // namespace
 }  // namespace sm90
