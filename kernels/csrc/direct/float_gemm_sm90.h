@@ -16,9 +16,9 @@ constexpr int kFloatSums = 128;      // a thread: 8 pixels x 16 filters
 constexpr int kFloatTransposed = 2;  // slots of transposed slices
 constexpr int kFloatAlign = 1024;    // what the swizzle needs of a slot's address
 
-// Eight warps of 64 x 64 sums. `early`: loads are held a whole depth, 128 FFMA, before their use, which takes more registers; else ptxas
-// moves them as it likes, a third of them to right before their use, and with more than 208 registers it moves a tenth of the sums from one
-// depth to the next into registers of the wrong bank.
+// Eight warps of 64 x 64 sums. `early`: loads are held a whole depth, 128 FFMA, before their use, which takes more registers. Else ptxas
+// moves them as it likes, two in five to less than 60 FFMA before, and with more than 208 registers it also moves sums from one depth
+// to the next into registers of the wrong bank.
 struct FloatTile {
   int warps_m, warps_n;
   bool early;

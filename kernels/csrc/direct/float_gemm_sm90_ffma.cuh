@@ -253,6 +253,7 @@ struct FloatConsumer {
       multiply(sums, a[k % 2], b[k % 2]);
     }
   }
+
   // Addresses of a slot's barriers, which lie behind the slots.
   __device__ __forceinline__ uint32_t full(int s) const { return slots + kFloatTransposed * kShape.transposed_bytes() + (kShape.slots() + s) * 8; }
   __device__ __forceinline__ uint32_t empty(int s) const { return full(s) + kFloatTransposed * 8; }
