@@ -46,6 +46,9 @@ CASES = [
     (1, 3, 150, 300, 64, 7, 7, (2, 2), (3, 3), (1, 1), "none"),
     (2, 3, 30, 37, 64, 3, 3, (1, 1), (1, 1), (1, 1), "relu"),
     (3, 2, 15, 18, 200, 4, 4, (1, 3), (2, 1), (1, 1), "silu"),
+    # Channels and filters that no tile is a multiple of.
+    (3, 36, 17, 11, 70, 3, 3, (2, 2), (1, 1), (1, 1), "gelu"),
+    (6, 100, 20, 20, 257, 3, 2, (1, 1), (2, 2), (2, 2), "silu"),
 ]
 
 
@@ -147,13 +150,13 @@ def test_forward(case, dtype, seed):
 @pytest.mark.parametrize("variant", variants())
 def test_each_variant(variant, seed):
     """Every row of the planner's table on what it covers, chosen by the planner or not."""
-    covered = [case for case in CASES if plan_of(case, torch.float16, path=variant)["chosen"]]
+    dtypes = (*HALVES, torch.float32)
+    covered = [(case, dtype) for case in CASES for dtype in dtypes if plan_of(case, dtype, path=variant)["chosen"]]
     if not covered:
         pytest.skip(f"{variant} covers no forward case on this device")
     with ck.force_path(variant):
-        for case in covered:
-            for dtype in HALVES:
-                check_forward(case, dtype, seed)
+        for case, dtype in covered:
+            check_forward(case, dtype, seed)
 
 
 # Few pixels and a long depth, also one that the blocks of a cluster cannot share evenly.
@@ -208,6 +211,20 @@ def test_gradients(case, dtype, path, seed):
     with ck.force_path(path):
         for gradient in zip(*compared, strict=True):
             check(*gradient)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[7] == (1, 1) and case[4] % 4 == 0], ids=str)
+def test_float32_input_gradient_on_hopper(case, seed):
+    """Stride 1 by the forward kernel, chosen by the planner or not."""
+    if not plan_of(case, torch.float32, direction="dgrad", path="sm90_float_dgrad")["chosen"]:
+        pytest.skip("covers no such case on this device")
+    x, weight, _ = inputs(case, torch.float32, seed)
+    dy = torch.randn_like(F.conv2d(x, weight, None, *case[7:10])).contiguous(memory_format=torch.channels_last)
+    arguments = (None, *([*pair] for pair in case[7:10]), False, [0, 0], 1, [True, False, False])
+    truth = torch.ops.aten.convolution_backward(dy.double(), x.double(), weight.double(), *arguments)[0]
+    peer = torch.ops.aten.convolution_backward(dy, x, weight, *arguments)[0]
+    with ck.force_path("sm90_float_dgrad"):
+        check(lambda: torch.ops.convfirst.direct_conv2d_dgrad(dy, weight, *case[2:4], *flat(case)), truth, peer)
 
 
 # Large enough for whole rounds of tiles and for tiles that many blocks share.
