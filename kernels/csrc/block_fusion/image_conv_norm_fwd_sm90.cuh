@@ -126,7 +126,8 @@ struct ImageChannel {
       add_rows(x, p, channel, r);
       if (r >= kPad) store<0>(at - kept, stride);
     }
-    const uint32_t at = ptx::smem_address(smem) + kImageBarrierBytes + 2 * (first_channel + again::thread_index()) + (p.height - kPad) * row_bytes;
+    const int channel = first_channel + again::thread_index();
+    const uint32_t at = ptx::smem_address(smem) + kImageBarrierBytes + 2 * channel + (p.height - kPad) * row_bytes;
     if (p.height >= 3) store<1>(at, stride);
     if (p.height >= 2) store<2>(at + row_bytes, stride);
     store<3>(at + 2 * row_bytes, stride);
@@ -145,7 +146,8 @@ __device__ __forceinline__ void unpack8(float (&v)[8], const uint4& from) {
 }
 template <class Element>
 __device__ __forceinline__ uint4 pack8(const float (&v)[8]) {
-  return make_uint4(ptx::pack2<Element>(v[0], v[1]), ptx::pack2<Element>(v[2], v[3]), ptx::pack2<Element>(v[4], v[5]), ptx::pack2<Element>(v[6], v[7]));
+  return make_uint4(ptx::pack2<Element>(v[0], v[1]), ptx::pack2<Element>(v[2], v[3]), ptx::pack2<Element>(v[4], v[5]),
+                    ptx::pack2<Element>(v[6], v[7]));
 }
 
 __device__ __forceinline__ void load8(float (&v)[8], const float* from) {

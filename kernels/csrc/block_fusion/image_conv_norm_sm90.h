@@ -24,6 +24,7 @@ constexpr int image_most_threads(int width) { return width == 7 ? 512 : 384; }
 
 // Whether they are all channels that the kernel can do: another register, and it spills.
 constexpr bool image_one_pass(int width) { return width == 14; }
+constexpr int image_most_channels(int width) { return image_one_pass(width) ? image_most_threads(width) : 1536; }
 
 struct ImagePlan {
   int threads;  // a channel each, `passes` times
@@ -52,8 +53,8 @@ inline int image_shared_memory(const Problem& q) {
 
 inline bool image_covers(const Problem& q, const Device& device) {
   return device.capability == 90 && q.batch > 0 && q.height > 0 && q.height <= kImageMostRows && (q.width == 7 || q.width == 14) &&
-         q.group_width == 1 && q.kernel_size == kImageKernel && q.channels % 8 == 0 && q.channels >= 8 && q.channels <= (image_one_pass(static_cast<int>(q.width)) ? image_most_threads(static_cast<int>(q.width)) : 1536) &&
-         q.batch < (int64_t{1} << 31) && image_shared_memory(q) <= device.max_shared_memory;
+         q.group_width == 1 && q.kernel_size == kImageKernel && q.channels % 8 == 0 && q.channels >= 8 &&
+         q.channels <= image_most_channels(static_cast<int>(q.width)) && q.batch < (int64_t{1} << 31) && image_shared_memory(q) <= device.max_shared_memory;
 }
 
 inline bool image_plan(const Problem& q, const Device& device, ImagePlan* plan) {
@@ -74,13 +75,15 @@ inline int image_taps(int64_t length) {
   return taps;
 }
 
-// Instructions issued by a multiprocessor's four schedulers, image after image (NOTES.md).
+// Instructions issued by a multiprocessor's four schedulers, image after image, and a pass's wait for its filter; two thirds of the time at the
+// memory's bandwidth are not hidden under them. Fitted to one H100's times (NOTES.md).
 inline double image_cost(const Problem& q, const Device& device, const ImagePlan& plan) {
   const double warps = std::max(1.0, plan.threads / 128.0);
-  const double products = plan.passes * warps * (1.1 * image_taps(q.width) * image_taps(q.height) + 130.0 * q.height);
+  const double products = plan.passes * (1.2 * warps * (image_taps(q.width) * image_taps(q.height) + 120.0 * q.height) + 1700);
   const double norm = 75.0 * q.height * q.width * q.channels / 1024;
   const double images = std::ceil(static_cast<double>(q.batch) / device.multiprocessors);
-  return 4 + images * (1.1 * products + norm) / 1700;
+  const double memory = q.batch * q.height * q.width * q.channels * 4.0 / 3.5e6;
+  return 4 + images * (products + norm) / 1700 + 0.7 * memory;
 }
 
 // The compiled kernel of one dtype and width; defined in launch_image_conv_norm_sm90.cuh, instantiated in instantiations_sm90/.

@@ -15,8 +15,8 @@ namespace convfirst::block_fusion::sm90 {
 
 inline Device device_of(const Config& c) { return {90, c.multiprocessors, 232448}; }
 
-// How the first launch is done.
-enum class First { kTiles, kImages, kGrouped };  // depthwise in tiles on tensor cores, depthwise an image a block, groups wider than a channel
+// How the first launch is done: depthwise in tiles on tensor cores, depthwise an image a block, groups wider than a channel.
+enum class First { kTiles, kImages, kGrouped };
 
 struct FirstPlan {
   bool covered;
