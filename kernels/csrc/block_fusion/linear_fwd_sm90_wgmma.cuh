@@ -184,8 +184,8 @@ struct LinearConsumer {
     if (++slot == Traits::kSlots) slot = 0, phase ^= 1;
   }
 
-  // Queues the next slice's products; returns its slot.
-  __device__ __forceinline__ int issue(Sums& sums, bool accumulate) {
+  // Queues the next slice's products, waits until they are all that is in flight and releases the slice before.
+  __device__ __forceinline__ void step(Sums& sums, bool accumulate) {
     if (!ready) bar.full[slot].wait(phase);
     const uint32_t address = smem_address(smem) + slot * Traits::kSlotBytes;
     const uint64_t a = matrix_descriptor<128>(address + warpgroup * 64 * kLinearDepth * 2);
@@ -196,18 +196,11 @@ struct LinearConsumer {
     cute::warpgroup_commit_batch();
     const int issued = slot;
     advance();
-    return issued;
-  }
-
-  // Waits until the products queued last, from slot `issued`, are all that is in flight and releases the slice before.
-  __device__ __forceinline__ void settle(int issued) {
     cute::warpgroup_wait<1>();
     release_held();
     held = issued;
     ready = bar.full[slot].test_wait(phase);
   }
-
-  __device__ __forceinline__ void step(Sums& sums, bool accumulate) { settle(issue(sums, accumulate)); }
 
   __device__ __forceinline__ void multiply(Sums& sums, int first_step) {
 #pragma unroll 1
@@ -259,19 +252,15 @@ struct LinearConsumer {
     }
   }
 
-  // A tile's products with the epilogue of the tile before, which is complete when the first slice is all that is in flight, a block a slice.
-  // A block runs under two slices in flight: it takes about as long as one, and the tensor cores would wait for what it takes longer.
+  // A tile's products with the epilogue of the tile before, which is complete when the first slice is queued, a block a slice.
   __device__ __forceinline__ void multiply_under_epilogue(Sums& sums, Sums& done, const LinearResult& result) {
-    step(sums, false);
-    fence_operands(done);
 #pragma unroll
     for (int block = 0; block < Traits::kBlocks; ++block) {
-      const bool more = block + 1 < p.steps;
-      const int issued = more ? issue(sums, true) : 0;
+      step(sums, block > 0);
+      if (block == 0) fence_operands(done);
       expand_block(done, result, block);
-      if (more) settle(issued);
     }
-    multiply(sums, Traits::kBlocks + 1);
+    multiply(sums, Traits::kBlocks);
   }
 
   __device__ __forceinline__ void complete(Sums& sums) {
