@@ -17,7 +17,7 @@ from convfirst.app import training_throughput as training_throughput_module
 from convfirst.app.bare_loop import bare_loop
 from convfirst.app.benchmark import SUITES, benchmark
 from convfirst.app.kernels_agreement import compare
-from convfirst.app.results import REPOSITORY, environment, git_object, write_results
+from convfirst.app.results import REPOSITORY, environment, git_object, kept_rows, write_results
 from convfirst.app.timing import median_ms
 
 CONFIGS = str(Path(__file__).parents[1] / "configs")
@@ -86,6 +86,9 @@ def test_several_devices_train_by_the_strategy_asked_for(strategy, monkeypatch):
     (row,) = training_throughput_module.training_throughput(config)
     assert f"trainer={strategy}" in trained
     assert (row["strategy"], row["devices"], row["ratio_to_bare"]) == (strategy, 2, 0.5)
+    config.training_throughput.bare = False
+    (row,) = training_throughput_module.training_throughput(config)
+    assert (row["images_per_s"], row["bare_images_per_s"], row["ratio_to_bare"]) == (10.0, None, None)
 
 
 def test_stopping_the_suite_ends_the_workers_of_torchrun(tmp_path):
@@ -180,13 +183,22 @@ def test_timing_takes_the_inputs_in_turn():
 
 def test_append_keeps_rows_of_the_same_circumstances_only(tmp_path, monkeypatch):
     path = tmp_path / "out.json"
-    write_results(path, "suite", [{"a": 1}])
-    write_results(path, "suite", [{"a": 2}], append=True)
-    assert json.loads(path.read_text())["rows"] == [{"a": 1}, {"a": 2}]
+    measured = []
+
+    def suite(config):
+        measured.append(len(measured) + 1)
+        yield {"a": measured[-1]}
+
+    monkeypatch.setattr(benchmark_module, "SUITES", {**SUITES, "mine": suite})
+    assert kept_rows(path, environment()) == []
+    for expected in ([{"a": 1}], [{"a": 1}, {"a": 2}]):
+        benchmark(compose("suite=mine", f"output={path}", "append=true"))
+        assert json.loads(path.read_text())["rows"] == expected
     monkeypatch.setenv("GIT_COMMIT", "another")
     with pytest.raises(ValueError, match="append=true, but .* has commit="):
-        write_results(path, "suite", [{"a": 3}], append=True)
-    write_results(path, "suite", [{"a": 3}])
+        benchmark(compose("suite=mine", f"output={path}", "append=true"))
+    assert measured == [1, 2]  # refused before it measures
+    benchmark(compose("suite=mine", f"output={path}"))
     assert json.loads(path.read_text())["rows"] == [{"a": 3}]
     assert list(tmp_path.iterdir()) == [path]
 
@@ -208,7 +220,7 @@ def test_commit_of_the_environment_wins_and_its_lack_is_said(monkeypatch, tmp_pa
             "suite='speed' is unknown; accepted: throughput, latency, cost, training_throughput, blocks, models, "
             "winograd, direct, training, kernels_agreement",
         ),
-        (["suite=blocks"], "suites blocks and models time CUDA kernels, but there is no CUDA device here"),
+        (["suite=blocks"], "suite=blocks times CUDA kernels, but there is no CUDA device here"),
         (["dtype=int8"], "dtype='int8' is unknown; accepted: float32, float16, bfloat16"),
         (["kernels=on"], "kernels='on' must be one of auto, required, off"),
         (["suite=training", "training.modes=[jit]"], "modes='jit' is unknown; accepted: eager, eager.graph, inductor"),
@@ -240,9 +252,11 @@ def test_a_commit_made_meanwhile_stops_no_measurement(monkeypatch, tmp_path):
             monkeypatch.setenv("GIT_COMMIT", name)
             yield {"name": name}
 
+    monkeypatch.setenv("GIT_COMMIT", "measured")
     monkeypatch.setattr(benchmark_module, "SUITES", {**SUITES, "mine": suite})
     rows = benchmark(compose("suite=mine", f"output={path}"))
     assert json.loads(path.read_text())["rows"] == rows == [{"name": "before"}, {"name": "after"}]
+    assert json.loads(path.read_text())["commit"] == "measured"
 
 
 def test_rows_are_written_as_they_come(monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from convfirst.app.kernels import accelerate, check_kernels
 from convfirst.app.kernels_agreement import kernels_agreement
-from convfirst.app.results import REPOSITORY, gpu_slug, write_results
+from convfirst.app.results import REPOSITORY, environment, gpu_slug, kept_rows, write_results
 from convfirst.app.timing import captured, median_ms
 from convfirst.app.training_step import training_step
 from convfirst.app.training_throughput import training_throughput
@@ -35,19 +35,22 @@ def benchmark(config: DictConfig) -> list[dict]:
     training add the GPU: results/blocks-h100.json.
 
     Raises:
-        ValueError: the suite or one of its options is unknown; the message names what is accepted.
+        ValueError: the suite or one of its options is unknown; the message names what is accepted. Or append=true, and
+            the output has rows of another device, commit or other versions.
     """
     if config.suite not in SUITES:
         raise ValueError(f"suite={config.suite!r} is unknown; accepted: {', '.join(SUITES)}")
     gpu = f"-{gpu_slug()}" if config.suite in PER_GPU and torch.cuda.is_available() else ""
     output = REPOSITORY / Path(config.output or f"results/{config.suite.replace('_', '-')}{gpu}.json")
+    here = environment()  # a commit made while a suite measures is not the one that it measures
+    kept = kept_rows(output, here) if config.append else []
     rows: list[dict] = []
     written = None
     try:
         for row in SUITES[config.suite](config):
             rows.append(row)
             # Row by row: what was measured before an error, or before the process is killed, isn't lost.
-            written = write_results(output, config.suite, [row] if config.append else rows, append=config.append)
+            written = write_results(output, config.suite, kept + rows, here)
     finally:
         if rows:
             _print_rows(config.suite, rows)
@@ -78,32 +81,32 @@ def cost(config: DictConfig) -> list[dict]:
 
 def blocks(config: DictConfig) -> Iterator[dict]:
     """Fused residual blocks against the same modules under Inductor: one row for each block, dtype and batch size."""
-    return _kernel_suites()["blocks"](**config.blocks)
+    return _kernel_suite("blocks")(**config.blocks)
 
 
 def networks(config: DictConfig) -> Iterator[dict]:
     """Networks with fused blocks against themselves and their counterparts under Inductor, both in CUDA graphs."""
-    return _kernel_suites()["models"](**config.networks)
+    return _kernel_suite("models")(**config.networks)
 
 
 def winograd(config: DictConfig) -> Iterator[dict]:
     """Winograd's convolution on VGG-E's layers against cuDNN: a row for each layer, batch size, dtype and algorithm."""
-    return _kernel_suites()["winograd"](**config.winograd)
+    return _kernel_suite("winograd")(**config.winograd)
 
 
 def direct(config: DictConfig) -> Iterator[dict]:
     """Direct convolution of maxDNN's and VGG-E's layers against cuDNN, and its gradients."""
-    return _kernel_suites()["direct"](**config.direct)
+    return _kernel_suite("direct")(**config.direct)
 
 
-def _kernel_suites() -> Mapping[str, Callable[..., Iterator[dict]]]:
-    """The suites that the kernel package keeps beside its tests."""
+def _kernel_suite(name: str) -> Callable[..., Iterator[dict]]:
+    """A suite that the kernel package keeps beside its tests."""
     if not torch.cuda.is_available():
-        raise ValueError("suites blocks and models time CUDA kernels, but there is no CUDA device here")
+        raise ValueError(f"suite={name} times CUDA kernels, but there is no CUDA device here")
     folder = str(REPOSITORY / "kernels/benchmarks")
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    return importlib.import_module("suites").SUITES
+    return importlib.import_module("suites").SUITES[name]
 
 
 def _cost(model: nn.Module, image_size: int) -> tuple[float, float]:

@@ -82,6 +82,7 @@ def _run_all(commands: Iterator[tuple[dict, list[str]]], jobs: int) -> Iterator[
     finally:
         for process in running:
             process.kill()
+            process.wait()  # it writes into the folder that is removed next
 
 
 def _row(about: dict, returncode: int) -> dict:

@@ -29,6 +29,8 @@ def measure_device(config: DictConfig) -> Path:
     for dtype in config.dtypes:
         if dtype not in DTYPES:
             raise ValueError(f"dtypes={dtype!r} is unknown; accepted: {', '.join(DTYPES)}")
+    if config.output is None and device.type != "cuda":
+        raise ValueError(f"device={config.device!r} has no name for a file; give output=FILE")
     ways = _bandwidths(config, device)
     products = {dtype: _rounded(_matmul_tflops(config, device, dtype)) for dtype in config.dtypes}
     here = environment()
@@ -37,12 +39,7 @@ def measure_device(config: DictConfig) -> Path:
         "tflops": products,
         "source": f"scripts/measure_device.py on one {here['device']}, {here['date']}, PyTorch {torch.__version__}",
     }
-    output = config.output
-    if output is None:
-        if device.type != "cuda":
-            raise ValueError(f"device={config.device!r} has no name for a file; give output=FILE")
-        output = f"results/device-{gpu_slug()}.json"
-    path = REPOSITORY / output
+    path = REPOSITORY / (config.output or f"results/device-{gpu_slug()}.json")
     options = {"bytes": config.bytes, "size": config.size, "bandwidths_tbps": ways}
     write_json(path, {"suite": "device", **here, "measured": measured, "options": options})
     log.info("%s: %.3g TB/s, TFLOP/s %s; wrote %s", here["device"], measured["bandwidth_tbps"], products, path)

@@ -13,23 +13,28 @@ import torch
 REPOSITORY = Path(__file__).parents[2]
 
 
-def write_results(path: str | Path, suite: str, rows: list[dict], append: bool = False) -> Path:
+def write_results(path: str | Path, suite: str, rows: list[dict], here: dict | None = None) -> Path:
     """Write ``{suite, device, date, commit, versions, rows}`` to ``path``; return the path.
 
-    ``append`` keeps the rows that the file already has.
+    ``here`` is the `environment` in which the rows were measured, by default the present one.
+    """
+    write_json(Path(path), {"suite": suite, **(here or environment()), "rows": rows})
+    return Path(path)
+
+
+def kept_rows(path: str | Path, here: dict) -> list[dict]:
+    """Rows of a result file to which others, measured in the environment ``here``, may be appended; [] without a file.
 
     Raises:
         ValueError: the file's rows were measured on another device, at another commit or with other versions.
     """
-    path, here = Path(path), environment()
-    if append and path.exists():
-        before = json.loads(path.read_text())
-        for key in ("device", "commit", "versions"):
-            if before[key] != here[key]:
-                raise ValueError(f"append=true, but {path} has {key}={before[key]} and this run {here[key]}")
-        rows = before["rows"] + rows
-    write_json(path, {"suite": suite, **here, "rows": rows})
-    return path
+    if not Path(path).exists():
+        return []
+    before = json.loads(Path(path).read_text())
+    for key in ("device", "commit", "versions"):
+        if before[key] != here[key]:
+            raise ValueError(f"append=true, but {path} has {key}={before[key]} and this run {here[key]}")
+    return before["rows"]
 
 
 def write_json(path: Path, content: dict) -> None:

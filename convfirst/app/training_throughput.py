@@ -23,8 +23,9 @@ def training_throughput(config: DictConfig) -> Iterator[dict]:
 
     Each measurement has processes of its own, one a device: ``train.py`` as a user starts it, and the bare loop, which
     has no source and runs once in each repeat, before the sources' trainers. ``ratio_to_bare`` is the trainer's
-    images/s over the bare loop's, whose random images never leave the device. On several devices the trainer's
-    strategy is ``config.training_throughput.strategy``, the bare loop's always DDP.
+    images/s over the bare loop's, whose random images never leave the device; ``config.training_throughput.bare=false``
+    leaves both out. On several devices the trainer's strategy is ``config.training_throughput.strategy``, the bare
+    loop's always DDP.
     """
     suite = config.training_throughput
     for recipe in suite.recipes:
@@ -42,7 +43,7 @@ def _compare(suite: DictConfig, recipe: str, devices: int) -> Iterator[dict]:
         for source, train_config in configs.items():
             loop = json.dumps(_bare_arguments(train_config, suite))
             if loop not in bare:
-                bare[loop] = run_bare_loop(loop, devices)
+                bare[loop] = run_bare_loop(loop, devices) if suite.bare else None
                 log.info("%s, bare loop, %d device(s): %s", recipe, devices, bare[loop])
             pairs[source].append((bare[loop], run_trainer(arguments[source], devices, suite.warmup_steps)))
             log.info("%s, %s, %d device(s): %s", recipe, source, devices, pairs[source][-1][1])
@@ -141,9 +142,15 @@ def _run(arguments: list[str]) -> str:
 
 
 def _row(
-    recipe: str, source: str, devices: int, strategy: str, train_config: DictConfig, pairs: list[tuple[dict, dict]]
+    recipe: str,
+    source: str,
+    devices: int,
+    strategy: str,
+    train_config: DictConfig,
+    pairs: list[tuple[dict | None, dict]],
 ) -> dict:
-    bare = statistics.median(bare["images_per_s"] for bare, _ in pairs)
+    bare = [bare["images_per_s"] for bare, _ in pairs if bare is not None]
+    bare = statistics.median(bare) if bare else None
     trainer = {key: statistics.median(trainer[key] for _, trainer in pairs) for key in pairs[0][1]}
     return {
         "name": recipe,
@@ -159,8 +166,8 @@ def _row(
         "ema": train_config.ema is not None,
         "kernels": train_config.kernels,
         "images_per_s": round(trainer["images_per_s"], 1),
-        "bare_images_per_s": round(bare, 1),
-        "ratio_to_bare": round(trainer["images_per_s"] / bare, 4),
+        "bare_images_per_s": bare and round(bare, 1),
+        "ratio_to_bare": bare and round(trainer["images_per_s"] / bare, 4),
         "data_wait": round(trainer["data_wait"], 4),
         "peak_memory_gib": round(trainer["peak_memory_gib"], 2),
     }

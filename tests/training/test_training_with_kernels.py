@@ -98,7 +98,8 @@ def test_mixed_precision_clipping_and_layer_decay(tmp_path):
     assert {value.dtype for key, value in state.items() if key.startswith("model.")} == {torch.float32}
 
 
-STRATEGIES = {"ddp": [], "fsdp": ["trainer=fsdp", "trainer.precision=32-true"]}
+FSDP = ["trainer=fsdp", "trainer.precision=32-true"]
+STRATEGIES = {"ddp": [], "fsdp": FSDP, "fsdp, compiled": [*FSDP, "compile.enabled=true"]}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

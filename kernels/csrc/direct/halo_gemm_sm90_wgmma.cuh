@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warp < 4) {
     if (threadIdx.x == 0) HaloProducer<Traits>{p, x_map, w_map, smem, filters, pixels, tile}.run(first, last);
     grid::cluster_wait();
-    grid::cluster_barrier();
+    grid::cluster_arrive();
   } else {
     const GemmConsumer<Traits> gemm{p.gemm, OperandLayout(64, Traits::kRows, Traits::kColumns), smem, filters, warp / 4 - 1, warp % 4, lane};
     const uint32_t receive = smem_address(smem) + Traits::kReceiveOffset;

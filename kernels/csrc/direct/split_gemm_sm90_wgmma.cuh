@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warp < 4) {
     if (threadIdx.x == 0) producer.run(row, column, first, last);
     grid::cluster_wait();
-    grid::cluster_barrier();
+    grid::cluster_arrive();
   } else {
     SplitConsumer<Traits>{{p, OperandLayout(p.panel, Traits::kRows, Traits::kColumns), smem, bar, warp / 4 - 1, warp % 4, lane},
                           params.split,
