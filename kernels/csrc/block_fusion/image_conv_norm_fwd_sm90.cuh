@@ -5,7 +5,7 @@
 //   +---------------------------+   row r        +--------------------------------+         eight lanes a pixel,
 //   | contiguous in NHWC: a     |  ----------->  | sums of output rows r - 3 ...  |  ---->  16-byte loads and stores
 //   | bulk copy a row, each     |  read once     | r + 3, kWidth of each;         |  row
-//   | with a barrier of its own |                | filter in 49 registers         |  r - 3
+//   | with a barrier of its own |                | filter in 42 registers         |  r - 3
 //   +---------------------------+                +--------------------------------+
 //
 //   what                        where                                          written by              released when
