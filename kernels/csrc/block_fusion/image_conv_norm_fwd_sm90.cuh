@@ -5,12 +5,12 @@
 //   +---------------------------+   row r        +--------------------------------+         eight lanes a pixel,
 //   | contiguous in NHWC: a     |  ----------->  | sums of output rows r - 3 ...  |  ---->  16-byte loads and stores
 //   | bulk copy a row, each     |  read once     | r + 3, kWidth of each;         |  row
-//   | with a barrier of its own |                | filter in 49 registers         |  r - 3
+//   | with a barrier of its own |                | filter in 42 registers         |  r - 3
 //   +---------------------------+                +--------------------------------+
 //
 //   what                        where                                          written by              released when
 //   x                           shared, whole image                            bulk copies, a thread   its row was read, per thread
-//   filter of a channel         49 registers, float32                          before the first row    channel done
+//   filter of a channel         42 registers, float32; its first row in L1     before the first row    channel done
 //   sums of seven rows          7 kWidth registers, float32                    multiply-adds           row complete
 //   convolution + bias, 16 bit  shared, in x's place: three rows behind it     the channel's thread    normalised
 //

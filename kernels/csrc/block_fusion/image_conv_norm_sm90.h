@@ -54,7 +54,8 @@ inline int image_shared_memory(const Problem& q) {
 inline bool image_covers(const Problem& q, const Device& device) {
   return device.capability == 90 && q.batch > 0 && q.height > 0 && q.height <= kImageMostRows && (q.width == 7 || q.width == 14) &&
          q.group_width == 1 && q.kernel_size == kImageKernel && q.channels % 8 == 0 && q.channels >= 8 &&
-         q.channels <= image_most_channels(static_cast<int>(q.width)) && q.batch < (int64_t{1} << 31) && image_shared_memory(q) <= device.max_shared_memory;
+         q.channels <= image_most_channels(static_cast<int>(q.width)) && q.batch < (int64_t{1} << 31) &&
+         image_shared_memory(q) <= device.max_shared_memory;
 }
 
 inline bool image_plan(const Problem& q, const Device& device, ImagePlan* plan) {
@@ -76,7 +77,7 @@ inline int image_taps(int64_t length) {
 }
 
 // Instructions issued by a multiprocessor's four schedulers, image after image, and a pass's wait for its filter; two thirds of the time at the
-// memory's bandwidth are not hidden under them. Fitted to one H100's times (NOTES.md).
+// memory's bandwidth are not hidden under them. Fitted to measured times (NOTES.md).
 inline double image_cost(const Problem& q, const Device& device, const ImagePlan& plan) {
   const double warps = std::max(1.0, plan.threads / 128.0);
   const double products = plan.passes * (1.2 * warps * (image_taps(q.width) * image_taps(q.height) + 120.0 * q.height) + 1700);
