@@ -193,8 +193,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     downsample_gemm_sm90(const __grid_constant__ DownsampleGemmParams p, const __grid_constant__ CUtensorMap x_map,
                          const __grid_constant__ CUtensorMap w_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ __align__(1024) char smem[];
-  GemmBarriers bar(smem + Traits::kBarrierOffset, Traits::kSlots);
+  extern __shared__ __align__(1024) unsigned char smem[];
+  char* const base = reinterpret_cast<char*>(smem);
+  GemmBarriers bar(base + Traits::kBarrierOffset, Traits::kSlots);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&x_map));
@@ -205,11 +206,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __syncthreads();
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
-    if (threadIdx.x == 0) DownsampleProducer<Traits>{p, x_map, w_map, smem, bar}.run();
+    if (threadIdx.x == 0) DownsampleProducer<Traits>{p, x_map, w_map, base, bar}.run();
   } else {
     // What they store follows what the producer loaded after the launches before had ended, so only that thread waits for them.
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
-    DownsampleConsumer<Traits>{{p.gemm, OperandLayout(kDepth, Traits::kRows, Traits::kColumns), smem, bar, warp / 4 - 1, warp % 4, lane}, p}.run();
+    DownsampleConsumer<Traits>{{p.gemm, OperandLayout(kDepth, Traits::kRows, Traits::kColumns), base, bar, warp / 4 - 1, warp % 4, lane}, p}.run();
   }
 #endif
 }
