@@ -89,9 +89,7 @@ def downsample(x: Tensor, weight: Tensor, bias: Tensor, eps: float, has_norm: bo
     return rows.reshape(n, height // 2, width // 2, -1).permute(0, 3, 1, 2)
 
 
-def downsample_gemm(
-    x: Tensor, weight: Tensor, vectors: Tensor, eps: float, has_norm: bool, warpgroups: int = 0
-) -> Tensor:
+def downsample_gemm(x: Tensor, weight: Tensor, vectors: Tensor, eps: float, has_norm: bool, tile: int = 0) -> Tensor:
     """`downsample` as one matrix product from which the norm is taken out, for widths whose matrix no block can keep.
 
     Args:
@@ -99,7 +97,8 @@ def downsample_gemm(
         weight: [K, 4 C]: output channel; row, column and channel of the patch.
         vectors: [5 * K], float32: the bias, then of each tap the sums over channels of ``weight``, as `product_vectors`
             makes them.
-        warpgroups: the kernel's tile is 64 pixels a warpgroup, 1 to 3; 0 for the planner's choice.
+        tile: of the kernel: 1 to 3 for 64, 128, 192 pixels and 128 columns, 4 for 128 and 192 where that divides K; 0
+            for the planner's choice.
 
     Returns:
         [N, K, H // 2, W // 2].

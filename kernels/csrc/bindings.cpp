@@ -33,7 +33,7 @@ std::string force_path(const std::string& path) {
 #define PATCH_STEM_ARGUMENTS                                                                            \
   "Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps, bool has_norm"
 #define DOWNSAMPLE_ARGUMENTS "Tensor x, Tensor weight, Tensor bias, float eps, bool has_norm"
-#define DOWNSAMPLE_GEMM_ARGUMENTS "Tensor x, Tensor weight, Tensor vectors, float eps, bool has_norm, int warpgroups=0"
+#define DOWNSAMPLE_GEMM_ARGUMENTS "Tensor x, Tensor weight, Tensor vectors, float eps, bool has_norm, int tile=0"
 // clang-format on
 
 STABLE_TORCH_LIBRARY(convfirst, m) {

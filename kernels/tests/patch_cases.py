@@ -94,10 +94,10 @@ def run(case: Patch, parts: OutsideParts, packed: tuple, x: Tensor, one_launch: 
 GEMM = "sm90_downsample_gemm"
 
 
-def multiply(parts: OutsideParts, packed: tuple, x: Tensor, warpgroups: int = 0) -> Tensor:
-    """A downsampling layer as one matrix product, by a tile of 64 pixels a warpgroup."""
+def multiply(parts: OutsideParts, packed: tuple, x: Tensor, tile: int = 0) -> Tensor:
+    """A downsampling layer as one matrix product; tile as `patches.downsample_gemm` says."""
     weight, _, _, eps, has_norm, vectors = packed
-    return torch.ops.convfirst.downsample_gemm(x, weight, vectors, eps, has_norm, warpgroups)
+    return torch.ops.convfirst.downsample_gemm(x, weight, vectors, eps, has_norm, tile)
 
 
 def as_one_product() -> list[Patch]:

@@ -26,7 +26,7 @@ class CDownsampleGemm(ctypes.Structure):
     _fields_ = [("x", ctypes.c_void_p)]
     _fields_ += [(n, ctypes.c_int) for n in ("batch", "height", "width", "channels", "columns", "dtype")]
     _fields_ += [("has_norm", ctypes.c_bool), ("eps", ctypes.c_float)]
-    _fields_ += [(n, ctypes.c_void_p) for n in ("weight", "vectors", "y")] + [("warpgroups", ctypes.c_int)]
+    _fields_ += [(n, ctypes.c_void_p) for n in ("weight", "vectors", "y")] + [("tile", ctypes.c_int)]
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +52,13 @@ def library(tmp_path_factory) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
-def emulate(library, x, packed: tuple, warpgroups: int, multiprocessors: int, at_once: bool, backwards: bool):
+def emulate(library, x, packed: tuple, tile: int, multiprocessors: int, at_once: bool, backwards: bool):
     weight, _, _, eps, has_norm, vectors = packed
     n, c, height, width = x.shape
     y = torch.full((n, height // 2, width // 2, weight.shape[0]), float("nan"), dtype=x.dtype)
     arguments = CDownsampleGemm(
         x.data_ptr(), n, height, width, c, weight.shape[0], DTYPES.index(str(x.dtype).split(".")[1]), has_norm, eps,
-        weight.data_ptr(), vectors.data_ptr(), y.data_ptr(), warpgroups,
+        weight.data_ptr(), vectors.data_ptr(), y.data_ptr(), tile,
     )  # fmt: skip
     assert library.run(ctypes.byref(arguments), multiprocessors, at_once, backwards) == 0
     return y.permute(0, 3, 1, 2)
@@ -66,22 +66,23 @@ def emulate(library, x, packed: tuple, warpgroups: int, multiprocessors: int, at
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("case", "warpgroups", "multiprocessors"),
+    ("case", "tile", "multiprocessors"),
     [
         (Patch("downsample", 64, 3, 13, 22, "float16"), 1, 2),
         (Patch("downsample", 64, 2, 27, 30, "bfloat16", mean=-20.0), 2, 3),
         (Patch("downsample", 128, 2, 31, 35, "float16", mean=50.0), 3, 1),
         (Patch("downsample", 192, 1, 2, 2, "bfloat16"), 3, 132),
+        (Patch("downsample", 192, 2, 15, 29, "float16", mean=5.0), 4, 2),
         (Patch("downsample", 128, 1, 9, 30, "float16", "batchnorm"), 1, 5),
     ],
     ids=str,
 )
-def test_the_kernel_computes_the_layer(library, case, warpgroups, multiprocessors, seed):
+def test_the_kernel_computes_the_layer(library, case, tile, multiprocessors, seed):
     x, network = patch_inputs(case, seed, device="cpu"), module(case, seed + 1)
     truth = network(x.double())
     _, packed = parts_of(network, x.dtype)
     orders = (True, False), (False, True)
-    results = [emulate(library, x, packed, warpgroups, multiprocessors, *order) for order in orders]
+    results = [emulate(library, x, packed, tile, multiprocessors, *order) for order in orders]
     assert worst_ratio(results[0], truth, network(x)) <= 1
     assert torch.equal(*results)
     assert guards_intact(x)

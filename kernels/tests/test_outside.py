@@ -107,8 +107,8 @@ def test_the_norm_out_of_the_product_keeps_the_bound(channels, dtype, mean, outl
     [
         (128 * 14 * 14, 128, {"rows": 192, "steps": 8, "grid": 132, "rounds": 2}),
         (128 * 7 * 7, 256, {"rows": 192, "steps": 16, "grid": 132, "rounds": 1}),
-        (128 * 14 * 14, 192, {"rows": 192, "steps": 12, "grid": 132, "rounds": 3}),
-        (128 * 7 * 7, 384, {"rows": 192, "steps": 24, "grid": 132, "rounds": 2}),
+        (128 * 14 * 14, 192, {"rows": 128, "columns": 192, "steps": 12, "grid": 132, "rounds": 3}),
+        (128 * 7 * 7, 384, {"rows": 128, "columns": 192, "steps": 24, "grid": 132, "rounds": 2}),
         (8 * 7 * 7, 256, {"rows": 64, "steps": 16, "grid": 28, "rounds": 1}),
         (1, 64, {"rows": 64, "steps": 4, "grid": 1, "rounds": 1}),
     ],
@@ -209,7 +209,8 @@ REFUSALS = [
     ("downsample_gemm", DOWNSAMPLE_GEMM, {"weight": half(128, 64)}, "weight has shape [128, 64]; expected [*, 256]"),
     ("downsample_gemm", DOWNSAMPLE_GEMM, {"vectors": torch.zeros(128)},
      "vectors has shape [128]; expected [640] = [(1 + taps) x columns]"),
-    ("downsample_gemm", DOWNSAMPLE_GEMM, {"warpgroups": 4}, "warpgroups is 4; supported are 1 to 3"),
+    ("downsample_gemm", DOWNSAMPLE_GEMM, {"tile": 5}, "tile is 5; supported are 1 to 4"),
+    ("downsample_gemm", DOWNSAMPLE_GEMM, {"tile": 4}, "tile 4 has 192 columns; weight has 128, which is no multiple"),
 ]
 # fmt: on
 

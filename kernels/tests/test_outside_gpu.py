@@ -56,19 +56,21 @@ def test_downsampling_in_one_launch(case, seed):
     assert guards_intact(x)
 
 
-def product(case: Patch, seed: int, warpgroups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def product(case: Patch, seed: int, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`computed` of the kernel that takes the norm out of the product."""
     with ck.force_path(GEMM):
         reason = outside._uncovered_cached.__wrapped__("downsample_gemm", case.channels, 2 * case.channels, 0)
         if reason:
             pytest.skip(reason)
-        return computed(case, seed, launch=lambda _, parts, packed, x, __: multiply(parts, packed, x, warpgroups))
+        return computed(case, seed, launch=lambda _, parts, packed, x, __: multiply(parts, packed, x, tile))
 
 
-@pytest.mark.parametrize("warpgroups", [1, 2, 3])
+@pytest.mark.parametrize("tile", [1, 2, 3, 4])
 @pytest.mark.parametrize("case", as_one_product(), ids=str)
-def test_downsampling_as_one_product(case, warpgroups, seed):
-    x, result, truth, peer = product(case, seed, warpgroups)
+def test_downsampling_as_one_product(case, tile, seed):
+    if tile == 4 and 2 * case.channels % 192:
+        pytest.skip("its columns do not divide the result's")
+    x, result, truth, peer = product(case, seed, tile)
     assert worst_ratio(result, truth, peer) <= 1
     assert guards_intact(x)
 

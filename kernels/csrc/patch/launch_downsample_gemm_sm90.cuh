@@ -32,14 +32,13 @@ int launch_downsample_gemm(const DownsampleGemm& d, const DownsampleGemmPlan& pl
   return start_dependent_kernel(&downsample_gemm_sm90<Traits>, plan.grid, Traits::kThreads, plan.shared_memory, stream, p, x_map, w_map);
 }
 
-template <direct::DType kDType>
+template <direct::DType kDType, int kTile = 0>
 int launch_downsample_gemm_tile(const DownsampleGemm& d, const DownsampleGemmPlan& plan, cudaStream_t stream) {
-  switch (plan.warpgroups) {
-    case 1: return launch_downsample_gemm<DownsampleGemmTraits<kDType, 1>>(d, plan, stream);
-    case 2: return launch_downsample_gemm<DownsampleGemmTraits<kDType, 2>>(d, plan, stream);
-    case 3: return launch_downsample_gemm<DownsampleGemmTraits<kDType, 3>>(d, plan, stream);
-    default: return kNotCovered;
+  if constexpr (kTile < kDownsampleGemmTileCount) {
+    if (plan.tile != kTile) return launch_downsample_gemm_tile<kDType, kTile + 1>(d, plan, stream);
+    return launch_downsample_gemm<DownsampleGemmTraits<kDType, kTile>>(d, plan, stream);
   }
+  return kNotCovered;
 }
 
 }  // namespace convfirst::patch::sm90

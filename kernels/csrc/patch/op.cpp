@@ -146,12 +146,18 @@ void check(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   check_output(kDownsample, x, x.size(2) / 2, x.size(3) / 2, weight.size(0));
 }
 
-void check_gemm(const Tensor& x, const Tensor& weight, const Tensor& vectors, int64_t warpgroups) {
+void check_gemm(const Tensor& x, const Tensor& weight, const Tensor& vectors, int64_t tile) {
   check_image(kGemm, x);
   kGemm.shape("weight", weight, {-1, 4 * x.size(1)}, "[columns, 2 x 2 x channels]");
   kGemm.weight("weight", weight, x, {weight.size(0), 4 * x.size(1)}, "[columns, 2 x 2 x channels]");
   kGemm.vector("vectors", vectors, x, sm90::kTapVectors * weight.size(0), "[(1 + taps) x columns]");
-  if (warpgroups < 0 || warpgroups > 3) kGemm.refuse("warpgroups is ", warpgroups, "; supported are 1 to 3, and 0 for the planner's choice");
+  if (tile < 0 || tile > sm90::kDownsampleGemmTileCount) {
+    kGemm.refuse("tile is ", tile, "; supported are 1 to ", sm90::kDownsampleGemmTileCount, ", and 0 for the planner's choice");
+  }
+  if (tile > 0 && !sm90::tile_supports(static_cast<int>(weight.size(0)), static_cast<int>(tile) - 1)) {
+    kGemm.refuse("tile ", tile, " has ", sm90::kDownsampleGemmTiles[tile - 1].columns, " columns; weight has ", weight.size(0),
+                 ", which is no multiple");
+  }
   check_output(kGemm, x, x.size(2) / 2, x.size(3) / 2, weight.size(0));
 }
 
@@ -213,8 +219,8 @@ Tensor downsample(const Tensor& x, const Tensor& weight, const Tensor& bias, dou
   return y;
 }
 
-Tensor downsample_gemm(const Tensor& x, const Tensor& weight, const Tensor& vectors, double eps, bool has_norm, int64_t warpgroups) {
-  check_gemm(x, weight, vectors, warpgroups);
+Tensor downsample_gemm(const Tensor& x, const Tensor& weight, const Tensor& vectors, double eps, bool has_norm, int64_t tile) {
+  check_gemm(x, weight, vectors, tile);
   kGemm.cuda("x", x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int64_t columns = weight.size(0);
@@ -223,7 +229,7 @@ Tensor downsample_gemm(const Tensor& x, const Tensor& weight, const Tensor& vect
   const DownsampleGemm arguments{x.const_data_ptr(), static_cast<int>(x.size(0)), static_cast<int>(x.size(2)),
                                  static_cast<int>(x.size(3)), static_cast<int>(x.size(1)), static_cast<int>(columns), dtype_of(x),
                                  has_norm, static_cast<float>(eps), weight.const_data_ptr(), floats(vectors), y.mutable_data_ptr(),
-                                 static_cast<int>(warpgroups)};
+                                 static_cast<int>(tile)};
   launch(kGemm, x, columns, [&](const Path& path, const Device& device, cudaStream_t stream) {
     return path.downsample_gemm == nullptr || !gemm_allowed() ? kNotCovered : path.downsample_gemm(arguments, device, stream);
   });
@@ -284,8 +290,8 @@ std::string downsample_check(const Tensor& x, const Tensor& weight, const Tensor
   return describe("downsample", x, weight.size(0));
 }
 
-std::string downsample_gemm_check(const Tensor& x, const Tensor& weight, const Tensor& vectors, double, bool, int64_t warpgroups) {
-  check_gemm(x, weight, vectors, warpgroups);
+std::string downsample_gemm_check(const Tensor& x, const Tensor& weight, const Tensor& vectors, double, bool, int64_t tile) {
+  check_gemm(x, weight, vectors, tile);
   return describe("downsample_gemm", x, weight.size(0));
 }
 
@@ -294,7 +300,8 @@ std::string plan_downsample_gemm(int64_t pixels, int64_t channels, int64_t colum
   const sm90::DownsampleGemmPlan plan =
       sm90::plan_downsample_gemm(pixels, static_cast<int>(channels), static_cast<int>(columns), static_cast<int>(multiprocessors));
   std::ostringstream out;
-  out << "{\"rows\": " << 64 * plan.warpgroups << ", \"steps\": " << plan.steps << ", \"grid\": " << plan.grid << ", \"rounds\": "
+  const sm90::DownsampleGemmTile& tile = sm90::kDownsampleGemmTiles[plan.tile];
+  out << "{\"rows\": " << tile.rows() << ", \"columns\": " << tile.columns << ", \"steps\": " << plan.steps << ", \"grid\": " << plan.grid << ", \"rounds\": "
       << plan.rounds << ", \"shared_memory\": " << plan.shared_memory << ", \"cost_us\": " << plan.cost << "}";
   return out.str();
 }

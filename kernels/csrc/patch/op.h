@@ -17,8 +17,8 @@ Tensor patch_stem(const Tensor& x, const Tensor& weight, const Tensor& bias, con
 
 Tensor downsample(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, bool has_norm);
 
-// warpgroups: of the tile, 1 to 3; 0 for the planner's choice.
-Tensor downsample_gemm(const Tensor& x, const Tensor& weight, const Tensor& vectors, double eps, bool has_norm, int64_t warpgroups);
+// tile: of the kernel's table, from 1; 0 for the planner's choice.
+Tensor downsample_gemm(const Tensor& x, const Tensor& weight, const Tensor& vectors, double eps, bool has_norm, int64_t tile);
 
 Tensor head(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps);
 
@@ -34,7 +34,7 @@ std::string patch_stem_check(const Tensor& x, const Tensor& weight, const Tensor
 
 std::string downsample_check(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, bool has_norm);
 
-std::string downsample_gemm_check(const Tensor& x, const Tensor& weight, const Tensor& vectors, double eps, bool has_norm, int64_t warpgroups);
+std::string downsample_gemm_check(const Tensor& x, const Tensor& weight, const Tensor& vectors, double eps, bool has_norm, int64_t tile);
 
 // How downsample_gemm multiplies `pixels` rows of its result, as JSON: tile, steps, grid, rounds, shared memory, estimated time; "" for
 // widths that it does not take.

@@ -79,7 +79,7 @@ struct DownsampleGemm {
   const void* weight;    // [columns, 2, 2, channels]
   const float* vectors;  // [5, columns]: bias, sums over channels of the taps' weights as they are in `weight`
   void* y;               // [batch, height / 2, width / 2, columns], rounded down
-  int warpgroups;        // of the tile; 0: the planner's choice
+  int tile;              // of downsample_gemm_sm90.h's table, from 1; 0: the planner's choice
 };
 
 // patches = norm(x) in 2x2 pieces, the left operand of that convolution as a matrix product.
