@@ -2,7 +2,7 @@
 // on the float32 units: every tap that lies outside the map is left out, which the tensor cores' Toeplitz matrices can't.
 //
 //   x, one image [rows][kWidth][channels]        convolution, a thread a channel            LayerNorm, in place -> A
-//   +---------------------------+   row r        +--------------------------------+         eight lanes a pixel,
+//   +---------------------------+   row r        +--------------------------------+         some lanes a pixel,
 //   | contiguous in NHWC: a     |  ----------->  | sums of output rows r - 3 ...  |  ---->  16-byte loads and stores
 //   | bulk copy a row, each     |  read once     | r + 3, kWidth of each;         |  row
 //   | with a barrier of its own |                | filter in 42 registers         |  r - 3
@@ -10,7 +10,7 @@
 //
 //   what                        where                                          written by              released when
 //   x                           shared, whole image                            bulk copies, a thread   its row was read, per thread
-//   filter of a channel         42 registers, float32; its first row in L1     before the first row    channel done
+//   filter of a channel         42 registers, float32; it too in shared memory  before the first row    channel done
 //   sums of seven rows          7 kWidth registers, float32                    multiply-adds           row complete
 //   convolution + bias, 16 bit  shared, in x's place: three rows behind it     the channel's thread    normalised
 //
@@ -34,6 +34,7 @@ struct ImageTraits {
   static constexpr int kWidth = kWidth_, kK = kImageKernel, kPad = kK / 2;
   static constexpr int kMostThreads = image_most_threads(kWidth);
   static constexpr bool kOnePass = image_one_pass(kWidth);
+  static constexpr int kLanes = kWidth == 7 ? 32 : 16;  // that share a pixel's norm
 };
 
 template <class Element>
@@ -45,9 +46,9 @@ __device__ __forceinline__ float to_float(uint16_t bits) {
 __device__ __forceinline__ float load_bias(const ImageParams& p, int channel) {
   return p.bias != nullptr ? __uint_as_float(again::load_32(p.bias + channel)) : 0.f;
 }
-template <class Element>
-__device__ __forceinline__ float load_tap(const ImageParams& p, int channel, int tap) {
-  return to_float<Element>(again::load_16(static_cast<const uint16_t*>(p.weight) + tap * p.channels + channel));
+// Shared memory: barriers, of the filter and of each row; the image; the filter, [49][channels].
+__device__ __forceinline__ uint32_t filter_address(const ImageParams& p, unsigned char* smem, int channel) {
+  return ptx::smem_address(smem) + kImageBarrierBytes + p.image_bytes + 2 * channel;
 }
 
 // A channel of the image, from its first row to its last.
@@ -58,19 +59,22 @@ struct ImageChannel {
   float filter[kK - 1][kK];  // of the rows but the first, which is read where it is used: it would not fit beside 14 columns
   float sums[kK][kWidth];  // [i]: of output row r - 3 + i
 
-  __device__ __forceinline__ void load_filter(const ImageParams& p, int channel) {
+  __device__ __forceinline__ void load_filter(const ImageParams& p, unsigned char* smem, int channel) {
+    reinterpret_cast<const TransactionBarrier*>(smem)->wait(0);
+    const uint32_t at = filter_address(p, smem, channel);
 #pragma unroll
-    for (int i = 0; i < (kK - 1) * kK; ++i) filter[i / kK][i % kK] = load_tap<Element>(p, channel, kK + i);
+    for (int i = 0; i < (kK - 1) * kK; ++i) filter[i / kK][i % kK] = to_float<Element>(again::load_shared_16(at + (kK + i) * 2 * p.channels));
   }
 
   // sums[i] of the row after = sums[i + 1] + the products of input row x with the filter's row 6 - i.
   template <int kSlot>
-  __device__ __forceinline__ void add_row(const float (&x)[kWidth], const ImageParams& p, int channel) {
+  __device__ __forceinline__ void add_row(const float (&x)[kWidth], const ImageParams& p, unsigned char* smem, int channel) {
     constexpr int kRow = kK - 1 - kSlot;
     constexpr bool kNew = kSlot + 1 == kK;
+    const uint32_t first_row = kNew ? filter_address(p, smem, channel) : 0;
     float w[kK];
 #pragma unroll
-    for (int tap = 0; tap < kK; ++tap) w[tap] = kNew ? load_tap<Element>(p, channel, tap) : filter[kNew ? 0 : kRow - 1][tap];
+    for (int tap = 0; tap < kK; ++tap) w[tap] = kNew ? to_float<Element>(again::load_shared_16(first_row + tap * 2 * p.channels)) : filter[kNew ? 0 : kRow - 1][tap];
     const float start = kNew ? load_bias(p, channel) : 0.f;
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) sums[kSlot][c] = fmaf(x[c], w[kPad], kNew ? start : sums[kNew ? kSlot : kSlot + 1][c]);
@@ -87,10 +91,10 @@ struct ImageChannel {
 
   // Rows outside the map are left as they are: nothing reads them.
   template <int kSlot = 0>
-  __device__ __forceinline__ void add_rows(const float (&x)[kWidth], const ImageParams& p, int channel, int row) {
+  __device__ __forceinline__ void add_rows(const float (&x)[kWidth], const ImageParams& p, unsigned char* smem, int channel, int row) {
     if constexpr (kSlot < kK) {
-      if (static_cast<unsigned>(row - kPad + kSlot) < static_cast<unsigned>(p.height)) add_row<kSlot>(x, p, channel);
-      add_rows<kSlot + 1>(x, p, channel, row);
+      if (static_cast<unsigned>(row - kPad + kSlot) < static_cast<unsigned>(p.height)) add_row<kSlot>(x, p, smem, channel);
+      add_rows<kSlot + 1>(x, p, smem, channel, row);
     }
   }
 
@@ -106,27 +110,33 @@ struct ImageChannel {
     }
   }
 
-  // In place. What follows from the channel is worked out in each row:
-  // no register is left to keep it.
-  __device__ __forceinline__ void run(const ImageParams& p, unsigned char* smem, int first_channel) {
-    const int stride = p.channels * 2, row_bytes = kWidth * stride, kept = kPad * row_bytes;
-    const float start = load_bias(p, first_channel + again::thread_index());
+  __device__ __forceinline__ void start(const ImageParams& p, int channel) {
+    const float bias = load_bias(p, channel);
 #pragma unroll
     for (int i = 0; i < kK; ++i)
 #pragma unroll
-      for (int c = 0; c < kWidth; ++c) sums[i][c] = start;
+      for (int c = 0; c < kWidth; ++c) sums[i][c] = bias;
+  }
+
+  // Input rows first ... last - 1, in place. What follows from the channel is worked out in each row: no register is left to keep it.
+  __device__ __forceinline__ void add(const ImageParams& p, unsigned char* smem, int first_channel, int first, int last) {
+    const int stride = p.channels * 2, row_bytes = kWidth * stride;
 #pragma unroll 1
-    for (int r = 0; r < p.height; ++r) {
-      reinterpret_cast<const TransactionBarrier*>(smem)[r].wait(0);
+    for (int r = first; r < last; ++r) {
+      reinterpret_cast<const TransactionBarrier*>(smem)[1 + r].wait(0);
       const int channel = first_channel + again::thread_index();
       const uint32_t at = ptx::smem_address(smem) + kImageBarrierBytes + 2 * channel + r * row_bytes;
       float x[kWidth];
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) x[c] = to_float<Element>(again::load_shared_16(at + c * stride));
-      add_rows(x, p, channel, r);
-      if (r >= kPad) store<0>(at - kept, stride);
+      add_rows(x, p, smem, channel, r);
+      if (r >= kPad) store<0>(at - kPad * row_bytes, stride);
     }
-    const int channel = first_channel + again::thread_index();
+  }
+
+  // The last rows, which no input row follows.
+  __device__ __forceinline__ void finish(const ImageParams& p, unsigned char* smem, int first_channel) {
+    const int channel = first_channel + again::thread_index(), stride = p.channels * 2, row_bytes = kWidth * stride;
     const uint32_t at = ptx::smem_address(smem) + kImageBarrierBytes + 2 * channel + (p.height - kPad) * row_bytes;
     if (p.height >= 3) store<1>(at, stride);
     if (p.height >= 2) store<2>(at + row_bytes, stride);
@@ -155,20 +165,20 @@ __device__ __forceinline__ void load8(float (&v)[8], const float* from) {
   v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
 }
 
-// Scale and shift of a pixel's norm: its eight lanes share the sums.
-template <class Element>
+// Scale and shift of a pixel's norm: its lanes share the sums.
+template <class Element, int kLanes>
 __device__ __forceinline__ float2 scale_and_shift(const ImageParams& p, const uint4* pixel, int lane) {
   const int chunks = p.channels / 8;
   float sum = 0.f, square = 0.f;
 #pragma unroll 3
-  for (int chunk = lane; chunk < chunks; chunk += 8) {
+  for (int chunk = lane; chunk < chunks; chunk += kLanes) {
     float v[8];
     unpack8<Element>(v, pixel[chunk]);
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum += v[j], square = fmaf(v[j], v[j], square);
   }
 #pragma unroll
-  for (int d = 1; d < 8; d *= 2) {
+  for (int d = 1; d < kLanes; d *= 2) {
     sum += __shfl_xor_sync(0xffffffffu, sum, d);
     square += __shfl_xor_sync(0xffffffffu, square, d);
   }
@@ -176,23 +186,24 @@ __device__ __forceinline__ float2 scale_and_shift(const ImageParams& p, const ui
   return make_float2(scale, -mean * scale);
 }
 
-// The staged image into A.
+// Staged rows first ... last - 1 into A.
 template <class Traits>
-__device__ __forceinline__ void normalise(const ImageParams& p, const uint4* image) {
+__device__ __forceinline__ void normalise(const ImageParams& p, const uint4* image, int first_row, int last_row) {
   using Element = typename Traits::Element;
-  const int chunks = p.channels / 8, pixels = p.height * Traits::kWidth, lane = threadIdx.x % 8;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * pixels;
+  constexpr int kLanes = Traits::kLanes;
+  const int chunks = p.channels / 8, pixels = last_row * Traits::kWidth, lane = threadIdx.x % kLanes, of_warp = threadIdx.x % 32 / kLanes;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * p.height * Traits::kWidth;
 #pragma unroll 1
-  for (int i = threadIdx.x / 8; i - static_cast<int>(threadIdx.x % 32 / 8) < pixels; i += blockDim.x / 8) {
+  for (int i = first_row * Traits::kWidth + threadIdx.x / kLanes; i - of_warp < pixels; i += blockDim.x / kLanes) {
     const bool exists = i < pixels;
     const uint4* pixel = image + (exists ? i : 0) * chunks;
     float2 norm = make_float2(1.f, 0.f);
-    if (p.has_norm) norm = scale_and_shift<Element>(p, pixel, lane);
+    if (p.has_norm) norm = scale_and_shift<Element, kLanes>(p, pixel, lane);
     if (!exists) continue;
     if (p.has_norm && p.rstd != nullptr && lane == 0) p.rstd[first + i] = norm.x;
     uint4* out = static_cast<uint4*>(p.a) + (first + i) * chunks;
 #pragma unroll 3
-    for (int chunk = lane; chunk < chunks; chunk += 8) {
+    for (int chunk = lane; chunk < chunks; chunk += kLanes) {
       float v[8], w[8];
       unpack8<Element>(v, pixel[chunk]);
       if (p.has_norm) {
@@ -218,44 +229,64 @@ __device__ __forceinline__ void normalise(const ImageParams& p, const uint4* ima
   }
 }
 
+// One thread.
+template <class Traits>
+__device__ __forceinline__ void load(const ImageParams& p, TransactionBarrier* full, unsigned char* image) {
+  const int row_bytes = Traits::kWidth * p.channels * 2, filter_bytes = Traits::kK * Traits::kK * p.channels * 2;
+  full[0].arrive_and_expect_tx(filter_bytes);
+  bulk_load(p.weight, full, image + p.image_bytes, filter_bytes);
+  const char* x = static_cast<const char*>(p.x) + static_cast<int64_t>(blockIdx.x) * p.image_bytes;
+#pragma unroll 1
+  for (int r = 0; r < p.height; ++r) {
+    full[1 + r].arrive_and_expect_tx(row_bytes);
+    bulk_load(x + r * row_bytes, full + 1 + r, image + r * row_bytes, row_bytes);
+  }
+}
+
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kMostThreads, 1) image_conv_norm_fwd_sm90(const __grid_constant__ ImageParams p) {
   using Element = typename Traits::Element;
   extern __shared__ __align__(128) unsigned char smem[];
-  const int row_bytes = Traits::kWidth * p.channels * 2;
   TransactionBarrier* full = reinterpret_cast<TransactionBarrier*>(smem);
   unsigned char* const image = smem + kImageBarrierBytes;
   if (threadIdx.x == 0) {
 #pragma unroll 1
-    for (int r = 0; r < p.height; ++r) full[r].init(1);
+    for (int i = 0; i <= p.height; ++i) full[i].init(1);
     grid::fence_barrier_init();
   }
   __syncthreads();
   grid::wait_for_inputs();
   grid::launch_dependents();  // after the wait: the next launch may count on what came before this one
-  if (threadIdx.x == 0) {
-    const char* x = static_cast<const char*>(p.x) + static_cast<int64_t>(blockIdx.x) * p.height * row_bytes;
-#pragma unroll 1
-    for (int r = 0; r < p.height; ++r) {
-      full[r].arrive_and_expect_tx(row_bytes);
-      bulk_load(x + r * row_bytes, full + r, image + r * row_bytes, row_bytes);
-    }
-  }
+  if (threadIdx.x == 0) load<Traits>(p, full, image);
   __syncwarp();
-  const auto convolve = [&](int first) {
-    if (first + static_cast<int>(threadIdx.x) >= p.channels) return;
-    ImageChannel<Traits> work;
-    work.load_filter(p, first + threadIdx.x);
-    work.run(p, smem, first);
-  };
-  if constexpr (Traits::kOnePass) {
-    convolve(0);
+  const uint4* const staged = reinterpret_cast<const uint4*>(image);
+  ImageChannel<Traits> work;
+  if constexpr (Traits::kOnePass) {  // the first rows are normalised as soon as they are there: all stores at once would wait for the memory
+    const int middle = min(p.height, p.height / 2 + 1 + Traits::kPad), complete = max(middle - Traits::kPad, 0);
+    if (static_cast<int>(threadIdx.x) < p.channels) work.start(p, threadIdx.x);
+#pragma unroll 1
+    for (int part = 0; part < 2; ++part) {
+      if (again::thread_index() < p.channels) {
+        work.load_filter(p, smem, again::thread_index());
+        work.add(p, smem, 0, part == 0 ? 0 : middle, part == 0 ? middle : p.height);
+        if (part == 1) work.finish(p, smem, 0);
+      }
+      __syncthreads();
+      normalise<Traits>(p, staged, part == 0 ? 0 : complete, part == 0 ? complete : p.height);
+    }
   } else {
 #pragma unroll 1
-    for (int first = 0; first < p.channels; first += blockDim.x) convolve(first);
+    for (int first = 0; first < p.channels; first += blockDim.x) {
+      const int channel = first + static_cast<int>(threadIdx.x);
+      if (channel >= p.channels) break;
+      work.start(p, channel);
+      work.load_filter(p, smem, channel);
+      work.add(p, smem, first, 0, p.height);
+      work.finish(p, smem, first);
+    }
+    __syncthreads();
+    normalise<Traits>(p, staged, 0, p.height);
   }
-  __syncthreads();
-  normalise<Traits>(p, reinterpret_cast<const uint4*>(image));
 }
 
 }  // namespace convfirst::block_fusion::sm90

@@ -21,6 +21,7 @@ int image_launch(const Problem& q, const Tensors& t, const ImagePlan& plan, void
   p.residual = extras.residual, p.rstd = extras.rstd;
   p.eps = t.eps, p.has_norm = q.has_norm;
   p.height = static_cast<int>(q.height), p.channels = q.channels;
+  p.image_bytes = static_cast<int>(q.height * q.width * q.channels * 2);
   return with_image_kernel(q, [&](auto kernel) { return kernel.launch(p, plan, dependent, stream); });
 }
 

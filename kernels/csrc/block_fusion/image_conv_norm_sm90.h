@@ -16,8 +16,8 @@
 namespace convfirst::block_fusion::sm90 {
 
 constexpr int kImageKernel = 7;
-constexpr int kImageMostRows = 64;  // a barrier each, ahead of the image in shared memory
-constexpr int kImageBarrierBytes = kImageMostRows * 8;
+constexpr int kImageMostRows = 63;
+constexpr int kImageBarrierBytes = (kImageMostRows + 1) * 8;  // one a row and the filter's, ahead of the image in shared memory
 
 // Threads that a block may have: what a thread keeps of `width` columns in registers decides.
 constexpr int image_most_threads(int width) { return width == 7 ? 512 : 384; }
@@ -45,10 +45,11 @@ struct ImageParams {
   float* rstd;  // of each pixel, or nullptr
   float eps;
   int has_norm, height, channels;
+  int image_bytes;
 };
 
 inline int image_shared_memory(const Problem& q) {
-  return static_cast<int>(q.height * q.width * q.channels * 2 + kImageBarrierBytes);
+  return static_cast<int>(kImageBarrierBytes + (q.height * q.width + kImageKernel * kImageKernel) * q.channels * 2);
 }
 
 inline bool image_covers(const Problem& q, const Device& device) {
