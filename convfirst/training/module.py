@@ -80,8 +80,10 @@ class ClassificationModule(LightningModule):
             for module in [self.model] if self.ema is None else [self.model, self.ema.module]:
                 shard(module, self.device_mesh)
         if self._compile is not None and self.trainer.training:
-            sharded = isinstance(self.model, FSDPModule)
-            compile_sharded(self.model, **self._compile) if sharded else self.model.compile(**self._compile)
+            if isinstance(self.model, FSDPModule):
+                compile_sharded(self.model, **self._compile)
+            else:
+                self.model.compile(**self._compile)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = create_optimizer_v2(self.model, **self._optimizer)
