@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import subprocess
@@ -272,6 +273,28 @@ def test_rows_are_written_as_they_come(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="interrupted"):
         benchmark(compose("suite=mine", f"output={path}"))
     assert json.loads(path.read_text())["rows"] == [{"a": 1}, {"a": 2}]
+
+
+def test_the_kernels_own_script_writes_rows_as_they_come(monkeypatch, tmp_path):
+    pytest.importorskip("convfirst_kernels")
+    monkeypatch.syspath_prepend(Path(CONFIGS).parent / "kernels/benchmarks")
+    run = importlib.import_module("run")
+    path = tmp_path / "out.json"
+    columns = ("name", "batch", "dtype", "path", "ours_ms", "peer", "peer_ms", "speedup", "tflops", "efficiency")
+    row = dict.fromkeys(columns, 1)
+
+    def suite(iterations=1):
+        yield row
+        assert json.loads(path.read_text())["rows"] == [row]
+        raise ValueError("interrupted")
+
+    monkeypatch.setitem(run.SUITES, "blocks", suite)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    with pytest.raises(ValueError, match="interrupted"):
+        run.main(["blocks", "--output", str(path), "--iterations", "2"])
+    written = json.loads(path.read_text())
+    assert (written["suite"], written["device"], written["rows"]) == ("blocks", "GPU", [row])
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def direct(
     directions: Sequence[str] = DIRECTIONS,
     path: str = "",
     iterations: int = 9,
-) -> list[dict]:
+) -> Iterator[dict]:
     """One row for each layer, batch size, dtype and direction; in float32 the forward pass alone.
 
     Args:
@@ -63,18 +63,18 @@ def direct(
     unknown = set(directions) - set(DIRECTIONS)
     if unknown:
         raise ValueError(f"directions={sorted(unknown)}; accepted: {', '.join(DIRECTIONS)}")
-    rows = []
     for dtype in dtypes:
         for layer, batch in chosen:
-            rows += _layer_rows(layer, batch, dtype, directions, path, iterations)
+            for row in _layer_rows(layer, batch, dtype, directions, path, iterations):
+                print(json.dumps(row), flush=True)
+                yield row
             torch.cuda.empty_cache()
-    return rows
 
 
 @torch.no_grad()
 def _layer_rows(
     layer: ConvLayer, batch: int, dtype: str, directions: Sequence[str], path: str, iterations: int
-) -> list[dict]:
+) -> Iterator[dict]:
     torch_dtype = getattr(torch, dtype)
     torch.manual_seed(0)
     shape = (batch, layer.channels, layer.height, layer.width)
@@ -84,7 +84,6 @@ def _layer_rows(
     grad = _normal((batch, layer.filters, layer.output_height, layer.output_width), torch_dtype)
     inputs = rotating_inputs(lambda: _normal(shape, torch_dtype))
     ours, theirs = _ours(layer, weight, bias, grad), _theirs(layer, weight, bias.to(torch_dtype), grad)
-    rows = []
     for direction in directions:
         if direction != "forward" and dtype == "float32" or direction == "dgrad" and layer.channels < 8:
             continue
@@ -95,9 +94,7 @@ def _layer_rows(
             ours_ms = graph_ms(ours[direction], inputs, iterations, calls=4)
             clock_mhz = _clock_mhz(ours[direction], inputs)
         peer, peer_ms = _fastest_peer(layer, direction, inputs, weight, bias.to(torch_dtype), grad, iterations)
-        rows.append(_row(layer, batch, dtype, direction, variant, ours_ms, peer, peer_ms, clock_mhz))
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+        yield _row(layer, batch, dtype, direction, variant, ours_ms, peer, peer_ms, clock_mhz)
 
 
 def _row(layer, batch, dtype, direction, variant, ours_ms, peer, peer_ms, clock_mhz) -> dict:

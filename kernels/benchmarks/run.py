@@ -47,9 +47,16 @@ def main(arguments: list[str]) -> None:
     unknown = set(given) - set(inspect.signature(suite).parameters)
     if unknown:
         sys.exit(f"suite {options.suite} has no option {', '.join(sorted(unknown))}")
-    rows = list(suite(**given))
-    print_table(rows)
-    print("wrote", write_results(output, options.suite, rows))
+    rows: list[dict] = []
+    try:
+        for row in suite(**given):
+            rows.append(row)
+            # Row by row: what was measured before an error, or before the process is killed, isn't lost.
+            write_results(output, options.suite, rows)
+    finally:
+        if rows:
+            print_table(rows)
+            print("wrote", output)
 
 
 def print_table(rows: list[dict]) -> None:

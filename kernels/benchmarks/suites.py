@@ -1,15 +1,15 @@
 """Benchmark suites: fused blocks, and networks with fused blocks, against Inductor in the same run.
 
-Every suite returns rows {name, batch, dtype, path, ours_ms, peer, peer_ms, speedup, tflops, ceiling_tflops, efficiency}
-and a few columns more; those of direct and winograd are in direct.py and winograd.py. Both sides run in channels_last
-inside CUDA graphs on rotating inputs; times are medians.
+Every suite yields its rows as it measures them: {name, batch, dtype, path, ours_ms, peer, peer_ms, speedup, tflops,
+ceiling_tflops, efficiency} and a few columns more; those of direct and winograd are in direct.py and winograd.py. Both
+sides run in channels_last inside CUDA graphs on rotating inputs; times are medians.
 `SUITES` names them; `python kernels/benchmarks/run.py` runs them.
 """
 
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +109,7 @@ def blocks(
     reuse: str | None = None,
     path: str = "",
     iterations: int = 15,
-) -> list[dict]:
+) -> Iterator[dict]:
     """One fused block against the same plain modules compiled by Inductor.
 
     Args:
@@ -124,14 +124,11 @@ def blocks(
     if not chosen:
         raise ValueError(f"select={select!r} matches none of {', '.join(block.name for block in BLOCKS)}")
     known = _peer_times(reuse)
-    rows = []
     for dtype in dtypes:
         for block in chosen:
             for batch in batches:
-                rows.append(_block_row(block, dtype, batch, peer, known, path, iterations))
-                print(json.dumps(rows[-1]), flush=True)
+                yield _printed(_block_row(block, dtype, batch, peer, known, path, iterations))
                 torch.compiler.reset()
-    return rows
 
 
 @torch.no_grad()
@@ -169,20 +166,17 @@ def mbconv(
     reuse: str | None = None,
     path: str = "sm80",
     iterations: int = 15,
-) -> list[dict]:
+) -> Iterator[dict]:
     """One fused MBConv block against the same plain modules compiled by Inductor; arguments as of `blocks`."""
     chosen = [shape for shape in MBCONVS if re.search(select, shape.name)]
     if not chosen:
         raise ValueError(f"select={select!r} matches none of {', '.join(shape.name for shape in MBCONVS)}")
     known = _peer_times(reuse)
-    rows = []
     for dtype in dtypes:
         for shape in chosen:
             for batch in batches:
-                rows.append(_mbconv_row(shape, dtype, batch, peer, known, path, iterations))
-                print(json.dumps(rows[-1]), flush=True)
+                yield _printed(_mbconv_row(shape, dtype, batch, peer, known, path, iterations))
                 torch.compiler.reset()
-    return rows
 
 
 @torch.no_grad()
@@ -224,7 +218,7 @@ def models(
     iterations: int = 15,
     compiled: bool = True,
     image_size: int = 224,
-) -> list[dict]:
+) -> Iterator[dict]:
     """Whole networks: accelerated, in a CUDA graph, against the plain network and its counterpart in Inductor.
 
     Arguments as of `blocks`, and ``compiled``: what lies outside the blocks goes through Inductor on our side too.
@@ -234,18 +228,16 @@ def models(
     if not chosen:
         raise ValueError(f"select={select!r} matches none of {', '.join(MODELS)}")
     known = _peer_times(reuse)
-    rows = []
     for dtype in dtypes:
         for batch in batches:
             peers: dict[str, tuple] = {}
             for name in chosen:
-                rows += _model_rows(name, dtype, batch, peer, known, path, iterations, compiled, image_size, peers)
+                yield from _model_rows(name, dtype, batch, peer, known, path, iterations, compiled, image_size, peers)
                 torch.compiler.reset()
-    return rows
 
 
 @torch.no_grad()
-def _model_rows(name, dtype, batch, peer, known, path, iterations, compiled, image_size, peers) -> list[dict]:
+def _model_rows(name, dtype, batch, peer, known, path, iterations, compiled, image_size, peers) -> Iterator[dict]:
     torch_dtype = getattr(torch, dtype)
     inputs = [_images((batch, 3, image_size, image_size), torch_dtype) for _ in range(2)]
 
@@ -266,20 +258,22 @@ def _model_rows(name, dtype, batch, peer, known, path, iterations, compiled, ima
         function = torch.compile(fused) if compiled else fused
         ours, peak = _with_peak(lambda: graph_ms(function, inputs, iterations, calls=2))
     flops = _network_flops(name, batch, image_size)
-    rows = []
     for other in filter(None, (name, MODELS[name] if peer else None)):
         (peer_ms, peer_name), peer_peak = time_peer(other)
         label = peer_name and f"{other} {peer_name}"
-        row = {
-            **_row(name, batch, dtype, variant.split("_")[0], ours, label, peer_ms, flops, matmul_tflops(torch_dtype)),
+        row = _row(name, batch, dtype, variant.split("_")[0], ours, label, peer_ms, flops, matmul_tflops(torch_dtype))
+        row |= {
             "images_per_s": round(1e3 * batch / ours, 1),
             "outside_blocks": "inductor" if compiled else "eager",
             "peak_mib": peak,
             "peer_peak_mib": peer_peak,
         }
-        print(json.dumps(row), flush=True)
-        rows.append(row)
-    return rows
+        yield _printed(row)
+
+
+def _printed(row: dict) -> dict:
+    print(json.dumps(row), flush=True)
+    return row
 
 
 def _row(name, batch, dtype, path, ours, peer, peer_ms, flops, ceiling) -> dict:

@@ -306,7 +306,7 @@ def accelerate(
             packing out of the compiled program.
         winograd: also dense 3x3 convolutions of stride 1 elsewhere in the model, as VGG's and ResNet's: as Winograd's
             in float32 without TF32, as direct convolution in 16 bits, in inference and calls of a size where that was
-            measured to be faster than cuDNN. The kernels ran on a GPU; put into a model they have not yet.
+            measured to be faster than cuDNN.
         whole_stages: also run a stage of a frozen ConvFirst, its downsampling and its blocks, in one launch where its
             tiles of 32 pixels fit the device all at once: one image of 224 pixels, or several small ones. The launch's
             thread blocks wait for one another, so two such launches must never run at once on a device, as they might

@@ -16,19 +16,16 @@ from convfirst_kernels.planner import Device, Problem, plan
 
 ENABLED = True
 
-_ARGUMENTS = (
-    "Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor expand_weight, "
-    "Tensor? expand_bias, Tensor project_weight, Tensor? project_bias, Tensor? layer_scale, Tensor? sample_scale, "
-    "int group_width, str activation, float eps, bool has_norm"
-)
+TENSORS = 11  # the operator's leading arguments that are tensors
+operators = torch.ops.convfirst
+_ARGUMENTS = str(operators.conv_first_block.default._schema).partition("(")[2].rpartition(") ->")[0]
+_GRADIENTS = ", ".join(["Tensor"] * TENSORS)
 _definitions = torch.library.Library("convfirst", "FRAGMENT")
 _definitions.define(f"conv_first_block_kept({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 _definitions.define(
-    f"conv_first_block_kept_backward(Tensor grad, Tensor a, Tensor rstd, {_ARGUMENTS}, bool[11] output_mask) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"conv_first_block_kept_backward(Tensor grad, Tensor a, Tensor rstd, {_ARGUMENTS}, bool[{TENSORS}] output_mask) "
+    f"-> ({_GRADIENTS})"
 )
-TENSORS = 11  # the operator's leading arguments that are tensors
-operators = torch.ops.convfirst
 
 
 @torch.library.impl(_definitions, "conv_first_block_kept", "CUDA")

@@ -11,6 +11,7 @@ from convfirst_kernels.block import BlockWeights
 
 DOWN_CHANNELS = 128  # the fewest of a stage that begins with its downsampling in the same launch
 WORKSPACE_BYTES = 1 << 22  # more than any stage needs whose tiles all run at once
+WORKSPACE_COUNTERS = 256  # bytes of it, its first
 _implementations = torch.library.Library("convfirst", "IMPL")
 
 
@@ -106,8 +107,13 @@ def unpack_stage(weights: StageWeights) -> list[BlockWeights]:
 
 
 def workspace(device: torch.device) -> Tensor:
-    """The memory through which a stage's tiles exchange pixels: of launches one after another."""
-    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+    """The memory through which a stage's tiles exchange pixels: of launches one after another.
+
+    Counters, zero, and what is not there yet, all ones; a launch leaves it so that the next one finds that again.
+    """
+    memory = torch.full((WORKSPACE_BYTES,), 255, dtype=torch.uint8, device=device)
+    memory[:WORKSPACE_COUNTERS] = 0
+    return memory
 
 
 @torch.compiler.assume_constant_result
@@ -152,7 +158,7 @@ def conv_first_stage(
     Args:
         x: [N, C, H, W], channels_last; with ``down_weight``, [N, C / 2, H, W], which `patches.downsample` makes the
             blocks' input; its weights as in `DownWeights`.
-        workspace: uint8, zero before its first use; see `workspace`. On a CPU it is not used.
+        workspace: uint8, of launches one after another; see `workspace`. On a CPU it is not used.
 
     Returns:
         [N, C, H, W] in x's dtype, channels_last; H and W are halved with ``down_weight``.

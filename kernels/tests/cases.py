@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -225,11 +225,43 @@ def spacing(value: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.finfo(dtype).eps * torch.exp2(exponent)
 
 
+def matrix_tile_max(error: Tensor, tile: tuple[int, int]) -> Tensor:
+    """[rows, columns] -> largest value in each tile.
+
+    The last tile of a side ends at its end and overlaps the one before: a remainder of three rows would hang on chance,
+    as the largest of few errors differs twofold between sums of the same numbers in two orders.
+    """
+    for side, length in enumerate(tile):
+        size = error.shape[side]
+        if size > length and size % length:
+            last = error.narrow(side, size - length, length)
+            error = torch.cat([error.narrow(side, 0, size - size % length), last], side)
+    return torch.nn.functional.max_pool2d(error[None, None], tile, ceil_mode=True)
+
+
 def worst_ratio(result: Tensor, truth: Tensor, peer: Tensor) -> float:
+    """`worst_ratio_of` one draw in tiles of TILE x TILE pixels."""
+    return worst_ratio_of([(result, truth, peer)], tile_max)
+
+
+def worst_ratio_of(draws: Iterable[tuple[Tensor, Tensor, Tensor]], largest: Callable[[Tensor], Tensor]) -> float:
     """Largest error of a tile over its bound: 2x the peer's error there plus 2x the rounding quantum. Good: <= 1.
 
-    NaN in the result gives infinity.
+    ``draws`` are results, truths and peers of the same problem on other numbers; errors and quanta are the largest of
+    all draws, so that a tile of few values has a bound that rests on many. ``largest`` makes tiles' maxima of errors.
+    NaN in a result gives infinity.
     """
-    bound = 2 * tile_max((peer.double() - truth).abs()) + 2 * tile_max(spacing(truth, result.dtype))
-    ratio = tile_max((result.double() - truth).abs().nan_to_num(nan=float("inf"))) / bound
-    return float(ratio.max())
+    most = None
+    for result, truth, peer in draws:
+        error = (result.double() - truth).abs().nan_to_num(nan=float("inf"))
+        values = torch.stack([
+            largest(error), largest((peer.double() - truth).abs()), largest(spacing(truth, result.dtype))
+        ])  # fmt: skip
+        most = values if most is None else torch.maximum(most, values)
+    ours, theirs, quantum = most
+    return float((ours / (2 * theirs + 2 * quantum)).max())
+
+
+def draws_of(values: int, wanted: int = 1024) -> int:
+    """How many draws of a problem give ``wanted`` errors to compare, where one gives ``values``."""
+    return -(-wanted // values)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from cases import pairwise, spacing
+from cases import draws_of, matrix_tile_max, pairwise, worst_ratio_of
 from torch import Tensor
 
 GRADIENTS = ("da", "d_expand_weight", "d_expand_bias", "d_project_weight", "d_project_bias", "d_layer_scale")
@@ -29,6 +29,11 @@ class FeedForwardCase:
             f"c{self.channels}-h{self.hidden}-{self.activation}-{self.dtype}-{self.batch}x{self.height}x{self.width}"
             f"-ls{self.layer_scale:g}-{'+'.join(flags) or 'bare'}"
         )
+
+    @property
+    def draws(self) -> int:
+        """How often the inputs are drawn: of one pixel, a layer scale's gradient is one product a channel."""
+        return draws_of(64 * self.batch * self.height * self.width)
 
 
 def cases() -> list[FeedForwardCase]:
@@ -87,16 +92,6 @@ def widened(arguments: tuple) -> tuple:
     return tuple(a.double() if isinstance(a, Tensor) else a for a in arguments)
 
 
-def worst_ratio(result: Tensor, truth: Tensor, peer: Tensor, tile: int = 64) -> float:
-    """Largest error of a tile of 64 x 64 over its bound, 2x the peer's error there plus 2x the quantum. Good: <= 1.
-
-    NaN in the result gives infinity.
-    """
-
-    def largest(x: Tensor) -> Tensor:
-        x = x.reshape(1, 1, x.shape[0], -1)
-        return torch.nn.functional.max_pool2d(x, (min(tile, x.shape[2]), min(tile, x.shape[3])), ceil_mode=True)
-
-    bound = 2 * largest((peer.double() - truth).abs()) + 2 * largest(spacing(truth, result.dtype))
-    error = largest((result.double() - truth).abs().nan_to_num(nan=float("inf")))
-    return float((error / bound).max())
+def worst_ratio(draws: list[tuple[Tensor, Tensor, Tensor]]) -> float:
+    """`worst_ratio_of` draws in tiles of 64 x 64; of 64 values of a vector."""
+    return worst_ratio_of(draws, lambda error: matrix_tile_max(error.reshape(error.shape[0], -1), (64, 64)))

@@ -8,7 +8,19 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Case, conv_first_cases, convnext_cases, guarded, inputs, oracle, small_cases, worst_ratio
+from cases import (
+    Case,
+    conv_first_cases,
+    convnext_cases,
+    draws_of,
+    guarded,
+    inputs,
+    matrix_tile_max,
+    oracle,
+    small_cases,
+    worst_ratio,
+    worst_ratio_of,
+)
 from torch import nn
 
 import convfirst_kernels as ck
@@ -218,6 +230,20 @@ class TestJudge:
         y = truth.half()
         y[1, 40:48, 16:, 8:] = value
         assert worst_ratio(y, truth, truth.half()) > 1
+
+    def test_the_last_tile_is_as_large_as_the_others(self):
+        error = torch.zeros(67, 40)
+        error[66, 39], error[2, 7], error[3, 31] = 3, 2, 1
+        assert matrix_tile_max(error, (64, 32)).squeeze().tolist() == [[2, 1], [1, 3]]  # rows 3-66, columns 8-39
+        assert matrix_tile_max(error[:5, :7], (64, 32)).shape[-2:] == (1, 1)
+
+    def test_draws_are_judged_together(self):
+        truth = torch.zeros(1, 1, dtype=torch.float64)
+        draws = [(truth.float() + ours, truth, truth.float() + theirs) for ours, theirs in ((4, 1), (1, 2))]
+        assert worst_ratio_of(draws[:1], abs) > 1 >= worst_ratio_of(draws, abs)
+        draws.append((truth.float() * float("nan"), truth, truth.float()))
+        assert worst_ratio_of(draws, abs) == float("inf")
+        assert [draws_of(values) for values in (45, 1024, 5000)] == [23, 1, 1]
 
     def test_oracle_in_slices(self, monkeypatch):
         import cases

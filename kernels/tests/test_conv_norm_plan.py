@@ -31,6 +31,7 @@ GROUPED_SHAPES = [
 SOURCE = r"""
 #include "block_fusion/conv_norm_sm90.h"
 #include "block_fusion/grouped_conv_norm_sm90.h"
+#include "block_fusion/image_conv_norm_sm90.h"
 using namespace convfirst::block_fusion;
 using namespace convfirst::block_fusion::sm90;
 static Problem problem(const int* v) {
@@ -71,6 +72,20 @@ extern "C" int grouped(const int* shape, int multiprocessors, int shared_memory,
   grouped_describe(p).copy(text, 511);
   return 1;
 }
+// out: threads, passes, blocks, shared_memory
+extern "C" int image(const int* shape, int capability, int multiprocessors, int shared_memory, int* out) {
+  ImagePlan p;
+  if (!image_plan(problem(shape), {capability, multiprocessors, shared_memory}, &p)) return 0;
+  const int values[] = {p.threads, p.passes, p.grid, p.shared_memory};
+  std::copy(std::begin(values), std::end(values), out);
+  return 1;
+}
+extern "C" double image_cost_of(const int* shape, int multiprocessors) {
+  const Problem q = problem(shape);
+  const Device device{90, multiprocessors, 232448};
+  ImagePlan p;
+  return image_plan(q, device, &p) ? image_cost(q, device, p) : -1;
+}
 extern "C" double cost(const int* shape) {
   const Problem q = problem(shape);
   const Device device{90, 132, 232448};
@@ -100,7 +115,7 @@ def planner(tmp_path_factory):
     flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fPIC", "-shared", f"-I{CSRC}"]
     subprocess.run(["g++", *flags, str(folder / "plan.cpp"), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
-    loaded.cost.restype = ctypes.c_double
+    loaded.cost.restype = loaded.image_cost_of.restype = ctypes.c_double
     return loaded
 
 
@@ -155,6 +170,45 @@ def test_grouped_filters_that_are_not_covered_have_no_plan(planner):
     values, text = (ctypes.c_int * len(GROUPED_FIELDS))(), ctypes.create_string_buffer(512)
     for shape in ((1, 8, 8, 48, 3, 8), (1, 8, 8, 64, 3, 32), (1, 8, 8, 64, 7, 8), (1, 8, 8, 1056, 3, 8)):
         assert not planner.grouped((ctypes.c_int * 6)(*shape), 132, SHARED_MEMORY, values, text)
+
+
+def image(planner, *shape, capability=90, shared_memory=SHARED_MEMORY):
+    values = (ctypes.c_int * 4)()
+    if not planner.image((ctypes.c_int * 6)(*shape), capability, 132, shared_memory, values):
+        return None
+    return dict(zip(("threads", "passes", "blocks", "shared_memory"), values, strict=True))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(128, 14, 14, 384), (128, 7, 7, 768), (3, 7, 7, 1536), (5, 1, 14, 8), (2, 33, 7, 264), (2, 14, 14, 200)],
+    ids=str,
+)
+def test_an_image_has_a_thread_for_each_channel_and_fits(planner, shape):
+    batch, height, width, channels = shape
+    p = image(planner, *shape, 7, 1)
+    assert p["blocks"] == batch
+    assert p["threads"] % 32 == 0 and p["threads"] <= (512 if width == 7 else 384)
+    assert p["threads"] * p["passes"] >= channels > p["threads"] * (p["passes"] - 1)
+    assert height * width * channels * 2 + 8 * height <= p["shared_memory"] <= SHARED_MEMORY
+
+
+def test_images_that_are_not_covered_have_no_plan(planner):
+    for shape in (
+        (1, 14, 14, 392, 7, 1), (1, 14, 13, 64, 7, 1), (1, 56, 56, 96, 7, 1), (1, 7, 7, 60, 7, 1), (1, 7, 7, 64, 5, 1),
+        (1, 7, 7, 64, 7, 8), (1, 65, 7, 64, 7, 1), (1, 22, 14, 384, 7, 1),
+    ):  # fmt: skip
+        assert image(planner, *shape) is None
+    assert image(planner, 1, 14, 14, 384, 7, 1, capability=80) is None
+    assert image(planner, 1, 14, 14, 384, 7, 1, shared_memory=100 * 1024) is None
+
+
+def test_images_cost_their_rounds(planner):
+    def cost(batch, multiprocessors=132):
+        return planner.image_cost_of((ctypes.c_int * 6)(batch, 14, 14, 384, 7, 1), multiprocessors)
+
+    assert cost(1) < cost(132) < cost(133) < cost(264)
+    assert cost(133) - cost(132) > 2 * (cost(132) - cost(1)), "a second round"
 
 
 @pytest.mark.parametrize(

@@ -183,11 +183,15 @@ PLANS = [
     ((8, 64, 14, 14), (128, 64, 1, 1), {}, "sm90_gemm"),
     ((128, 3, 227, 227), (64, 3, 11, 11), {"stride": 4}, "sm90_first_layer"),
     ((128, 3, 224, 224), (96, 3, 4, 4), {"stride": 4}, "sm90_first_layer"),
-    ((128, 3, 128, 128), (96, 3, 11, 11), {}, "sm80_forward"),  # its Hopper kernel has not run on a GPU
+    ((128, 3, 128, 128), (96, 3, 11, 11), {}, "sm80_forward"),  # its Hopper kernel is taken by name
     ((8, 20, 14, 14), (30, 20, 3, 3), {}, "sm80_forward"),
     ((8, 64, 14, 14), (30, 64, 3, 3), {}, "sm80_forward"),
     ((8, 64, 400, 400), (32, 64, 3, 3), {"dilation": 150}, "sm80_forward"),
     ((8, 64, 14, 14), (64, 64, 3, 3), {"dtype": "float32"}, "sm80_forward"),
+    ((128, 64, 27, 27), (192, 64, 5, 5), {"padding": 2, "dtype": "float32"}, "sm90_float_512x64"),
+    ((128, 384, 13, 13), (256, 384, 3, 3), {"padding": 1, "dtype": "float32"}, "sm90_float"),
+    ((128, 1024, 12, 12), (1024, 1024, 3, 3), {"padding": 1, "dtype": "float32"}, "sm90_float"),
+    ((128, 30, 27, 27), (192, 30, 5, 5), {"padding": 2, "dtype": "float32"}, "sm80_forward"),
     ((128, 64, 56, 56), (64, 64, 3, 3), {"direction": "dgrad", "stride": 2}, "sm90_dgrad"),
     ((8, 64, 14, 14), (64, 64, 3, 3), {"direction": "dgrad", "stride": 2, "dilation": 2}, "sm80_dgrad"),
     ((128, 96, 24, 24), (256, 96, 5, 5), {"direction": "wgrad"}, "sm90_wgrad"),
@@ -217,6 +221,8 @@ def test_plan(shape, weight, options, variant):
     [
         ((128, 3, 128, 128), (96, 3, 11, 11), {}, "sm90_first_layer_any"),
         ((8, 1, 64, 64), (32, 1, 5, 5), {"stride": 2}, "sm90_first_layer_any"),
+        ((128, 64, 27, 27), (192, 64, 5, 5), {"padding": 2, "dtype": "float32"}, "sm90_float_early_512x64"),
+        ((8, 64, 14, 14), (64, 64, 3, 3), {"direction": "dgrad", "dtype": "float32"}, "sm90_float_dgrad"),
     ],
     ids=str,
 )

@@ -41,10 +41,11 @@ def emulator(tmp_path_factory):
     (folder / "block_fusion").mkdir()
     for header in ("params.h", "conv_norm_extras.h"):
         shutil.copy(KERNELS / "csrc/block_fusion" / header, folder / "block_fusion")
-    for name in ("conv_norm", "grouped_conv_norm"):
+    for name in ("conv_norm", "grouped_conv_norm", "image_conv_norm"):
         for end in ("sm90.h", "sm90.cpp", "fwd_sm90.cuh"):
             shutil.copy(KERNELS / f"csrc/block_fusion/{name}_{end}", folder / "block_fusion")
-    for stand_in in ("ptx.cuh", "cuda_on_cpu.h", "conv_norm_sm90/grid_sm90.cuh", "conv_norm_sm90/sm90.cuh"):
+    own = [f"conv_norm_sm90/{name}.cuh" for name in ("again", "grid_sm90", "sm90")]
+    for stand_in in ("ptx.cuh", "cuda_on_cpu.h", *own):
         shutil.copy(EMULATION / stand_in, folder / "common")
     include = Path(nvcc).parents[1] / "include"
     command = ["g++", "-std=c++17", "-O2", "-w", "-fPIC", "-shared", "-Dsm90=sm80", "-DEMULATED=block_fusion"]
@@ -153,3 +154,57 @@ def test_it_computes_convolution_and_norm(emulator, case):
     arguments = (x, weight, bias, norm_weight, norm_bias, norm)
     exact, peer = conv_norm(*arguments, torch.float64), conv_norm(*arguments, dtype)
     assert worst_ratio(results[0], exact, peer, dtype) <= 1
+
+
+IMAGES = [
+    # batch, height, width, channels, norm, extras of training
+    (2, 14, 14, 40, True, True),
+    (1, 7, 7, 1096, True, False),
+    (3, 7, 7, 72, True, True),
+    (2, 14, 14, 384, True, False),
+    (2, 7, 7, 32, False, True),
+    (1, 14, 14, 8, False, False),
+    (2, 1, 14, 16, True, True),
+    (2, 2, 7, 24, True, False),
+    (2, 3, 14, 24, True, True),
+    (1, 19, 7, 520, True, True),
+]
+
+
+@pytest.mark.parametrize("case", range(len(IMAGES)), ids=lambda i: "-".join(map(str, IMAGES[i])))
+def test_whole_images(emulator, case):
+    batch, height, width, channels, norm, extras = IMAGES[case]
+    dtype = (torch.float16, torch.bfloat16)[case % 2]
+    generator = torch.Generator().manual_seed(case)
+
+    def random(*shape, scale=1.0):
+        return torch.randn(*shape, generator=generator) * scale
+
+    x = guarded(random(batch, height, width, channels).to(dtype))
+    weight = random(channels, 1, 7, 7, scale=1 / 7).to(dtype)
+    packed = guarded(weight.permute(2, 3, 0, 1).contiguous())
+    bias = guarded(random(channels, scale=0.2)) if case % 3 else None
+    affine = (guarded(1 + random(channels, scale=0.2)), guarded(random(channels))) if case % 4 else (None, None)
+    residual = guarded(random(batch, height, width, channels).to(dtype)) if extras and not norm else None
+    rstd = guarded(torch.full((batch * height * width,), float("nan"))) if extras and norm else None
+    a = guarded(torch.full_like(x, float("nan")))
+    problem = CProblem(batch, height, width, channels, 4 * channels, 7, 1, case % 2, 2, norm)
+    pointers = [None if t is None else t.data_ptr() for t in (x, packed, bias, *affine)]
+    tensors = CTensors(*pointers, *[None] * 7, 1e-6)
+    training = (ctypes.c_void_p * 2)(*(None if t is None else t.data_ptr() for t in (residual, rstd)))
+    results = []
+    for backwards in (0, 1):
+        a.fill_(float("nan"))
+        arguments = (ctypes.byref(problem), ctypes.byref(tensors), ctypes.c_void_p(a.data_ptr()), training, backwards)
+        assert emulator.run_images(*arguments) == 1
+        results.append(a.clone())
+    assert torch.equal(*results), "depends on the order of the warps"
+    exact = conv_norm(x, weight, bias, *affine, norm, torch.float64)
+    peer = conv_norm(x, weight, bias, *affine, norm, dtype)
+    if residual is not None:
+        exact, peer = exact + residual.double(), peer + residual
+    assert worst_ratio(results[0], exact, peer, dtype) <= 1
+    if rstd is not None:
+        plain = conv_norm(x, weight, bias, None, None, False, torch.float64)
+        expected = (plain.var(-1, unbiased=False) + 1e-6).rsqrt().flatten()
+        torch.testing.assert_close(rstd.double(), expected, rtol=5e-3, atol=0)

@@ -40,6 +40,11 @@ def test_operator_is_the_chain_of_blocks(biases, begins, seed):
                 assert torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
+def test_workspace():
+    memory = stages.workspace(torch.device("cpu"))
+    assert not memory[: stages.WORKSPACE_COUNTERS].any() and (memory[stages.WORKSPACE_COUNTERS :] == 255).all()
+
+
 def test_sums_are_of_rounded_weights(seed):
     _, packed = blocks(16, 2, seed)
     vectors = stages.pack_stage(packed).expand_vectors.view(2, 64, 2)

@@ -122,6 +122,27 @@ def test_many_launches_of_changing_size(channels, seed):
             assert torch.equal(y, expected[i % 3])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("channels", SIDES)
+def test_not_a_number(channels, dtype, seed):
+    """It spreads no further than the convolutions reach, and is not taken for what is not there yet, all ones."""
+    problem = Problem(1, 7, 7, channels, 4 * channels, 3, 8, dtype, "silu", True)
+    covered(problem, 2)
+    stage = Stage(problem, 2, False, seed)
+    expected, number = stage.run(), stage.x[0, 0, 0, 0].item()
+    stage.x[0, 0, 0, 0] = float("nan")
+    y = stage.run()
+    assert y[0, :, 0, 0].isnan().all() and torch.equal(y[0, :, 4:, 4:], expected[0, :, 4:, 4:])
+    stage.x[0, 0, 0, 0] = number
+    assert torch.equal(stage.run(), expected)
+
+
+def test_more_than_the_workspace_holds():
+    """Of 512 channels, each block and tile of a launch has a place of its own for A, and there are sixteen."""
+    covered(Problem(1, 7, 7, 512, 2048, 3, 8, "float16", "silu", True), 8)
+    assert "workspace" in stages.refusal(1, 7, 7, 512, 9, "float16", "silu", 0)
+
+
 @pytest.mark.parametrize("outside", ["eager", "inductor"])
 def test_network(outside, seed):
     """ConvFirst-T for one image: every stage is one launch, and the logits are within twice PyTorch's own error."""

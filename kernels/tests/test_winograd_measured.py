@@ -59,7 +59,7 @@ def test_rows_of_results(tmp_path, monkeypatch):
     row = {"dtype": "float32", "channels": 64, "outputs": 128, "side": 28, "N": 2, "peer_ms": 3.0}
     rows = [{**row, "algorithm": a, "ours_filtered_ms": ms} for a, ms in (("f2", 2.0), ("f4", 1.0), ("f2", 1.5))]
     rows.append({**row, "dtype": "float16", "algorithm": "f2", "ours_filtered_ms": 0.5})
-    results = {"device": "a GPU", "date": "2026-01-02", "commit": "0123", "rows": rows}
+    results = {"suite": "winograd", "device": "a GPU", "date": "2026-01-02", "commit": "0123", "rows": rows}
     rows.append({**row, "dtype": "bfloat16", "algorithm": "direct", "ours_filtered_ms": 0.25})
     expected = [
         ("bfloat16", 64, 128, 28, 2, 3.0, math.inf, math.inf, 0.25),
@@ -73,6 +73,21 @@ def test_rows_of_results(tmp_path, monkeypatch):
     written = json.loads(measured.FILE.read_text())
     assert [tuple(row) for row in written["rows"]] == expected
     assert written["sources"] == [{"device": "a GPU", "date": "2026-01-02", "commit": "0123"}]
+
+
+def test_the_table_is_made_of_all_results(tmp_path, monkeypatch):
+    row = {"channels": 64, "outputs": 128, "side": 28, "N": 2, "peer_ms": 3.0, "algorithm": "f2"}
+    about = {"suite": "winograd", "device": "a GPU", "date": "2026-01-02"}
+    for name, rows in {"a": [("float32", 1.0), ("float16", 2.0)], "b": [("float32", 1.5)]}.items():
+        rows = [{**row, "dtype": dtype, "ours_filtered_ms": ms} for dtype, ms in rows]
+        (tmp_path / f"winograd-{name}.json").write_text(json.dumps({**about, "commit": name, "rows": rows}))
+    (tmp_path / "winograd-error.json").write_text(json.dumps({"suite": "winograd_error", "rows": [{"channels": 1}]}))
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
+    monkeypatch.setattr(measured, "FILE", tmp_path / "measured.json")
+    measured.main([])
+    written = json.loads(measured.FILE.read_text())
+    assert [(row[0], row[6]) for row in written["rows"]] == [("float16", 2.0), ("float32", 1.5)]
+    assert [source["commit"] for source in written["sources"]] == ["a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,22 @@
 
 measured.json holds, from the results of `scripts/benchmark.py suite=winograd`, one row for each layer and batch size:
 dtype, channels, output channels, height = width, batch, and milliseconds of cuDNN's faster layout, of F(2x2, 3x3) and
-F(4x4, 3x3) with transformed filters at hand, and of direct convolution, inf where a kernel is missing. Run as a script
-with result files, this rewrites measured.json.
+F(4x4, 3x3) with transformed filters at hand, and of direct convolution, inf where a kernel is missing. Run as a script,
+this makes measured.json anew from the result files that are named, or from results/winograd-*.json; of a problem that
+several files have, the last one's row counts.
 """
 
 import json
 import math
 import os
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 FILE = Path(__file__).with_name("measured.json")
+RESULTS = Path(__file__).parents[3] / "results"
 ALGORITHMS = ("f2", "f4", "direct")
 MARGIN = 1.05  # a gain smaller than what runs differ by counts as none
 REACH = 1.1  # how far, in powers of two of channels, outputs and pixels, a measurement speaks for a problem
@@ -101,14 +104,16 @@ def rows_of(results: dict) -> list[Row]:
 
 
 def main(paths: list[str]) -> None:
-    files = [json.loads(Path(path).read_text()) for path in paths]
-    rows = [row for results in files for row in rows_of(results)]
+    files = [json.loads(Path(path).read_text()) for path in paths or sorted(RESULTS.glob("winograd-*.json"))]
+    files = [results for results in files if results["suite"] == "winograd"]
+    latest = {row[:5]: row for results in files for row in rows_of(results)}
+    rows = [latest[problem] for problem in sorted(latest)]
     sources = [{key: results[key] for key in ("device", "date", "commit")} for results in files]
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     temporary = FILE.with_name(f".{FILE.name}.{os.getpid()}")
     temporary.write_text(f'{{"sources": {json.dumps(sources)},\n "rows": [\n  {lines}\n]}}\n')
     os.replace(temporary, FILE)
-    print("wrote", FILE)
+    print(f"wrote {FILE}:", ", ".join(f"{n} rows of {dtype}" for dtype, n in Counter(r.dtype for r in rows).items()))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@
 //   convolution weights          shared, or registers (B fragments) two pairs   warp 0 (TMA), or      -
 //                                of channel blocks ahead of their use           consumer, from L2
 //   bias, norm, scale vectors    shared, float32; at 256 channels L1            prologue              -
+//   expand biases                shared, float32; float16 or 256 channels: 16 bit  prologue           -
 //   turns at the rings           shared, a barrier a consumer and ring          the consumer before   turn taken
 //   convolution sums, then O     the same C/2 registers, from the bias on        mma.sync, then wgmma  -
 //   S, P                         32 and 2 x 16 registers                        wgmma, activation     -
@@ -684,8 +685,8 @@ __device__ void load_vectors(const KernelParams& p, char* smem, const SharedLayo
   }
   for (int i = threadIdx.x; i < p.chunks * kHiddenChunk; i += Traits::kThreads) {
     const float b = (p.expand_bias != nullptr ? p.expand_bias[i] : 0.f) * bias_scale<Traits::kActivation>();
-    if constexpr (Traits::kHalfActivation) {
-      reinterpret_cast<__half*>(smem + layout.expand_bias)[i] = __float2half_rn(b);
+    if constexpr (Traits::kExpandBiasBytes == 2) {
+      reinterpret_cast<ElementOf<Traits>*>(smem + layout.expand_bias)[i] = ElementOf<Traits>(b);
     } else {
       reinterpret_cast<float*>(smem + layout.expand_bias)[i] = b;
     }

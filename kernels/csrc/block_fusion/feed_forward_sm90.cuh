@@ -110,7 +110,12 @@ __device__ __forceinline__ void activate(const float (&s)[kHiddenChunk / 2], uin
       out[0] = activate_half<Traits::kActivation>(s[4 * j], s[4 * j + 1], b);
       out[1] = activate_half<Traits::kActivation>(s[4 * j + 2], s[4 * j + 3], b);
     } else {
-      const float2 b = load_shared_float2(bias + column * 4);
+      float2 b;
+      if constexpr (Traits::kExpandBiasBytes == 2) {
+        b = unpack2<ElementOf<Traits>>(load_shared_32(bias + column * 2));
+      } else {
+        b = load_shared_float2(bias + column * 4);
+      }
       constexpr auto kAct = Traits::kActivation;
       out[0] = pack2<ElementOf<Traits>>(activate_float<kAct>(s[4 * j], b.x), activate_float<kAct>(s[4 * j + 1], b.y));
       out[1] = pack2<ElementOf<Traits>>(activate_float<kAct>(s[4 * j + 2], b.x), activate_float<kAct>(s[4 * j + 3], b.y));

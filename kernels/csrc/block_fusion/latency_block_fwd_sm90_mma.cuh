@@ -214,14 +214,14 @@ struct LatencyTile {
     }
   }
 
-  __device__ void initialise_barriers(char* barriers, int reduce_bytes = Traits::kReduceBytes) const {
+  __device__ void initialise_barriers(char* barriers, int exchange_bytes = Traits::kExchangeBytes) const {
     if (!kAlone && thread == 0) {
       auto* barrier = reinterpret_cast<TransactionBarrier*>(barriers);
       barrier[0].init(1);
       barrier[1].init(1);
       grid::fence_barrier_init();
-      barrier[0].arrive_and_expect_tx(Traits::kExchangeBytes);
-      barrier[1].arrive_and_expect_tx(reduce_bytes);
+      barrier[0].arrive_and_expect_tx(exchange_bytes);
+      barrier[1].arrive_and_expect_tx(Traits::kReduceBytes);
     }
   }
 

@@ -17,8 +17,8 @@
 //   what                          where                                      written by            when
 //   downsampling's weights, x     registers, operand layout                  its thread            before and after the wait
 //   products of each tap          shared (kDownSums), moments in kP          two warps a tap       before the first block
-//   W1 slice of the next block    registers, operand layout                  its thread            after the first product
-//   W2 slice of the next block    shared, each thread its own pieces         its thread            after the second product
+//   W1 slice of the next block    registers, operand layout                  its thread            while sums travel
+//   W2 slice of the next block    shared, one of two (StageWeightBoxes)      TMA                   before the first product
 //   x of own pixels               shared (kX), in place                      finish                every block
 //   x of pixels around            shared (kX)                                receive               every block
 //   words                         workspace [2][pixels][channels / 2]        finish                every block but the last
@@ -28,7 +28,8 @@
 // A stage may begin with its downsampling: a block computes its own channels of its tile from the pixels of the stage before, and sends them as words.
 // The norm is not applied to A: S = r (W1 a) - r m (sum of W1's row) + b, with a pixel's mean m and inverse deviation r. All clusters of the grid run
 // at once (stage_refusal sees to it). Why two sets of words do: a tile writes block b + 2's when it has the words of block b + 1 of every tile
-// around it, and each of those sent them after reading block b's.
+// around it, and each of those sent them after reading block b's. Nothing is loaded between a product and an exchange: what a thread issues there, and
+// what then comes in ahead of the exchange, an exchange waits for.
 #pragma once
 
 #include "latency_block_fwd_sm90_mma.cuh"
@@ -47,12 +48,12 @@ __device__ __forceinline__ void store_word(void* address, uint32_t data, uint32_
   asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(data), "r"(flag) : "memory");
 }
 
-// Of all threads, last: the last block of the grid leaves the next launch's epoch; every block has read this one's.
+// Of all threads, last: the last block of the grid leaves the next launch's epoch and parity; every block has read this one's.
 __device__ __forceinline__ void leave(char* workspace, uint32_t epoch) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   auto* header = reinterpret_cast<unsigned*>(workspace);
-  if (atomicInc(header + 1, gridDim.x - 1) == gridDim.x - 1) header[0] = epoch;
+  if (atomicInc(header + 1, gridDim.x - 1) == gridDim.x - 1) header[0] = epoch, header[2] ^= 1;
 }
 
 // What the latency path's functions read that does not change from block to block.
@@ -65,15 +66,37 @@ __device__ __forceinline__ LatencyParams tile_params(const StageTensors& t) {
 // Where a thread finds its share of a block's weights: it goes from block to block by adding, not by computing addresses anew.
 template <class Traits>
 struct StageWeights {
-  const char *conv, *expand, *project;
+  const char *conv, *expand;
   const float *conv_bias, *project_bias;
   const float2* expand_vectors;
 
   __device__ __forceinline__ void advance() {
     constexpr int kC = Traits::kChannels, kHidden = Traits::kHidden;
-    conv += Traits::kTaps * kC * 16, expand += kHidden * kC * 2, project += kC * kHidden * 2;
+    conv += Traits::kTaps * kC * 16, expand += kHidden * kC * 2;
     conv_bias += kC, project_bias += kC, expand_vectors += kHidden;
   }
+};
+
+// What a thread holds of a stage from block to block.
+template <class Traits>
+struct StageHeld {
+  StageWeights<Traits> from;
+  uint4 w1[Traits::kExpandRows][Traits::kExpandSteps][2];
+  float2 expand_vectors[Traits::kExpandRows][2];
+  float project_bias[Traits::kOutputs];
+  ConvWeights conv_weights;
+  float2 conv_bias;
+  LatencyPlaces<Traits> places;
+};
+
+// Where a launch finds the words of pixels.
+struct StageWords {
+  char* workspace;
+  char* pixels;   // two sets, a block's x in one, the next block's in the other
+  int64_t bytes;  // of a set
+  uint32_t epoch;
+  __device__ __forceinline__ char* of_block(int b) const { return pixels + (b & 1) * bytes; }
+  __device__ __forceinline__ uint32_t flag(int b) const { return epoch + b + 1; }
 };
 
 __device__ __forceinline__ float2 load_float2(const void* address) { return __ldg(static_cast<const float2*>(address)); }
@@ -86,7 +109,8 @@ struct StageDown {
   static constexpr int kSplit = kRows > 1 ? 1 : 2;                             // parts of a tap's depth
   static constexpr int kSteps = kFrom / 32 / kSplit;                           // of depth 32
   uint4 weights[kSteps][2];
-  int pixels[Traits::kPixelTiles];  // elements from x to the pixels' tap
+  float vectors[Traits::kOutputs][5];  // of the channels that a thread finishes: bias, sums of the taps' weights
+  int pixels[Traits::kPixelTiles];     // elements from x to the pixels' tap
 };
 
 // What stages of every width share; Base is a LatencyTile or derives from one.
@@ -96,6 +120,7 @@ struct StageParts : Base {
   using Layout = LatencyLayout<Traits>;
   using Weights = StageWeights<Traits>;
   using Base::first, Base::kAlone, Base::lane, Base::p, Base::rank, Base::rows, Base::smem, Base::thread;
+  int end;  // the pixel after the tile's last
 
   __device__ __forceinline__ void locate_conv(Weights& from, const StageTensors& t) const {
     const int channel = rank * Traits::kOwned + this->conv_block() * 8;
@@ -107,6 +132,37 @@ struct StageParts : Base {
 #pragma unroll
     for (int tap = 0; tap < Traits::kTaps; ++tap) w.fragments[tap] = load_global_32(from.conv + tap * Traits::kChannels * 16);
     bias = load_float2(from.conv_bias);
+  }
+
+  // ---- W2 ----
+
+  using Boxes = StageWeightBoxes<Traits>;
+  __device__ uint32_t weight_barrier(int b) const { return smem + Layout::kWeightBarriers + (b & 1) * 8; }
+
+  __device__ void initialise_weight_barriers() const {
+    if (thread == 0) {
+      for (int i = 0; i < 2; ++i) transaction_barrier(weight_barrier(i))->init(1);
+      grid::fence_barrier_init();
+    }
+  }
+
+  // Of one thread: the slice from `unit` and `row` on, of block b, to where that of block b - 2 was read by all.
+  __device__ __forceinline__ void fetch_project(const CUtensorMap& map, int b, int unit, int row) const {
+    TransactionBarrier* const barrier = transaction_barrier(weight_barrier(b));
+    barrier->arrive_and_expect_tx(Layout::kW2Bytes);
+#pragma unroll
+    for (int i = 0; i < Boxes::kCount; ++i) {
+      void* to = __cvta_shared_to_generic(smem + Layout::kW2 + (b & 1) * Layout::kW2Bytes + i * Boxes::kBytes);
+      tma_load_2d(&map, barrier, to, unit + i * Boxes::kDepth, b * Traits::kChannels + row);
+    }
+  }
+
+  __device__ __forceinline__ void wait_for_project(int b) const { wait_barrier(weight_barrier(b), b >> 1 & 1); }
+
+  // 16 bytes of lane's row, the first of its tile of 16 rows or the eighth after it, in box `i`.
+  __device__ __forceinline__ uint4 load_project(int b, int i, int row_tile, int half) const {
+    const uint32_t from = smem + Layout::kW2 + (lane / 4) * 64 + ((lane % 4) ^ (lane / 8)) * 16;
+    return load_shared_128(from + (b & 1) * Layout::kW2Bytes + i * Boxes::kBytes + (row_tile * 16 + half * 8) * 64);
   }
 
   // ---- downsampling ----
@@ -135,6 +191,11 @@ struct StageParts : Base {
       const int y = 2 * (line - image * p.height) + down_tap() / 2, x = 2 * (pixel - line * p.width) + down_tap() % 2;
       down.pixels[i] = ((image * t.down_height + y) * t.down_width + x) * Down::kFrom + (down_part() * Down::kSteps * 4 + lane % 4) * 8;
     }
+  }
+
+  __device__ __forceinline__ void load_down_vectors(float (&vectors)[5], int channel, const StageTensors& t) const {
+#pragma unroll
+    for (int i = 0; i < 5; ++i) vectors[i] = __ldg(t.down_vectors + (rank * Traits::kOwned + channel) * 5 + i);
   }
 
   // Each warp's products of its tap and the tap's moments, into shared memory; the norm is applied to the products.
@@ -186,9 +247,8 @@ struct StageParts : Base {
   }
 
   // One result: own channel, pixel; `word` is its sum's place among the 512 bytes of a pixel tile.
-  __device__ __forceinline__ float down_result(int channel, int pixel, int word, const StageTensors& t) const {
-    const float* vectors = t.down_vectors + (rank * Traits::kOwned + channel) * 5;
-    float v = __ldg(vectors);
+  __device__ __forceinline__ float down_result(int channel, int pixel, int word, const float (&vectors)[5], const StageTensors& t) const {
+    float v = vectors[0];
 #pragma unroll
     for (int tap = 0; tap < 4; ++tap) {
       const float2 norm = down_norm(tap, pixel, t);
@@ -198,7 +258,7 @@ struct StageParts : Base {
         const int from = tap * 2 + (Down::kRows > 1 ? channel / 16 : part);
         sum += __uint_as_float(load_shared_32(down_sums() + (from * Traits::kPixelTiles + pixel / 8) * 512 + word * 4));
       }
-      v = fmaf(norm.x, sum, fmaf(norm.y, __ldg(vectors + 1 + tap), v));
+      v = fmaf(norm.x, sum, fmaf(norm.y, vectors[1 + tap], v));
     }
     return v;
   }
@@ -215,7 +275,7 @@ struct StageParts : Base {
 
   // The results of two neighbouring channels of a pixel become x.
   __device__ __forceinline__ void begin_pair(int channel, int pixel, float2 v, char* words, uint32_t flag) const {
-    if (first + pixel >= p.pixels) return;
+    if (first + pixel >= end) return;
     const uint32_t bits = pack2<Element>(v.x, v.y);
     store_word(words + (int64_t{first + pixel} * Traits::kChannels + rank * Traits::kOwned + channel) * 4, bits, flag);
     store_shared_32(smem + Layout::kX + (rows.step + pixel + 1) * Traits::kXPitch + channel * 2, bits);
@@ -223,12 +283,12 @@ struct StageParts : Base {
 
   // ---- between blocks ----
 
-  // Leaves in `places` only what other tiles own.
+  // Leaves in `places` only what other tiles own and this one reads.
   __device__ __forceinline__ void keep_halo(LatencyPlaces<Traits>& places) const {
 #pragma unroll
     for (int i = 0; i < Traits::kXPieces; ++i) {
       const int pixel = places.x[i] / (Traits::kChannels / 8);
-      if (places.x[i] < 0 || (pixel >= first && pixel < first + Traits::kPixels)) places.x[i] = Base::kNothing;
+      if (places.x[i] < 0 || (pixel >= first && pixel < end) || pixel > end + p.width) places.x[i] = Base::kNothing;
     }
   }
 
@@ -283,7 +343,7 @@ struct StageParts : Base {
 
   // x + v of two neighbouring channels of a pixel: the next block's x, here and as a word for the tiles around; or y.
   __device__ __forceinline__ void finish_pair(int channel, int pixel, float2 v, bool last, char* words, uint32_t flag) const {
-    if (first + pixel >= p.pixels) return;
+    if (first + pixel >= end) return;
     const uint32_t center = smem + Layout::kX + (rows.step + pixel + 1) * Traits::kXPitch + channel * 2;
     const float2 x = unpack2<Element>(load_shared_32(center));
     const uint32_t bits = pack2<Element>(x.x + v.x, x.y + v.y);
@@ -307,15 +367,45 @@ struct LatencyStage : StageParts<Traits, LatencyBlock<Traits>> {
       Base::thread;
   static constexpr int kWordsOfSource = Traits::kOwned * Traits::kPixels / 2;  // partial sums go in 16 bits, two pixels a word
 
+  // What a block receives before the products.
+  __device__ int exchange_bytes() const { return (this->end - first) * (Traits::kChannels * 2 + Traits::kCluster * 8); }
+
+  // As in the latency path, without the pixels that the tile does not have.
+  __device__ __forceinline__ void send_results() const {
+    constexpr int kPieces = Traits::kConvBlocks * Traits::kPixels, kAtOnce = Traits::kThreads / kPieces;
+    const int piece = thread % kPieces, chunk = rank * Traits::kConvBlocks + piece / Traits::kPixels;
+    if (first + (piece % Traits::kPixels ^ ((chunk & 3) << 1)) < this->end) {
+      const uint4 v = load_shared_128(smem + Layout::kSent + piece * 16);
+      const uint32_t a = smem + Layout::kA + (rank * kPieces + piece) * 16;
+#pragma unroll
+      for (int to = 0; to < Traits::kCluster; to += kAtOnce) {
+        if (Traits::kCluster % kAtOnce == 0 || to + thread / kPieces < Traits::kCluster) send(a, v, received(), to + thread / kPieces);
+      }
+    }
+    if (first + lane >= this->end) return;
+    float2 m = make_float2(0.f, 0.f);
+    if (p.has_norm) {
+#pragma unroll
+      for (int block = 0; block < Traits::kConvBlocks; ++block) {
+        const float2 part = load_shared_float2(smem + Layout::kSentMoments + (block * Traits::kPixels + lane) * 8);
+        m.x += part.x, m.y += part.y;
+      }
+    }
+    const uint32_t moments = smem + Layout::kMoments + (rank * Traits::kPixels + lane) * 8;
+    for (int to = this->warp; to < Traits::kCluster; to += Traits::kWarps) send(moments, m, received(), to);
+  }
+
+  // Where this block's slice of W2 begins.
+  __device__ int project_unit() const { return rank * Traits::kSlice; }
+  __device__ int project_rows() const { return 0; }
+
   __device__ __forceinline__ Weights locate(const StageTensors& t) const {
     Weights from;
     this->locate_conv(from, t);
-    const int unit = rank * Traits::kSlice + this->expand_row() * 16 + lane / 4, row = this->project_row() * 16 + lane / 4;
+    const int unit = rank * Traits::kSlice + this->expand_row() * 16 + lane / 4;
     from.expand = static_cast<const char*>(t.expand_weight) + unit * Traits::kChannels * 2 +
                   (this->expand_part() * Traits::kExpandSteps * 4 + lane % 4) * 16;
     from.expand_vectors = reinterpret_cast<const float2*>(t.expand_vectors) + unit;
-    from.project = static_cast<const char*>(t.project_weight) + row * Traits::kHidden * 2 +
-                   (rank * (Traits::kSlice / 8) + this->project_part() * Traits::kProjectSteps * 4 + lane % 4) * 16;
     from.project_bias = t.project_bias + rank * Traits::kOwned + output_channel(0);
     return from;
   }
@@ -329,15 +419,6 @@ struct LatencyStage : StageParts<Traits, LatencyBlock<Traits>> {
     }
 #pragma unroll
     for (int i = 0; i < 2 * Traits::kExpandRows; ++i) vectors[i / 2][i % 2] = load_float2(from.expand_vectors + i * 8);
-  }
-
-  __device__ __forceinline__ void load_project(const Weights& from) const {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int half = i % 2, step = i / 2 % Traits::kProjectSteps, j = i / 2 / Traits::kProjectSteps;
-      ptx::cp_async16(this->project_piece(i), from.project + (j * 16 + half * 8) * Traits::kHidden * 2 + step * 64, true);
-    }
-    ptx::cp_async_commit();
   }
 
   __device__ __forceinline__ void load_project_bias(float (&bias)[Traits::kOutputs], const Weights& from) const {
@@ -405,11 +486,13 @@ struct LatencyStage : StageParts<Traits, LatencyBlock<Traits>> {
   }
 
   // Partial sums over this block's hidden units, to the blocks that own the channels. 16 bits: what carries them takes 16 KB in 1200 clocks.
-  __device__ __forceinline__ void project() const {
+  __device__ __forceinline__ void project(int b) const {
     float o[Traits::kProjectRows][kPixelTiles][4] = {};
     multiply<Traits, Traits::kProjectRows, Traits::kProjectSteps>(
         o, smem + Layout::kP, this->project_part() * Traits::kProjectSteps, lane,
-        [&](int j, int step, int half) { return load_shared_128(this->project_piece((j * Traits::kProjectSteps + step) * 2 + half)); });
+        [&](int j, int step, int half) {
+          return this->load_project(b, this->project_part() * Traits::kProjectSteps + step, this->project_row() + j, half);
+        });
     const int source = rank * Traits::kProjectSplit + this->project_part();
 #pragma unroll
     for (int j = 0; j < Traits::kProjectRows; ++j) {
@@ -428,11 +511,12 @@ struct LatencyStage : StageParts<Traits, LatencyBlock<Traits>> {
   __device__ int output_channel(int i) const { return i * 16 + thread % 2 * 8 + thread / 16 % 8; }
   __device__ int output_pixel() const { return (thread / 128 * 2 + thread / 2 % 2) * 8 + thread / 4 % 4 * 2; }
 
-  __device__ __forceinline__ void finish_down(char* words, uint32_t flag, const StageTensors& t) const {
+  __device__ __forceinline__ void finish_down(const StageDown<Traits>& down, char* words, uint32_t flag, const StageTensors& t) const {
 #pragma unroll
     for (int i = 0; i < Traits::kOutputs; ++i) {
       const int channel = output_channel(i), pixel = output_pixel(), odd = channel & 1, word = thread / 4 % 32 * 4 + thread % 2 * 2;
-      const float2 v = make_float2(this->down_result(channel, pixel, word, t), this->down_result(channel, pixel + 1, word + 1, t));
+      const float2 v = make_float2(this->down_result(channel, pixel, word, down.vectors[i], t),
+                                   this->down_result(channel, pixel + 1, word + 1, down.vectors[i], t));
       const float other = __shfl_xor_sync(~0u, odd ? v.x : v.y, 16);
       this->begin_pair(channel - odd, pixel + odd, odd ? make_float2(other, v.y) : make_float2(v.x, other), words, flag);
     }
@@ -455,83 +539,95 @@ struct LatencyStage : StageParts<Traits, LatencyBlock<Traits>> {
   }
 };
 
+// Before the launch before this one has ended: the first block's weights, and what depends on the shape alone.
+template <class Traits, class Stage>
+__device__ __forceinline__ void prepare_stage(const Stage& stage, StageHeld<Traits>& held, StageDown<Traits>& down, const StageTensors& t,
+                                              const CUtensorMap& project) {
+  stage.initialise_weight_barriers();
+  if (stage.thread == 0) stage.fetch_project(project, 0, stage.project_unit(), stage.project_rows());
+  held.from = stage.locate(t);
+  stage.load_conv(held.conv_weights, held.conv_bias, held.from);
+  stage.load_expand(held.w1, held.expand_vectors, held.from);
+  stage.load_project_bias(held.project_bias, held.from);
+  stage.fill_zeros();
+  stage.prepare(held.places);
+  if constexpr (Traits::kChannels > 64) {
+    if (t.down_weight == nullptr) return;
+    stage.prepare_down(down, t);
+#pragma unroll
+    for (int i = 0; i < Traits::kOutputs; ++i) stage.load_down_vectors(down.vectors[i], stage.output_channel(i), t);
+  }
+}
+
+// After it has: x of the first block, loaded or computed.
+template <class Traits, class Stage>
+__device__ __forceinline__ StageWords begin_stage(const Stage& stage, StageHeld<Traits>& held, const StageDown<Traits>& down, const StageTensors& t) {
+  char* const workspace = static_cast<char*>(t.workspace);
+  const StageWords words{workspace, workspace + StageWorkspace::kHeader, int64_t{t.pixels} * Traits::kChannels * 4, load_global_32(workspace)};
+  const bool begins = t.down_weight != nullptr;
+  if (!begins) stage.load_x(held.places);
+  if constexpr (Traits::kChannels > 64) {
+    if (begins) {
+      stage.multiply_down(down);
+      stage.clear_halo(held.places);
+      __syncthreads();
+      stage.finish_down(down, words.of_block(0), words.flag(0), t);
+    }
+  }
+  stage.keep_halo(held.places);
+  return words;
+}
+
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1) latency_stage_fwd_sm90(const __grid_constant__ StageTensors t) {
+__global__ void __launch_bounds__(Traits::kThreads, 1) latency_stage_fwd_sm90(const __grid_constant__ StageTensors t,
+                                                                              const __grid_constant__ CUtensorMap project) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ __align__(16) char latency_smem[];
+  extern __shared__ __align__(1024) char stage_smem[];
   using Layout = LatencyLayout<Traits>;
   const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread / 32, 0), lane = thread % 32;
   const int rank = static_cast<int>(blockIdx.x) % Traits::kCluster, tile = static_cast<int>(blockIdx.x) / Traits::kCluster;
   const LatencyParams p = tile_params(t);
-  const LatencyStage<Traits> stage{
-      {{{p, smem_address(latency_smem), rank, tile * Traits::kPixels, thread, warp, lane, latency_rows<Traits>(p.width)}}}};
-  stage.initialise_barriers(latency_smem + Layout::kBarriers, Traits::kReduceBytes / 2);
-  uint4 w1[Traits::kExpandRows][Traits::kExpandSteps][2];
-  float2 expand_vectors[Traits::kExpandRows][2];
-  float project_bias[Traits::kOutputs];
-  ConvWeights conv_weights;
-  float2 conv_bias;
-  LatencyPlaces<Traits> places;
-  StageWeights<Traits> from = stage.locate(t);
-  stage.load_conv(conv_weights, conv_bias, from);
-  stage.load_expand(w1, expand_vectors, from);
-  stage.load_project(from);
-  stage.load_project_bias(project_bias, from);
-  stage.fill_zeros();
-  stage.prepare(places);
-  [[maybe_unused]] StageDown<Traits> down;
-  const bool begins = t.down_weight != nullptr;
-  if constexpr (Traits::kChannels > 64) {
-    if (begins) stage.prepare_down(down, t);
-  }
+  const int first = tile * t.tile, end = min(first + t.tile, t.pixels);
+  const LatencyStage<Traits> stage{{{{p, smem_address(stage_smem), rank, first, thread, warp, lane, latency_rows<Traits>(p.width)}}, end}};
+  StageHeld<Traits> held;
+  StageDown<Traits> down;
+  stage.initialise_barriers(stage_smem + Layout::kBarriers, stage.exchange_bytes());
+  prepare_stage(stage, held, down, t, project);
   if (Traits::kCluster > 1) grid::cluster_barrier();  // every block of the cluster runs, its barriers exist
-
   wait_for_previous_launch();
   allow_next_launch();  // after the wait: the next launch may count on what came before this one
-  char* const workspace = static_cast<char*>(t.workspace);
-  const uint32_t epoch = load_global_32(workspace);
-  const int64_t words_bytes = int64_t{t.pixels} * Traits::kChannels * 4;
-  char* const words = workspace + StageWorkspace::kHeader;
-  if (!begins) stage.load_x(places);
-  if constexpr (Traits::kChannels > 64) {
-    if (begins) {
-      stage.multiply_down(down);
-      stage.clear_halo(places);
-      __syncthreads();
-      stage.finish_down(words, epoch + 1, t);
-    }
-  }
-  stage.keep_halo(places);
+  const StageWords words = begin_stage(stage, held, down, t);
 #pragma unroll 1
   for (int b = 0; b < t.blocks; ++b) {
     const bool last = b + 1 == t.blocks;
     const uint32_t phase = b & 1;
-    if (!last) from.advance();
-    if (b > 0 || begins) {
-      stage.receive(places, words + (b & 1) * words_bytes, epoch + b + 1);
+    if (!last) held.from.advance();
+    if (b > 0 || t.down_weight != nullptr) {
+      stage.receive(held.places, words.of_block(b), words.flag(b));
     } else {
       ptx::cp_async_wait<0>();
     }
     __syncthreads();
-    stage.convolve(places, conv_weights, conv_bias);
-    stage.load_conv(conv_weights, conv_bias, from);
+    stage.convolve(held.places, held.conv_weights, held.conv_bias);
     __syncthreads();
     stage.send_results();
+    stage.load_conv(held.conv_weights, held.conv_bias, held.from);
     stage.wait_for_all(stage.received(), phase);
-    if (!last) stage.expect(stage.received(), Traits::kExchangeBytes);
-    stage.expand(w1, expand_vectors);
-    stage.load_expand(w1, expand_vectors, from);
-    ptx::cp_async_wait<0>();  // own pieces of W2
+    if (!last && thread == 0) {
+      stage.expect(stage.received(), stage.exchange_bytes());
+      stage.fetch_project(project, b + 1, stage.project_unit(), stage.project_rows());
+    }
+    stage.expand(held.w1, held.expand_vectors);
+    stage.wait_for_project(b);
     __syncthreads();
-    stage.project();
-    stage.load_project(from);
+    stage.project(b);
+    stage.load_expand(held.w1, held.expand_vectors, held.from);
     stage.wait_for_all(stage.reduced(), phase);
-    if (!last) stage.expect(stage.reduced(), Traits::kReduceBytes / 2);
-    stage.finish(project_bias, last, words + (phase ^ 1) * words_bytes, epoch + b + 2);
-    stage.load_project_bias(project_bias, from);
+    if (!last) stage.expect(stage.reduced(), Traits::kReduceBytes);
+    stage.finish(held.project_bias, last, words.of_block(b + 1), words.flag(b + 1));
+    stage.load_project_bias(held.project_bias, held.from);
   }
-  ptx::cp_async_wait<0>();
-  leave(workspace, epoch + t.blocks);
+  leave(words.workspace, words.flag(t.blocks - 1));
 #endif
 }
 

@@ -8,22 +8,35 @@
 #include "conv_norm_sm90.h"
 #include "feed_forward_tile_sm90.h"
 #include "grouped_conv_norm_sm90.h"
+#include "image_conv_norm_sm90.h"
 #include "linear_sm90.h"
 
 namespace convfirst::block_fusion::sm90 {
 
 inline Device device_of(const Config& c) { return {90, c.multiprocessors, 232448}; }
 
-// How the first launch is done.
+// How the first launch is done: depthwise in tiles on tensor cores, depthwise an image a block, groups wider than a channel.
+enum class First { kTiles, kImages, kGrouped };
+
 struct FirstPlan {
   bool covered;
-  ConvNormPlan depthwise;
-  GroupedPlan grouped;  // of groups wider than a channel
+  First first;
+  ConvNormPlan tiles;
+  ImagePlan images;
+  GroupedPlan grouped;
 };
 
 inline FirstPlan first_plan(const Problem& q, const Device& device) {
   FirstPlan plan{};
-  plan.covered = q.group_width == 1 ? conv_norm_plan(q, device, &plan.depthwise) : grouped_plan(q, device, &plan.grouped);
+  if (q.group_width > 1) {
+    plan.first = First::kGrouped;
+    plan.covered = grouped_plan(q, device, &plan.grouped);
+    return plan;
+  }
+  const bool tiles = conv_norm_plan(q, device, &plan.tiles), images = image_plan(q, device, &plan.images);
+  plan.covered = tiles || images;
+  const bool cheaper = images && (!tiles || image_cost(q, device, plan.images) < conv_norm_cost(q, device, plan.tiles));
+  plan.first = cheaper ? First::kImages : First::kTiles;
   return plan;
 }
 
@@ -42,13 +55,15 @@ inline const FirstPlan& remembered_first_plan(const Problem& q, const Device& de
 
 inline double first_cost(const Problem& q, const Device& device) {
   const FirstPlan& plan = remembered_first_plan(q, device);
-  return q.group_width == 1 ? conv_norm_cost(q, device, plan.depthwise) : grouped_cost(q, device, plan.grouped);
+  if (plan.first == First::kTiles) return conv_norm_cost(q, device, plan.tiles);
+  return plan.first == First::kImages ? image_cost(q, device, plan.images) : grouped_cost(q, device, plan.grouped);
 }
 
 inline int launch_first(const Problem& q, const Tensors& t, const Device& device, void* a, cudaStream_t stream,
                         const ConvNormExtras& extras = {}) {
   const FirstPlan& plan = remembered_first_plan(q, device);
-  if (q.group_width == 1) return conv_norm_launch(q, t, plan.depthwise, a, true, stream, extras);
+  if (plan.first == First::kTiles) return conv_norm_launch(q, t, plan.tiles, a, true, stream, extras);
+  if (plan.first == First::kImages) return image_launch(q, t, plan.images, a, true, stream, extras);
   return grouped_launch(q, t, plan.grouped, a, true, stream, extras);
 }
 

@@ -59,7 +59,7 @@ Tensor conv_first_stage(const Tensor& x, const Tensor& conv_weight, const Tensor
                                    expand_weight.const_data_ptr(), floats(expand_vectors),
                                    project_weight.const_data_ptr(), floats(project_bias), workspace.mutable_data_ptr(),
                                    static_cast<float>(eps), has_norm, static_cast<int>(q.height), static_cast<int>(q.width),
-                                   static_cast<int>(pixels), q.blocks, down_weight ? down_weight->const_data_ptr() : nullptr,
+                                   static_cast<int>(pixels), q.blocks, 0, down_weight ? down_weight->const_data_ptr() : nullptr,
                                    down_vectors ? floats(*down_vectors) : nullptr, static_cast<float>(down_eps), down_norm,
                                    static_cast<int>(x.size(2)), static_cast<int>(x.size(3))};
   check_cuda(sm90::launch_stage(q, tensors, current_stream(index)), "conv_first_stage", "launch");

@@ -23,10 +23,15 @@ auto with_traits(const StageProblem& q, Body&& body) {
 
 template <class Body>
 auto with_kernel(const StageProblem& q, Body&& body) {
-  if (q.channels == 64) return with_traits<LatencyTraits, 64>(q, body);
-  if (q.channels == 128) return with_traits<LatencyTraits, 128>(q, body);
-  if (q.channels == 256) return with_traits<LatencyTraits, 256>(q, body);
+  if (q.channels == 64) return with_traits<StageTraits, 64>(q, body);
+  if (q.channels == 128) return with_traits<StageTraits, 128>(q, body);
+  if (q.channels == 256) return with_traits<StageTraits, 256>(q, body);
   return with_traits<WideTraits, 512>(q, body);
+}
+
+template <class Traits>
+int64_t tiles(const StageProblem& q, Traits) {
+  return (q.batch * q.height * q.width + Traits::kPixels - 1) / Traits::kPixels;
 }
 
 // Asked once of each kernel, width of image and device: how many clusters of 16 fit differs from one H100 to another.
@@ -57,8 +62,16 @@ const char* stage_refusal(const StageProblem& q, const Device& device) {
     return LatencyLayout<decltype(traits)>::total(static_cast<int>(q.width)) <= device.max_shared_memory;
   });
   if (!fits) return "its images are too wide for shared memory";
+  const bool keeps = with_kernel(q, [&](auto traits) {
+    using Traits = decltype(traits);
+    if constexpr (Traits::kTeam > Traits::kCluster) {
+      return tiles(q, traits) * q.blocks * Traits::kWordsOfA <= StageWorkspace::kSet;
+    }
+    return true;
+  });
+  if (!keeps) return "its blocks and tiles exchange more than the workspace holds";
   const int64_t clusters = with_kernel(q, [&](auto traits) {
-    return (q.batch * q.height * q.width + traits.kPixels - 1) / traits.kPixels * (traits.kTeam / traits.kCluster);
+    return tiles(q, traits) * (traits.kTeam / traits.kCluster);
   });
   if (clusters > resident_clusters(q)) return "its tiles do not all run at once, and they wait for one another";
   return nullptr;
@@ -70,7 +83,7 @@ int64_t stage_workspace(const StageProblem& q) {
     using Traits = decltype(traits);
     int64_t within = 0;
     if constexpr (Traits::kTeam > Traits::kCluster) {
-      within = (pixels + Traits::kPixels - 1) / Traits::kPixels * (Traits::kWordsOfA + Traits::kWordsOfP + Traits::kWordsOfSums);
+      within = tiles(q, traits) * (Traits::kWordsOfP + Traits::kWordsOfSums);
     }
     return StageWorkspace::kHeader + StageWorkspace::words(pixels, q.channels) + within;
   });

@@ -17,12 +17,13 @@ struct StageTensors {
   const float* expand_vectors;  // [blocks, hidden, 2]: bias, sum of expand_weight's row
   const void* project_weight;  // [blocks, channels, hidden]
   const float* project_bias;   // [blocks, channels]
-  void* workspace;             // StageWorkspace::bytes, zero before the first launch that uses it
+  void* workspace;             // before the first launch that uses it its counters are zero, the rest ones
   float eps;
   int has_norm;
   int height, width;
   int pixels;  // of all images
   int blocks;
+  int tile;  // pixels of every tile but the last; the launch sets it
   const void* down_weight;    // [channels, 4, channels / 2] or nullptr
   const float* down_vectors;  // [channels, 5]: bias, sums of the weights of each tap
   float down_eps;
@@ -38,12 +39,48 @@ struct StageProblem {
   Activation activation;
 };
 
-// What launches leave in the workspace: the epoch, from which flags count on so that no flag of an earlier launch is taken for one of this,
-// and the blocks that ended; then the words that tiles exchange, [2][pixels][channels / 2]; then, where a tile's blocks exchange words too, those
-// of A, P and partial sums of each tile.
+// What launches leave in the workspace: the epoch, from which flags count on so that no flag of an earlier launch is taken for one of this, the blocks
+// that ended, and the parity of launches; two sets of A, of which each launch fills one and empties the other; then the words that tiles exchange,
+// [2][pixels][channels / 2]; then, where a tile's blocks exchange words too, those of P and partial sums of each tile.
+// A set holds A of every block and tile of a launch, 16 bytes a pixel and chunk of 8 channels, where ones in all 32 bits of a word mean that it is not
+// there yet: conversions make no such number.
 struct StageWorkspace {
-  static constexpr int kHeader = 256;
+  static constexpr int kCounters = 256, kSet = 1 << 19, kHeader = kCounters + 2 * kSet;
   CONVFIRST_HOST_DEVICE static int64_t words(int64_t pixels, int channels) { return 2 * pixels * channels * 4; }
+};
+
+// The latency path's description; partial sums travel in 16 bits.
+template <DType kDType_, int kChannels_, Activation kActivation_>
+struct StageTraits : LatencyTraits<kDType_, kChannels_, kActivation_> {
+  using Base = LatencyTraits<kDType_, kChannels_, kActivation_>;
+  static constexpr int kRows = kChannels_;  // that a block multiplies in the second product
+  static constexpr int kReduceBytes = Base::kReduceBytes / 2;
+};
+
+// W2's slice of this block of the stage and of the next one, each in boxes of kRows x 32 hidden units: 64 bytes a row, so that the eight threads of a
+// phase of a 16-byte load, which read two neighbouring rows, meet in no bank.
+template <class Traits>
+struct StageWeightBoxes {
+  static constexpr int kDepth = 32, kBytes = Traits::kRows * kDepth * 2, kCount = Traits::kSlice / kDepth;
+};
+
+template <DType kDType, int kChannels, Activation kActivation>
+struct LatencyLayout<StageTraits<kDType, kChannels, kActivation>> {
+  using Traits = StageTraits<kDType, kChannels, kActivation>;
+  static constexpr int kDownBytes = Traits::kThreads * Traits::kPixelTiles * 16;
+  static constexpr int kW2 = 0, kW2Bytes = Traits::kChannels * Traits::kSlice * 2;
+  static constexpr int kReduce = kW2 + 2 * kW2Bytes;
+  static constexpr int kDownSums = kReduce;  // others send there only what follows this block's first results
+  static constexpr int kA = kReduce + (Traits::kReduceBytes > kDownBytes ? Traits::kReduceBytes : kDownBytes);
+  static constexpr int kP = kA + Traits::kPixels * Traits::kChannels * 2;
+  static constexpr int kSums = kP + Traits::kPixels * Traits::kSlice * 2;  // of the first product, where its depth is split
+  static constexpr int kSent = kSums + (Traits::kExpandSplit > 1 ? Traits::kThreads * Traits::kPixelTiles * 8 : 0);
+  static constexpr int kSentMoments = kSent + Traits::kPixels * Traits::kOwned * 2;
+  static constexpr int kMoments = kSentMoments + Traits::kConvBlocks * Traits::kPixels * 8;
+  static constexpr int kBarriers = kMoments + Traits::kCluster * Traits::kPixels * 8;  // the latency path's two
+  static constexpr int kWeightBarriers = kBarriers + 16;                               // of either slice of W2
+  static constexpr int kX = kWeightBarriers + 16;
+  static int total(int width) { return kX + (latency_rows<Traits>(width).count + 1) * Traits::kXPitch; }
 };
 
 // The description of stages whose weights take more than a cluster: a tile of 32 pixels has 64 blocks, no clusters, in four groups of 16 ranks. Block
@@ -63,6 +100,7 @@ struct WideTraits {
   static constexpr int kUnits = kHidden / kTeam;               // hidden units that it computes
   static constexpr int kSlice = kUnits * kGroups;              // and that it multiplies in the second product,
   static constexpr int kRows = kChannels / kGroups;            // into so many channels
+  static constexpr int kExpandRows = 1, kOutputs = 1;
   static constexpr int kExpandSplit = kWarps / (kUnits / 16);  // parts of the first product's depth
   static constexpr int kExpandSteps = kChannels / 32 / kExpandSplit, kProjectSteps = kSlice / 32;
   static constexpr int kConvBlocks = kOwned / 8, kConvTiles = 1;
@@ -71,7 +109,7 @@ struct WideTraits {
   static constexpr int kGatheredA = kChannels / 8 * kPixels / kThreads, kGatheredP = kSlice / 8 * kPixels / kThreads;
   static constexpr int kSumWords = kOwned * kPixels / 2;  // of one source: two pixels in 16 bits each
   static constexpr int kGatheredSums = kRanks * kSumWords / 2 / kThreads;
-  static constexpr int64_t kWordsOfA = kPixels * kChannels * 4, kWordsOfP = kPixels * kHidden * 4, kWordsOfSums = kTeam * kRanks * kSumWords * 8;
+  static constexpr int64_t kWordsOfA = kPixels * kChannels * 2, kWordsOfP = kPixels * kHidden * 4, kWordsOfSums = kTeam * kRanks * kSumWords * 8;
   static_assert(kChannels == 512 && kOwned == 8 && kUnits == 32 && kExpandSplit == 4 && kExpandSteps == 4 && kProjectSteps == 4);
   static_assert(kRows == 16 * kWarps && 3 * (kPixels + 2) * kConvBlocks <= kThreads);
 };
@@ -79,14 +117,15 @@ struct WideTraits {
 template <DType kDType, int kChannels, Activation kActivation>
 struct LatencyLayout<WideTraits<kDType, kChannels, kActivation>> {
   using Traits = WideTraits<kDType, kChannels, kActivation>;
-  static constexpr int kW2 = 0;
-  static constexpr int kA = kW2 + Traits::kRows * Traits::kSlice * 2;
+  static constexpr int kW2 = 0, kW2Bytes = Traits::kRows * Traits::kSlice * 2;
+  static constexpr int kA = kW2 + 2 * kW2Bytes;
   static constexpr int kP = kA + Traits::kPixels * Traits::kChannels * 2;
   static constexpr int kSums = kP + Traits::kPixels * Traits::kSlice * 2;  // of the first product, then of the second
   static constexpr int kDownSums = kSums;
   static constexpr int kSent = kSums + Traits::kThreads * Traits::kPixelTiles * 16;  // own results of the convolution, then own P
   static constexpr int kMoments = kSent + Traits::kPixels * Traits::kUnits * 2;
-  static constexpr int kX = kMoments + Traits::kWarps * Traits::kPixels * 8;
+  static constexpr int kWeightBarriers = kMoments + Traits::kWarps * Traits::kPixels * 8;
+  static constexpr int kX = kWeightBarriers + 16;
   static int total(int width) { return kX + (latency_rows<Traits>(width).count + 1) * Traits::kXPitch; }
 };
 

@@ -79,7 +79,8 @@ struct BlockTraits {
   static constexpr int kVectors = 5;  // convolution bias, norm weight, norm bias, project bias, layer scale
   static constexpr bool kVectorsInShared = kChannels < 256;
   static constexpr bool kHalfActivation = kDType == DType::kHalf;
-  static constexpr int kExpandBiasBytes = kHalfActivation ? 2 : 4;
+  // Of a bias in shared memory, float32 or the 16-bit type: at 256 channels two flat tiles fit beside 16 bits alone.
+  static constexpr int kExpandBiasBytes = kHalfActivation || kChannels == 256 ? 2 : 4;
   static_assert(kChannels % 32 == 0 && kChannels <= 256 && (kConvWeightsStay || kGroupWidth == 8));
 };
 

@@ -1,4 +1,4 @@
-// A stage of wide conv-first blocks, forward, for few pixels on Hopper: one launch, 64 blocks a tile of 32 pixels in four clusters.
+// A stage of wide conv-first blocks, forward, for few pixels on Hopper: one launch, 64 blocks a tile of 32 pixels in four groups.
 //
 //   A block's weights (4 MB at 512 channels) are more than a cluster can load while it works, so all multiprocessors share them, and exchange
 //   through L2: words of data and flag (latency_stage_fwd_sm90_mma.cuh). No clusters: of 16 blocks only seven fit a device.
@@ -6,13 +6,13 @@
 //     block (group g, rank r)
 //     x of 8 own channels       A [32 x 512]             S of 32 units            P [32 x 128]            O of 128 channels, partial
 //     +-------------------+     +-------------------+    +------------------+     +----------------+      +---------------------+
-//     | 32 pixels and     | --> | words of all 64   | -> | W1c A^T, norm,   | --> | words of the 4 | -->  | W2c P^T, to the 16  | --> own channels:
-//     | those around      | (1) | blocks, moments   |    | act              | (2) | blocks, rank r |      | blocks of the group | (3) sums, y
+//     | 32 pixels and     | --> | of all 64 blocks, | -> | W1c A^T, norm,   | --> | words of the 4 | -->  | W2c P^T, to the 16  | --> own channels:
+//     | those around      | (1) | moments           |    | act              | (2) | blocks, rank r |      | blocks of the group | (3) sums, y
 //     +-------------------+     +-------------------+    +------------------+     +----------------+      +---------------------+
 //
 //   what                          where                                      written by                    when
-//   W1 slice of the next block    registers, operand layout                  its thread                    after the first product
-//   W2 slice of the next block    shared, each thread its own pieces         its thread (cp.async)         after the second product
+//   W1 slice of the next block    registers, operand layout                  its thread                    before the second product
+//   W2 slice of the next block    shared, one of two (StageWeightBoxes)      TMA                           before the first product
 //   x of own pixels               shared (kX), in place                      finish                        every block
 //   x of pixels around            shared (kX)                                receive                       every block
 //   own results, own P            shared (kSent)                             a warp, for itself            before (1), (2)
@@ -21,8 +21,9 @@
 //   P of 128 units                shared                                     gather_p                      (2)
 //   sums over four sources of O   shared (kSums)                             gather_sums                   (3)
 //
-// One set of words serves each of (1), (2), (3): a block sends its A of the next block after finishing this one, for which every block of the tile had
-// gathered A; its P and its partial sums after gathering all A of the next block, before which every block of the tile finished this one.
+// One set of words serves each of (2), (3): a block sends its P and its partial sums after gathering all A of this block, before which every block of the
+// tile finished the block before. A, the most that is read, travels without flags, 32 KB in place of 64: each block of the stage and tile has a place for
+// it that is empty before the launch (StageWorkspace).
 #pragma once
 
 #include "latency_stage_fwd_sm90_mma.cuh"
@@ -32,6 +33,19 @@ namespace convfirst::block_fusion::sm90 {
 // Two words at once, each whole.
 __device__ __forceinline__ void store_words(void* address, uint32_t data0, uint32_t data1, uint32_t flag) {
   asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(data0), "r"(flag), "r"(data1), "r"(flag) : "memory");
+}
+
+// A word of A that is not there yet.
+constexpr uint32_t kAbsent = ~0u;
+
+__device__ __forceinline__ uint32_t load_relaxed_32(const void* address) {
+  uint32_t v;
+  asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_relaxed(void* address, uint4 v) {
+  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 template <class Traits>
@@ -48,35 +62,30 @@ struct WideStage : StageParts<Traits, LatencyTile<Traits>> {
   __device__ int expand_part() const { return warp / (Traits::kUnits / 16); }
   __device__ int first_unit() const { return peer() * Traits::kSlice + group() * Traits::kUnits; }
 
+  // Where this block's slice of W2 begins.
+  __device__ int project_unit() const { return peer() * Traits::kSlice; }
+  __device__ int project_rows() const { return group() * Traits::kRows; }
+
   __device__ __forceinline__ Weights locate(const StageTensors& t) const {
     Weights from;
     this->locate_conv(from, t);
-    const int unit = first_unit() + expand_row() * 16 + lane / 4, row = group() * Traits::kRows + warp * 16 + lane / 4;
+    const int unit = first_unit() + expand_row() * 16 + lane / 4;
     from.expand = static_cast<const char*>(t.expand_weight) + unit * Traits::kChannels * 2 + (expand_part() * Traits::kExpandSteps * 4 + lane % 4) * 16;
     from.expand_vectors = reinterpret_cast<const float2*>(t.expand_vectors) + unit;
-    from.project = static_cast<const char*>(t.project_weight) + row * Traits::kHidden * 2 + (peer() * (Traits::kSlice / 8) + lane % 4) * 16;
     from.project_bias = t.project_bias + rank * Traits::kOwned + output_channel();
     return from;
   }
 
-  __device__ __forceinline__ void load_expand(uint4 (&w1)[Traits::kExpandSteps][2], float2 (&vectors)[2], const Weights& from) const {
+  __device__ __forceinline__ void load_expand(uint4 (&w1)[1][Traits::kExpandSteps][2], float2 (&vectors)[1][2], const Weights& from) const {
 #pragma unroll
     for (int i = 0; i < 2 * Traits::kExpandSteps; ++i) {
-      w1[i / 2][i % 2] = load_global_128(from.expand + i % 2 * 8 * Traits::kChannels * 2 + i / 2 * 64);
+      w1[0][i / 2][i % 2] = load_global_128(from.expand + i % 2 * 8 * Traits::kChannels * 2 + i / 2 * 64);
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) vectors[i] = load_float2(from.expand_vectors + i * 8);
+    for (int i = 0; i < 2; ++i) vectors[0][i] = load_float2(from.expand_vectors + i * 8);
   }
 
-  __device__ uint32_t project_piece(int i) const { return smem + Layout::kW2 + (i * Traits::kThreads + thread) * 16; }
-
-  __device__ __forceinline__ void load_project(const Weights& from) const {
-#pragma unroll
-    for (int i = 0; i < 2 * Traits::kProjectSteps; ++i) {
-      ptx::cp_async16(project_piece(i), from.project + i % 2 * 8 * Traits::kHidden * 2 + i / 2 * 64, true);
-    }
-    ptx::cp_async_commit();
-  }
+  __device__ __forceinline__ void load_project_bias(float (&bias)[1], const Weights& from) const { bias[0] = __ldg(from.project_bias); }
 
   // 8 channels or units of 16 (or 8) pixels, that this warp stored at `from` behind one another, as words.
   template <int kPieces>
@@ -88,38 +97,72 @@ struct WideStage : StageParts<Traits, LatencyTile<Traits>> {
     }
   }
 
-  // Own channels' results to all blocks of the tile. `words` are the tile's.
-  __device__ __forceinline__ void convolve(const LatencyPlaces<Traits>& places, const ConvWeights& w, float2 bias, char* words, uint32_t flag) const {
+  // Own channels' results to all blocks of the tile, whose A is at `a`.
+  __device__ __forceinline__ void convolve(const LatencyPlaces<Traits>& places, const ConvWeights& w, float2 bias, char* a) const {
     if (warp >= Traits::kPixels / 16) return;
     float s[2][4];
     this->convolve_sums(s, places.taps[0], w, bias);
     const uint32_t to = smem + Layout::kSent + warp * 256;
     stmatrix_x2(to + lane % 16 * 16, pack2<Element>(s[0][0], s[0][1]), pack2<Element>(s[0][2], s[0][3]));
-    publish<16>(to, words + (rank * Traits::kPixels + warp * 16) * 32, flag);
+    __syncwarp();
+    const int pixel = warp * 16 + lane;
+    if (lane < 16 && first + pixel < this->end) store_relaxed(a + (rank * Traits::kPixels + pixel) * 16, load_shared_128(to + lane * 16));
   }
 
-  // kPieces times 16 bytes, a thread's 256 pieces apart, once their words carry the flag.
+  // Until the word of each lane carries the flag: one small load a warp, where waiting on all words would take the bandwidth that they need.
+  __device__ __forceinline__ void wait_for_words(const char* word, uint32_t flag) const {
+    while (!__all_sync(~0u, load_relaxed_32(word + 4) == flag)) {
+    }
+  }
+
+  // Loads again what does not carry the flag, all of it at once.
   template <int kPieces>
   __device__ __forceinline__ void gather(uint4 (&pieces)[kPieces], const char* words, uint32_t flag) const {
-    uint4 v[kPieces][2];
     const char* const from = words + thread * 32;
+    const bool exists = first + lane < this->end;
+    uint4 v[kPieces][2];
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      v[i][0] = load_words(from + i * Traits::kThreads * 32), v[i][1] = load_words(from + i * Traits::kThreads * 32 + 16);
+      v[i][0] = v[i][1] = make_uint4(0, flag, 0, flag);
+      if (exists) v[i][0] = load_words(from + i * Traits::kThreads * 32), v[i][1] = load_words(from + i * Traits::kThreads * 32 + 16);
     }
+    bool missing;
+    do {
+      missing = false;
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      while (v[i][0].y != flag || v[i][0].w != flag || v[i][1].y != flag || v[i][1].w != flag) {
-        v[i][0] = load_words(from + i * Traits::kThreads * 32), v[i][1] = load_words(from + i * Traits::kThreads * 32 + 16);
+      for (int i = 0; i < kPieces; ++i) {
+        if (v[i][0].y != flag || v[i][0].w != flag || v[i][1].y != flag || v[i][1].w != flag) {
+          v[i][0] = load_words(from + i * Traits::kThreads * 32), v[i][1] = load_words(from + i * Traits::kThreads * 32 + 16);
+          missing = true;
+        }
       }
-      pieces[i] = make_uint4(v[i][0].x, v[i][0].z, v[i][1].x, v[i][1].z);
-    }
+    } while (missing);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) pieces[i] = make_uint4(v[i][0].x, v[i][0].z, v[i][1].x, v[i][1].z);
   }
 
   // A thread has pixel `lane` of every eighth chunk: its sum and sum of squares on the way.
-  __device__ __forceinline__ void gather_a(const char* words, uint32_t flag) const {
+  __device__ __forceinline__ void gather_a(const char* a) const {
+    const int count = this->end - first, last = min(lane / Traits::kGatheredA % 2 * 16 + 15, count - 1);
+    const char* const polled = a + ((warp + lane % Traits::kGatheredA * Traits::kWarps) * Traits::kPixels + last) * 16;
+    while (!__all_sync(~0u, load_relaxed_32(polled + 12) != kAbsent)) {
+    }
+    const char* const from = a + thread * 16;
     uint4 pieces[Traits::kGatheredA];
-    gather(pieces, words, flag);
+#pragma unroll
+    for (int i = 0; i < Traits::kGatheredA; ++i) {
+      pieces[i] = make_uint4(0, 0, 0, 0);
+      if (lane < count) pieces[i] = load_words(from + i * Traits::kThreads * 16);
+    }
+    bool missing;
+    do {
+      missing = false;
+#pragma unroll
+      for (int i = 0; i < Traits::kGatheredA; ++i) {
+        const uint4 v = pieces[i];
+        if (v.x == kAbsent || v.y == kAbsent || v.z == kAbsent || v.w == kAbsent) pieces[i] = load_words(from + i * Traits::kThreads * 16), missing = true;
+      }
+    } while (missing);
     float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
     for (int i = 0; i < Traits::kGatheredA; ++i) {
@@ -136,6 +179,7 @@ struct WideStage : StageParts<Traits, LatencyTile<Traits>> {
 
   __device__ __forceinline__ void gather_p(const char* words, uint32_t flag) const {
     uint4 pieces[Traits::kGatheredP];
+    wait_for_words(words + ((warp + lane % Traits::kGatheredP * Traits::kWarps) * Traits::kPixels + lane / 2 % 4 * 8 + 7) * 32 + 24, flag);
     gather(pieces, words, flag);
 #pragma unroll
     for (int i = 0; i < Traits::kGatheredP; ++i) {
@@ -177,11 +221,11 @@ struct WideStage : StageParts<Traits, LatencyTile<Traits>> {
   }
 
   // Own hidden units to the blocks of this rank. `words` are the tile's.
-  __device__ __forceinline__ void expand(const uint4 (&w1)[Traits::kExpandSteps][2], const float2 (&vectors)[2], char* words, uint32_t flag) const {
+  __device__ __forceinline__ void expand(const uint4 (&w1)[1][Traits::kExpandSteps][2], const float2 (&vectors)[1][2], char* words, uint32_t flag) const {
     const float2 norm = moments();
     float s[1][kPixelTiles][4] = {};
     multiply<Traits, 1, Traits::kExpandSteps>(s, smem + Layout::kA, expand_part() * Traits::kExpandSteps, lane,
-                                              [&](int, int step, int half) { return w1[step][half]; });
+                                              [&](int j, int step, int half) { return w1[j][step][half]; });
     float kept[4];
     share_sums(s[0], kept);
     float scale[2], shift[2];
@@ -195,7 +239,7 @@ struct WideStage : StageParts<Traits, LatencyTile<Traits>> {
     for (int half = 0; half < 2; ++half) {
       float v[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) v[i] = fmaf(kept[2 * half + i], scale[i], fmaf(shift[i], vectors[half].y, vectors[half].x));
+      for (int i = 0; i < 2; ++i) v[i] = fmaf(kept[2 * half + i], scale[i], fmaf(shift[i], vectors[0][half].y, vectors[0][half].x));
       packed[half] = this->activate(v[0], v[1]);
     }
     const uint32_t to = smem + Layout::kSent + warp * 256;  // [chunk of 8 units][8 pixels]
@@ -208,10 +252,10 @@ struct WideStage : StageParts<Traits, LatencyTile<Traits>> {
   }
 
   // Partial sums over this rank's hidden units, to the blocks of the group: [owner][source][pair of pixel tiles][lane][pixel tile], a word two pixels.
-  __device__ __forceinline__ void project(char* words, uint32_t flag) const {
+  __device__ __forceinline__ void project(int b, char* words, uint32_t flag) const {
     float o[1][kPixelTiles][4] = {};
     multiply<Traits, 1, Traits::kProjectSteps>(o, smem + Layout::kP, 0, lane,
-                                               [&](int, int step, int half) { return load_shared_128(project_piece(step * 2 + half)); });
+                                               [&](int, int step, int half) { return this->load_project(b, step, warp, half); });
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int owner = group() * Traits::kRanks + 2 * warp + half;
@@ -227,13 +271,24 @@ struct WideStage : StageParts<Traits, LatencyTile<Traits>> {
   // Sums over every fourth source, in order; `words` are the tile's.
   __device__ __forceinline__ void gather_sums(const char* words, uint32_t flag) const {
     const char* const from = words + (rank * Traits::kRanks * Traits::kSumWords + 2 * thread) * 8;
+    const bool exists = first + thread % 64 / 32 * 16 + thread % 4 * 2 < this->end;
     uint4 v[Traits::kGatheredSums];
 #pragma unroll
-    for (int i = 0; i < Traits::kGatheredSums; ++i) v[i] = load_words(from + i * Traits::kThreads * 16);
+    for (int i = 0; i < Traits::kGatheredSums; ++i) {
+      v[i] = make_uint4(0, flag, 0, flag);
+      if (exists) v[i] = load_words(from + i * Traits::kThreads * 16);
+    }
+    bool missing;
+    do {
+      missing = false;
+#pragma unroll
+      for (int i = 0; i < Traits::kGatheredSums; ++i) {
+        if (v[i].y != flag || v[i].w != flag) v[i] = load_words(from + i * Traits::kThreads * 16), missing = true;
+      }
+    } while (missing);
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
     for (int i = 0; i < Traits::kGatheredSums; ++i) {
-      while (v[i].y != flag || v[i].w != flag) v[i] = load_words(from + i * Traits::kThreads * 16);
       const float2 a = unpack2<Element>(v[i].x), b = unpack2<Element>(v[i].z);
       sum.x += a.x, sum.y += a.y, sum.z += b.x, sum.w += b.y;
     }
@@ -241,11 +296,11 @@ struct WideStage : StageParts<Traits, LatencyTile<Traits>> {
                      make_uint4(__float_as_uint(sum.x), __float_as_uint(sum.y), __float_as_uint(sum.z), __float_as_uint(sum.w)));
   }
 
-  __device__ int output_channel() const { return thread / 16 % 8; }
+  __device__ int output_channel(int = 0) const { return thread / 16 % 8; }
   __device__ int output_pixel() const { return (thread / 128 * 2 + thread % 4 / 2) * 8 + thread / 4 % 4 * 2 + thread % 2; }
 
-  __device__ __forceinline__ void finish_down(char* words, uint32_t flag, const StageTensors& t) const {
-    const float v = this->down_result(output_channel(), output_pixel(), thread / 4 % 32 * 4 + thread % 2, t);
+  __device__ __forceinline__ void finish_down(const StageDown<Traits>& down, char* words, uint32_t flag, const StageTensors& t) const {
+    const float v = this->down_result(output_channel(), output_pixel(), thread / 4 % 32 * 4 + thread % 2, down.vectors[0], t);
     const float other = __shfl_xor_sync(~0u, v, 16);  // of the next channel
     if (output_channel() % 2 == 0) this->begin_pair(output_channel(), output_pixel(), make_float2(v, other), words, flag);
   }
@@ -259,81 +314,64 @@ struct WideStage : StageParts<Traits, LatencyTile<Traits>> {
   }
 };
 
+// For the launch after this one; all threads of the grid.
+__device__ __forceinline__ void empty_set(char* set) {
+  for (int i = (blockIdx.x * blockDim.x + threadIdx.x) * 16; i < StageWorkspace::kSet; i += gridDim.x * blockDim.x * 16) {
+    store_relaxed(set + i, make_uint4(kAbsent, kAbsent, kAbsent, kAbsent));
+  }
+}
+
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1) wide_stage_fwd_sm90(const __grid_constant__ StageTensors t) {
+__global__ void __launch_bounds__(Traits::kThreads, 1) wide_stage_fwd_sm90(const __grid_constant__ StageTensors t,
+                                                                           const __grid_constant__ CUtensorMap project) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ __align__(16) char latency_smem[];
+  extern __shared__ __align__(1024) char stage_smem[];
   const int thread = threadIdx.x, warp = __shfl_sync(~0u, thread / 32, 0), lane = thread % 32;
   const int rank = static_cast<int>(blockIdx.x) % Traits::kTeam, tile = static_cast<int>(blockIdx.x) / Traits::kTeam;
   const LatencyParams p = tile_params(t);
-  const WideStage<Traits> stage{
-      {{p, smem_address(latency_smem), rank, tile * Traits::kPixels, thread, warp, lane, latency_rows<Traits>(p.width)}}};
-  uint4 w1[Traits::kExpandSteps][2];
-  float2 expand_vectors[2];
-  ConvWeights conv_weights;
-  float2 conv_bias;
-  LatencyPlaces<Traits> places;
-  StageWeights<Traits> from = stage.locate(t);
-  stage.load_conv(conv_weights, conv_bias, from);
-  stage.load_expand(w1, expand_vectors, from);
-  stage.load_project(from);
-  float project_bias = __ldg(from.project_bias);
-  stage.fill_zeros();
-  stage.prepare(places);
-  [[maybe_unused]] StageDown<Traits> down;
-  const bool begins = t.down_weight != nullptr;
-  if constexpr (Traits::kChannels > 64) {
-    if (begins) stage.prepare_down(down, t);
-  }
-
+  const int first = tile * t.tile, end = min(first + t.tile, t.pixels);
+  const WideStage<Traits> stage{{{p, smem_address(stage_smem), rank, first, thread, warp, lane, latency_rows<Traits>(p.width)}, end}};
+  StageHeld<Traits> held;
+  StageDown<Traits> down;
+  prepare_stage(stage, held, down, t, project);
   wait_for_previous_launch();
   allow_next_launch();  // after the wait: the next launch may count on what came before this one
-  char* const workspace = static_cast<char*>(t.workspace);
-  const uint32_t epoch = load_global_32(workspace);
-  const int64_t words_bytes = int64_t{t.pixels} * Traits::kChannels * 4;
-  char* const words = workspace + StageWorkspace::kHeader;
-  if (!begins) stage.load_x(places);
-  if constexpr (Traits::kChannels > 64) {
-    if (begins) {
-      stage.multiply_down(down);
-      stage.clear_halo(places);
-      __syncthreads();
-      stage.finish_down(words, epoch + 1, t);
-    }
-  }
-  stage.keep_halo(places);
-  char* const words_a = words + 2 * words_bytes + tile * (Traits::kWordsOfA + Traits::kWordsOfP + Traits::kWordsOfSums);
-  char* const words_p = words_a + Traits::kWordsOfA;
+  const StageWords words = begin_stage(stage, held, down, t);
+  const uint32_t set = load_global_32(words.workspace + 8);
+  char* const sets = words.workspace + StageWorkspace::kCounters;
+  empty_set(sets + (set ^ 1) * StageWorkspace::kSet);
+  const int64_t a_step = static_cast<int>(gridDim.x) / Traits::kTeam * Traits::kWordsOfA;  // from a block to the next
+  char* a = sets + set * StageWorkspace::kSet + tile * Traits::kWordsOfA;
+  char* const words_p = words.pixels + 2 * words.bytes + tile * (Traits::kWordsOfP + Traits::kWordsOfSums);
   char* const words_sums = words_p + Traits::kWordsOfP;
 #pragma unroll 1
-  for (int b = 0; b < t.blocks; ++b) {
+  for (int b = 0; b < t.blocks; ++b, a += a_step) {
     const bool last = b + 1 == t.blocks;
-    const uint32_t flag = epoch + b + 1;
-    if (!last) from.advance();
-    if (b > 0 || begins) {
-      stage.receive(places, words + (b & 1) * words_bytes, epoch + b + 1);
+    const uint32_t flag = words.flag(b);
+    if (!last) held.from.advance();
+    if (b > 0 || t.down_weight != nullptr) {
+      stage.receive(held.places, words.of_block(b), flag);
     } else {
       ptx::cp_async_wait<0>();
     }
     __syncthreads();
-    stage.convolve(places, conv_weights, conv_bias, words_a, flag);
-    stage.load_conv(conv_weights, conv_bias, from);
-    stage.gather_a(words_a, flag);
+    stage.convolve(held.places, held.conv_weights, held.conv_bias, a);
+    stage.gather_a(a);
     __syncthreads();
-    stage.expand(w1, expand_vectors, words_p, flag);
-    stage.load_expand(w1, expand_vectors, from);
+    if (!last && thread == 0) stage.fetch_project(project, b + 1, stage.project_unit(), stage.project_rows());
+    stage.expand(held.w1, held.expand_vectors, words_p, flag);
     stage.gather_p(words_p + stage.peer() * (Traits::kSlice / 8 * Traits::kPixels * 32), flag);
-    ptx::cp_async_wait<0>();  // own pieces of W2
+    stage.load_expand(held.w1, held.expand_vectors, held.from);
+    stage.load_conv(held.conv_weights, held.conv_bias, held.from);
+    stage.wait_for_project(b);
     __syncthreads();
-    stage.project(words_sums, flag);
-    stage.load_project(from);
+    stage.project(b, words_sums, flag);
     stage.gather_sums(words_sums, flag);
     __syncthreads();
-    stage.finish(project_bias, last, words + ((b & 1) ^ 1) * words_bytes, epoch + b + 2);
-    project_bias = __ldg(from.project_bias);
+    stage.finish(held.project_bias[0], last, words.of_block(b + 1), words.flag(b + 1));
+    stage.load_project_bias(held.project_bias, held.from);
   }
-  ptx::cp_async_wait<0>();
-  leave(workspace, epoch + t.blocks);
+  leave(words.workspace, words.flag(t.blocks - 1));
 #endif
 }
 

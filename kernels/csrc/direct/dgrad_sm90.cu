@@ -33,4 +33,12 @@ int launch_dgrad(const Problem& q, const Tensors& t, const Device& device, void*
   return error;
 }
 
+// The transposed filters lie behind the plan's own workspace.
+int launch_float_dgrad(const Problem& q, const Tensors& t, const FloatPlan& plan, void* workspace, cudaStream_t stream) {
+  float* filters = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.workspace);
+  const TransposedTaps taps{q.filters, q.channels, q.kernel_h, q.kernel_w, q.kernel_h, q.kernel_w, 0, 0, 1, 1, true};
+  if (const int error = launch_transpose_filters<90>(t.weight, filters, taps, 4, stream)) return error;
+  return launch_float(float_dgrad_problem(q), {static_cast<const float*>(t.y), filters, nullptr, static_cast<float*>(t.result), workspace}, plan, stream);
+}
+
 }  // namespace convfirst::direct::sm90

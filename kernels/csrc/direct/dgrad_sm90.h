@@ -72,6 +72,11 @@ inline DgradPlan plan_dgrad(const GemmProblem& g, const Device& device) {
   return best;
 }
 
+// Of stride 1 in float32: one product with all filters transposed.
+inline GemmProblem float_dgrad_problem(const Problem& q) {
+  return dgrad_problem(q, Phase::of(0, q.height, q.kernel_h, 1, q.pad_h, q.dilation_h), Phase::of(0, q.width, q.kernel_w, 1, q.pad_w, q.dilation_w));
+}
+
 // function(phase_h, phase_w, h, w) of every phase that has pixels.
 template <class Function>
 void for_each_phase(const Problem& q, Function function) {

@@ -104,15 +104,16 @@ struct GemmKernel {
 // Plan
 
 // What TMA's im2col mode can address.
-inline bool gemm_supports(const GemmProblem& q) {
+inline bool im2col_supports(const GemmProblem& q) {
   const auto end = [](int size, int out, int stride, int pad) { return (out - 1) * stride - pad + 1 - size; };  // upper corner
   const auto corner = [](int v) { return v >= -128 && v <= 127; };
-  return q.batch > 0 && q.out_h > 0 && q.out_w > 0 && q.channels > 0 && q.filters > 0 && q.channels % 8 == 0 && q.filters % 8 == 0 &&
-         q.stride_h >= 1 && q.stride_h <= 8 && q.stride_w >= 1 && q.stride_w <= 8 && corner(-q.pad_h) && corner(-q.pad_w) &&
+  return q.batch > 0 && q.out_h > 0 && q.out_w > 0 && q.channels > 0 && q.filters > 0 && q.stride_h >= 1 && q.stride_h <= 8 && q.stride_w >= 1 && q.stride_w <= 8 && corner(-q.pad_h) && corner(-q.pad_w) &&
          corner(end(q.height, q.out_h, q.stride_h, q.pad_h)) && corner(end(q.width, q.out_w, q.stride_w, q.pad_w)) &&
          (q.kernel_h - 1) * q.dilation_h <= 255 && (q.kernel_w - 1) * q.dilation_w <= 255 &&
          q.pixels() < (int64_t{1} << 31) - 4096;
 }
+
+inline bool gemm_supports(const GemmProblem& q) { return im2col_supports(q) && q.channels % 8 == 0 && q.filters % 8 == 0; }
 
 // Wide panels copy faster; narrow ones waste less where channels are no multiple of 64.
 inline int choose_panel(int channels) {

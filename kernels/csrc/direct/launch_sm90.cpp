@@ -1,6 +1,8 @@
 // From a plan to a compiled kernel.
 #include "launch_sm90.h"
 
+#include <iterator>
+
 #include "resident_halo_sm90.h"
 
 namespace convfirst::direct::sm90 {
@@ -21,6 +23,13 @@ int launch_resident(const GemmProblem& q, const GemmTensors& t, const ResidentPl
   return q.dtype == DType::kHalf ? ResidentKernels<DType::kHalf>::launch(q, t, plan, stream) : ResidentKernels<DType::kBFloat16>::launch(q, t, plan, stream);
 }
 
+int launch_float(const GemmProblem& q, const FloatTensors& t, const FloatPlan& plan, cudaStream_t stream) {
+  constexpr decltype(&FloatKernel<0>::launch) kLaunches[] = {FloatKernel<0>::launch, FloatKernel<1>::launch, FloatKernel<2>::launch,
+                                                             FloatKernel<3>::launch, FloatKernel<4>::launch, FloatKernel<5>::launch};
+  static_assert(std::size(kLaunches) == kFloatTileCount);
+  return kLaunches[plan.tile](q, t, plan, stream);
+}
+
 int launch_first(const Problem& q, const Tensors& t, const FirstPlan& plan, void* workspace, cudaStream_t stream) {
   return q.dtype == DType::kHalf ? Kernels<DType::kHalf>::first(q, t, plan, workspace, stream) : Kernels<DType::kBFloat16>::first(q, t, plan, workspace, stream);
 }
@@ -39,6 +48,13 @@ const void* halo_kernel(DType dtype, int columns) {
 
 const void* resident_kernel(DType dtype) {
   return dtype == DType::kHalf ? ResidentKernels<DType::kHalf>::kernel() : ResidentKernels<DType::kBFloat16>::kernel();
+}
+
+const void* float_kernel(int tile) {
+  constexpr decltype(&FloatKernel<0>::kernel) kKernels[] = {FloatKernel<0>::kernel, FloatKernel<1>::kernel, FloatKernel<2>::kernel,
+                                                            FloatKernel<3>::kernel, FloatKernel<4>::kernel, FloatKernel<5>::kernel};
+  static_assert(std::size(kKernels) == kFloatTileCount);
+  return kKernels[tile]();
 }
 
 const void* first_kernel(DType dtype, int columns) {

@@ -3,6 +3,7 @@
 
 #include "first_layer_sm90.h"
 #include "first_layer_wgrad_sm90.h"
+#include "float_gemm_sm90.h"
 #include "halo_gemm_sm90.h"
 #include "implicit_gemm_sm90.h"
 #include "split_gemm_sm90.h"
@@ -14,14 +15,17 @@ namespace convfirst::direct::sm90 {
 int launch_gemm(const GemmProblem&, const GemmTensors&, const GemmPlan&, cudaStream_t);
 int launch_split(const GemmProblem&, const GemmTensors&, const SplitPlan&, cudaStream_t);
 int launch_halo(const GemmProblem&, const GemmTensors&, const HaloPlan&, cudaStream_t);
+int launch_float(const GemmProblem&, const FloatTensors&, const FloatPlan&, cudaStream_t);
 int launch_first(const Problem&, const Tensors&, const FirstPlan&, void* workspace, cudaStream_t);
 int launch_dgrad(const Problem&, const Tensors&, const Device&, void* workspace, cudaStream_t);
+int launch_float_dgrad(const Problem&, const Tensors&, const FloatPlan&, void* workspace, cudaStream_t);
 int launch_wgrad(const Problem&, const Tensors&, const WgradPlan&, void* workspace, cudaStream_t);
 int launch_first_wgrad(const Problem&, const Tensors&, const FirstWgradPlan&, void* workspace, cudaStream_t);
 
 const void* gemm_kernel(DType dtype, int tile, bool transposed);
 const void* split_kernel(DType dtype, int tile);
 const void* halo_kernel(DType dtype, int columns);
+const void* float_kernel(int tile);
 const void* first_kernel(DType dtype, int columns);
 const void* wgrad_kernel(DType dtype, int tile, int panel);
 const void* first_wgrad_kernel(DType dtype);

@@ -21,11 +21,15 @@ Function driver_function(const char* name) {
 }
 
 inline CUtensorMapDataType map_type(DType dtype) {
+  if (dtype == DType::kFloat) return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   return dtype == DType::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 }
 
-inline CUtensorMapSwizzle map_swizzle(int panel) {  // of rows of `panel` 16-bit elements
-  return panel == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : panel == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
+constexpr int element_bytes(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }
+
+inline CUtensorMapSwizzle map_swizzle(int panel, DType dtype = DType::kHalf) {  // of rows of `panel` elements
+  const int bytes = panel * element_bytes(dtype);
+  return bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
 }
 
 // `rows` output pixels of one tap, `panel` channels of each. The box that the first tap walks over begins at the padding and ends
@@ -34,12 +38,13 @@ inline bool encode_im2col_map(CUtensorMap* map, const GemmProblem& q, const void
   static const auto encode = driver_function<PFN_cuTensorMapEncodeIm2col_v12000>("cuTensorMapEncodeIm2col");
   if (encode == nullptr) return false;
   const cuuint64_t c = q.channels, w = q.width, h = q.height;
-  const cuuint64_t dims[4] = {c, w, h, static_cast<cuuint64_t>(q.batch)}, strides[3] = {2 * c, 2 * c * w, 2 * c * w * h};
+  const cuuint64_t dims[4] = {c, w, h, static_cast<cuuint64_t>(q.batch)};
+  const cuuint64_t pixel = element_bytes(q.dtype) * c, strides[3] = {pixel, pixel * w, pixel * w * h};
   const cuuint32_t steps[4] = {1, static_cast<cuuint32_t>(q.stride_w), static_cast<cuuint32_t>(q.stride_h), 1};
   const int lower[2] = {-q.pad_w, -q.pad_h};
   const int upper[2] = {(q.out_w - 1) * q.stride_w - q.pad_w + 1 - q.width, (q.out_h - 1) * q.stride_h - q.pad_h + 1 - q.height};
   return encode(map, map_type(q.dtype), 4, const_cast<void*>(x), dims, strides, lower, upper, panel, rows, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, map_swizzle(panel), CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, map_swizzle(panel, q.dtype), CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
@@ -52,7 +57,7 @@ bool encode_tiled_map(CUtensorMap* map, DType dtype, const void* data, const int
   cuuint32_t boxes[kRank], steps[kRank];
   for (int i = 0; i < kRank; ++i) {
     dims[i] = sizes[i], boxes[i] = box[i], steps[i] = 1;
-    if (i > 0) bytes[i - 1] = 2 * strides[i - 1];
+    if (i > 0) bytes[i - 1] = element_bytes(dtype) * strides[i - 1];
   }
   return encode(map, map_type(dtype), kRank, const_cast<void*>(data), dims, bytes, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;

@@ -5,6 +5,7 @@
 #include "few_taps_sm90.h"
 #include "first_layer_sm90.h"
 #include "first_layer_wgrad_sm90.h"
+#include "float_gemm_sm90.h"
 #include "launch_sm90.h"
 #include "resident_halo_sm90.h"
 #include "wgrad_sm90.h"
@@ -138,7 +139,35 @@ struct FewRow {
   static constexpr Variant row() { return {"sm90_few_taps", 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
-// kRgb: three channels and stride 2 or 4, which is what ran on a GPU; else whatever more the kernel takes.
+Config float_config(const FloatPlan& plan, const Device& d) {
+  const FloatTile& t = kFloatTiles[plan.tile];
+  Config c{};
+  c.tile_pixels = t.rows(), c.hidden_chunk = t.columns(), c.stages = t.slots(), c.threads = kFloatThreads, c.grid = plan.grid;
+  c.shared_memory = plan.shared_memory, c.launches = 2, c.workspace = plan.workspace, c.multiprocessors = d.multiprocessors;
+  return c;
+}
+
+template <int kTile>
+struct FloatRow {
+  static bool supports(const Problem& q, const Device& d) {
+    return q.direction == Direction::kForward && q.dtype == DType::kFloat && d.max_shared_memory >= kSharedMemory &&
+           float_supports(forward_problem(q), d, kTile);
+  }
+  static Config configure(const Problem& q, const Device& d) {
+    return float_config(plan_float_tile(forward_problem(q), d, kTile), d);
+  }
+  static double cost(const Problem& q, const Device& d, const Config&) { return plan_float_tile(forward_problem(q), d, kTile).cost; }
+  static int launch(const Problem& q, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
+    const auto floats = [](const void* data) { return static_cast<const float*>(data); };
+    const FloatTensors tensors{floats(t.x), floats(t.weight), t.bias, static_cast<float*>(t.result), workspace};
+    const GemmProblem g = forward_problem(q);
+    return launch_float(g, tensors, plan_float_tile(g, device_of(c), kTile), stream);
+  }
+  static const void* kernel(const Problem&) { return float_kernel(kTile); }
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, !kFloatTiles[kTile].early}; }
+};
+
+// kRgb: three channels and stride 2 or 4, which was timed at its layers; else whatever more the kernel takes, by name alone.
 template <bool kRgb>
 struct FirstRow {
   static bool supports(const Problem& q, const Device& d) {
@@ -199,6 +228,26 @@ struct DgradRow {
   static constexpr Variant row() { return {"sm90_dgrad", 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
+// Of stride 1, by the forward kernel. It has not run on a GPU.
+struct FloatDgradRow {
+  static bool supports(const Problem& q, const Device& d) {
+    if (q.direction != Direction::kDgrad || q.dtype != DType::kFloat || q.stride_h != 1 || q.stride_w != 1) return false;
+    const GemmProblem g = float_dgrad_problem(q);
+    return q.out_pixels() > 0 && d.max_shared_memory >= kSharedMemory && float_supports(g, d, plan_float(g, d).tile);
+  }
+  static Config configure(const Problem& q, const Device& d) {
+    Config c = float_config(plan_float(float_dgrad_problem(q), d), d);
+    c.launches = 3, c.workspace += int64_t{4} * q.filters * q.taps() * q.channels;
+    return c;
+  }
+  static double cost(const Problem& q, const Device& d, const Config&) { return plan_float(float_dgrad_problem(q), d).cost + 5; }
+  static int launch(const Problem& q, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
+    return launch_float_dgrad(q, t, plan_float(float_dgrad_problem(q), device_of(c)), workspace, stream);
+  }
+  static const void* kernel(const Problem&) { return float_kernel(0); }
+  static constexpr Variant row() { return {"sm90_float_dgrad", 90, 90, supports, configure, cost, launch, kernel, false}; }
+};
+
 template <int kTile>
 struct WgradRow {
   static bool supports(const Problem& q, const Device& d) { return wgrad_supports(q) && d.max_shared_memory >= kWgradSharedMemory; }
@@ -244,12 +293,14 @@ constexpr Variant kTable[] = {
     HaloRow<128, 1>::row("sm90_halo_128x128"), HaloRow<128, 2>::row("sm90_halo_128x128x2"), HaloRow<64, 1>::row("sm90_halo_128x64"),
     HaloRow<64, 2>::row("sm90_halo_128x64x2"), HaloRow<64, 4>::row("sm90_halo_128x64x4"),
     ResidentRow::row(), FewRow::row(),
-    FirstRow<true>::row("sm90_first_layer"), FirstRow<false>::row("sm90_first_layer_any"), DgradRow::row(),
+    FloatRow<0>::row("sm90_float_256x128"), FloatRow<1>::row("sm90_float_512x64"), FloatRow<2>::row("sm90_float_128x256"),
+    FloatRow<3>::row("sm90_float_early_256x128"), FloatRow<4>::row("sm90_float_early_512x64"), FloatRow<5>::row("sm90_float_early_128x256"),
+    FirstRow<true>::row("sm90_first_layer"), FirstRow<false>::row("sm90_first_layer_any"), DgradRow::row(), FloatDgradRow::row(),
     WgradRow<0>::row("sm90_wgrad_256x192"), WgradRow<1>::row("sm90_wgrad_192x192"), WgradRow<2>::row("sm90_wgrad_192x128"),
     WgradRow<3>::row("sm90_wgrad_128x256"), WgradRow<4>::row("sm90_wgrad_256x128"),
     FirstWgradRow::row("sm90_first_layer_wgrad"),
 };
-static_assert(std::size(kTable) == kGemmTileCount + kWgradTileCount + 15);
+static_assert(std::size(kTable) == kGemmTileCount + kFloatTileCount + kWgradTileCount + 16);
 
 }  // namespace
 }  // namespace sm90

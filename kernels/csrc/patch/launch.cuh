@@ -47,10 +47,11 @@ int launch_stem(const Stem& s, const Device& device, cudaStream_t stream) {
   p.teams = std::min(max_teams(kMid, kHopper), std::max(1, ceil_divide(p.tiles, device.multiprocessors)));
   while (p.teams > 0 && kLayout.end(p.teams) > device.max_shared_memory) --p.teams;
   if (p.teams == 0) return kNotCovered;
+  p.crew = kHopper && p.tiles <= device.multiprocessors ? max_teams(kMid, kHopper) : 1;
   const int grid = std::min(device.multiprocessors, ceil_divide(p.tiles, p.teams));
   p.stride = grid * p.teams;
   return with_element(s.dtype, [&](auto element) {
-    return start<kHopper>(&sm80::stem_fwd<decltype(element), kMid, kHopper>, grid, p.teams * kTeamThreads,
+    return start<kHopper>(&sm80::stem_fwd<decltype(element), kMid, kHopper>, grid, p.teams * p.crew * kTeamThreads,
                              kLayout.end(p.teams), stream, p);
   });
 }

@@ -16,7 +16,8 @@
 //   sums of both products       registers, fp32                     16 or 32 x M a warp; 32 x M (wgmma: 16 x 2 M)
 //   sums of squares of y        shared of a team                    64 pixels x 2 warps (wgmma: a warp has whole pixels)
 //
-// A team is four warps with tiles of its own; teams of a block share the weights and nothing else. conv1's operand comes straight
+// A team is four warps with tiles of its own; teams of a block share the weights and nothing else. Where tiles are no more than multiprocessors,
+// a crew of teams shares the tile up to mid. conv1's operand comes straight
 // from the image: of a filter row, 9 values in a row (3 pixels x 3 channels) begin at an odd element, so the one before them
 // is taken along with weight 0 and five aligned words make the row; words 5 dy + j, the sixteenth is (1, 1) and meets the
 // bias. What the zero weight meets must be finite: a NaN in x reaches one more pixel than it would.
@@ -32,11 +33,14 @@
 
 namespace convfirst::patch {
 
+constexpr int kCrewBarrier = 15;
+
 struct StemParams {
   Stem s;
   int mid_height, mid_width, out_height, out_width;
   int tiles, tiles_x, tiles_image;
   int teams, stride;  // teams of a block, of the grid
+  int crew;           // teams that load and compute conv1 of one tile, the first of which does the rest; of several, a block has one crew
   bool aligned;       // rows of x in 16-byte pieces
 };
 
@@ -295,7 +299,9 @@ __global__ void __launch_bounds__(max_teams(kMid, kHopper) * kTeamThreads, 1) st
   constexpr int kPairs = kMid <= 32 ? 2 : 1;
   const Stem& s = p.s;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int team = threadIdx.x / kTeamThreads, warp = threadIdx.x % kTeamThreads / 32, threads = p.teams * kTeamThreads;
+  const int part = threadIdx.x / kTeamThreads, warp = threadIdx.x % kTeamThreads / 32, threads = p.teams * p.crew * kTeamThreads;
+  const int team = p.crew > 1 ? 0 : part, helper = p.crew > 1 ? part : 0;
+  const int barrier = p.crew > 1 ? kCrewBarrier : team + 1, members = p.crew * kTeamThreads;
   uint32_t* table = reinterpret_cast<uint32_t*>(smem + kLayout.table);
   float* vectors = reinterpret_cast<float*>(smem + kLayout.vectors);
   unsigned char* mine = smem + kLayout.teams + team * kLayout.team_bytes;
@@ -312,7 +318,7 @@ __global__ void __launch_bounds__(max_teams(kMid, kHopper) * kTeamThreads, 1) st
   launch_dependents<kHopper>();
   int tile = blockIdx.x * p.teams + team, slot = 0;
   StemTile at = stem_tile(p, tile);
-  if (tile < p.tiles) load_input<T>(p, at, mine + kLayout.input);
+  if (tile < p.tiles && helper == 0) load_input<T>(p, at, mine + kLayout.input);
   load_weight<T, kMid, kHopper>(s, smem + kLayout.weight, threads);
   for (int i = threadIdx.x; i < kDim; i += threads) {
     vectors[i] = s.conv2_bias[i];
@@ -328,21 +334,26 @@ __global__ void __launch_bounds__(max_teams(kMid, kHopper) * kTeamThreads, 1) st
   const int warp_m = kHopper ? warp : warp % 2, warp_n = kHopper ? 0 : warp / 2;
   for (; tile < p.tiles; tile += p.stride, slot ^= 1) {
     ptx::cp_async_wait<0>();
-    team_barrier(team + 1, kTeamThreads);  // x is there, and every warp is done with mid and with the other slot
+    team_barrier(barrier, members);  // x is there, and every warp is done with mid and with the other slot
     const StemTile next = stem_tile(p, tile + p.stride);
-    if (tile + p.stride < p.tiles) load_input<T>(p, next, mine + kLayout.input + (slot ^ 1) * kLayout.input_slot);
+    if (tile + p.stride < p.tiles && helper == 0) load_input<T>(p, next, mine + kLayout.input + (slot ^ 1) * kLayout.input_slot);
     ptx::cp_async_commit();
 
     const unsigned char* input = mine + kLayout.input + slot * kLayout.input_slot;
-    for (int b = (warp + team) % 4; b < kMidBlocks; b += 4 * kPairs) {
-      if (kPairs == 2 && b + 4 < kMidBlocks) {
-        conv1.template operator()<kPairs>(s, table, b, 4, input, mid);
+    const int warps = 4 * p.crew;
+    for (int b = (warp + team) % 4 + 4 * helper; b < kMidBlocks; b += warps * kPairs) {
+      if (kPairs == 2 && b + warps < kMidBlocks) {
+        conv1.template operator()<kPairs>(s, table, b, warps, input, mid);
       } else {
-        conv1.template operator()<1>(s, table, b, 4, input, mid);
+        conv1.template operator()<1>(s, table, b, warps, input, mid);
       }
     }
     if constexpr (kHopper) fence_for_wgmma();
-    team_barrier(team + 1, kTeamThreads);  // mid is there
+    team_barrier(barrier, members);  // mid is there
+    if (helper > 0) {
+      at = next;
+      continue;
+    }
     if (at.row == 0 || at.column == 0 || 2 * (at.row + kStemTile) > p.mid_height || 2 * (at.column + kStemTile) > p.mid_width) {
       clear_outside<kMid, kHopper>(p, at, mid);
       if constexpr (kHopper) fence_for_wgmma();

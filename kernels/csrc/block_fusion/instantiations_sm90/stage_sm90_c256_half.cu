@@ -3,8 +3,8 @@
 
 namespace convfirst::block_fusion::sm90 {
 
-template struct StageKernel<LatencyTraits<DType::kHalf, 256, Activation::kRelu>>;
-template struct StageKernel<LatencyTraits<DType::kHalf, 256, Activation::kSilu>>;
-template struct StageKernel<LatencyTraits<DType::kHalf, 256, Activation::kGelu>>;
+template struct StageKernel<StageTraits<DType::kHalf, 256, Activation::kRelu>>;
+template struct StageKernel<StageTraits<DType::kHalf, 256, Activation::kSilu>>;
+template struct StageKernel<StageTraits<DType::kHalf, 256, Activation::kGelu>>;
 
 }  // namespace convfirst::block_fusion::sm90

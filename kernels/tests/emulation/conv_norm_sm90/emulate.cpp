@@ -150,6 +150,9 @@ struct BlockSize {
 #include "block_fusion/grouped_conv_norm_sm90.cpp"
 #undef with_kernel
 
+#include "block_fusion/image_conv_norm_fwd_sm90.cuh"
+#include "block_fusion/image_conv_norm_sm90.cpp"
+
 namespace convfirst::block_fusion::sm90 {
 
 template <DType kDType, bool kNarrow>
@@ -184,7 +187,28 @@ const void* GroupedKernel<kDType, kKernel, kGroupWidth, kMTiles>::pointer() {
   return nullptr;
 }
 
+template <DType kDType, int kWidth>
+int ImageKernel<kDType, kWidth>::launch(const ImageParams& p, const ImagePlan& plan, bool, cudaStream_t) {
+  emulation::run_clusters(plan.grid, 1, plan.threads, plan.shared_memory, [&] { image_conv_norm_fwd_sm90<ImageTraits<kDType, kWidth>>(p); });
+  return 0;
+}
+
+template <DType kDType, int kWidth>
+const void* ImageKernel<kDType, kWidth>::pointer() {
+  return nullptr;
+}
+
 }  // namespace convfirst::block_fusion::sm90
+
+// An image a block; 1, or 0 where the kernel does not cover the problem. extras: of training, or nullptr.
+extern "C" int run_images(const convfirst::block_fusion::Problem* problem, const convfirst::block_fusion::Tensors* tensors, void* a,
+                          const convfirst::block_fusion::sm90::ConvNormExtras* extras, int backwards) {
+  using namespace convfirst::block_fusion::sm90;
+  emulation::backwards = backwards;
+  ImagePlan plan;
+  if (!image_plan(*problem, {90, 132, 232448}, &plan)) return 0;
+  return image_launch(*problem, *tensors, plan, a, true, nullptr, extras != nullptr ? *extras : ConvNormExtras{}) == 0;
+}
 
 // Plans for a device of that many multiprocessors (few: large tiles, several a cluster; many: small tiles, large clusters) and runs.
 // Returns the blocks of a cluster, 0 where the kernel does not cover the problem.

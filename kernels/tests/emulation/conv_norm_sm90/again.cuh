@@ -1,0 +1,25 @@
+// Stands in for csrc/common/again.cuh.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace convfirst::again {
+
+inline uint16_t load_shared_16(uint32_t address) {
+  emulation::check_shared(address, 2);
+  uint16_t v;
+  std::memcpy(&v, emulation::smem + address, 2);
+  return v;
+}
+
+inline void store_shared_16(uint32_t address, uint32_t v) {
+  emulation::check_shared(address, 2);
+  const uint16_t low = static_cast<uint16_t>(v);
+  std::memcpy(emulation::smem + address, &low, 2);
+}
+
+inline uint16_t load_16(const void* from) { return *static_cast<const uint16_t*>(from); }
+inline uint32_t load_32(const void* from) { return *static_cast<const uint32_t*>(from); }
+inline int thread_index() { return threadIdx.x; }
+
+}  // namespace convfirst::again
