@@ -159,7 +159,7 @@ class StageForward:
             return
         before = self.stage.downsample.__dict__.get("forward")
         if isinstance(before, OutsideForward) and before.packed is not None:
-            weight, bias, _, eps, has_norm = before.packed
+            weight, bias, _, eps, has_norm, _ = before.packed
             channels = weights.conv_weight.shape[2]
             if channels >= stages.DOWN_CHANNELS and weight.shape == (channels, 2 * channels):
                 self.down = stages.pack_down(weight, bias, eps, has_norm)

@@ -6,9 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from convfirst_kernels import (
-    patches,  # noqa: F401  registers the operators
-)
+from convfirst_kernels import patches
 from convfirst_kernels.block import pack_vector
 from convfirst_kernels.blocks import Unsupported, _activation, _after_affine, _split_norm, fold
 from convfirst_kernels.planner import Device
@@ -16,6 +14,10 @@ from convfirst_kernels.planner import Device
 operators = torch.ops.convfirst
 # One H200, 64 channels: 7.8 us against 5.2 in two launches at 784 rows, 42 against 65 at 100352. In between: a guess.
 FUSED_ROWS = 16384
+# One H100, us of one launch beside two, their input fresh in L2: 128 to 256 channels 20.9 and 29.1 at 25088 rows, 7.2 and
+# 6.2 at 1568; 256 to 512 17.1 and 20.0 at 6272, 9.5 and 6.6 at 392; 192 to 384 33.2 and 54.5 at 25088; 384 to 768 38.3 and
+# 33.7 at 6272.
+GEMM_ROWS, GEMM_CHANNELS = 4096, 256
 # One H200, 512 channels, us beside PyTorch's: 2.6 and 11.9 for one image, 5.6 and 12.0 for 4, 10.9 and 10.0 for 8.
 HEAD_IMAGES = 4
 
@@ -133,7 +135,7 @@ class PatchStemParts:
 
 @dataclass
 class DownsampleParts:
-    """Norm and 2x2 convolution between two stages: one kernel, or one kernel and a matrix product by cuBLAS."""
+    """Norm and 2x2 convolution between two stages: one of two kernels, or one kernel and a matrix product by cuBLAS."""
 
     batch_norm: nn.Module | None
     layer_norm: nn.LayerNorm | None
@@ -152,11 +154,17 @@ class DownsampleParts:
 
     def fused(self, x: Tensor) -> bool:
         """Whether one kernel computes it. It loads the whole matrix first, which few rows don't repay."""
-        if x.device.type != "cuda":
-            return True
+        return x.device.type != "cuda" or self._covers(x, FUSED_ROWS, "downsample")
+
+    def multiplied(self, x: Tensor) -> bool:
+        """Whether one matrix product computes it, from which the norm is taken out; what `fused` takes is not asked."""
+        narrow = self.conv.in_channels <= GEMM_CHANNELS
+        return narrow and x.device.type == "cuda" and self._covers(x, GEMM_ROWS, "downsample_gemm")
+
+    def _covers(self, x: Tensor, least_rows: int, operator: str) -> bool:
         rows = x.shape[0] * (x.shape[2] // 2) * (x.shape[3] // 2)
         shape = self.conv.in_channels, self.conv.out_channels, x.device.index or 0
-        return rows >= FUSED_ROWS and not _uncovered("downsample", *shape)
+        return rows >= least_rows and not _uncovered(operator, *shape)
 
     def pack(self, dtype: torch.dtype, absorb: bool = True) -> tuple:
         conv = self.conv
@@ -166,15 +174,18 @@ class DownsampleParts:
         scale, shift = _affine(self.batch_norm) if norm is None else (norm.weight, norm.bias)
         if scale is not None:
             weight, bias = _after_affine(weight, bias, scale.repeat(4), None if shift is None else shift.repeat(4))
-        bias = pack_vector(bias)
+        bias, weight = pack_vector(bias), weight.to(dtype).contiguous()
+        vectors = patches.product_vectors(weight, bias)
         # The bias of a matrix product by cuBLAS has the product's dtype.
-        return weight.to(dtype).contiguous(), bias, bias.to(dtype), norm.eps if norm else 0.0, norm is not None
+        return weight, bias, bias.to(dtype), norm.eps if norm else 0.0, norm is not None, vectors
 
     def launch(self, x: Tensor, packed: tuple) -> Tensor:
-        weight, bias, rounded, eps, has_norm = packed
+        weight, bias, rounded, eps, has_norm, vectors = packed
         x = x.contiguous(memory_format=torch.channels_last)
         if self.fused(x):
             return operators.downsample(x, weight, bias, eps, has_norm)
+        if self.multiplied(x):
+            return operators.downsample_gemm(x, weight, vectors, eps, has_norm)
         rows = torch.addmm(rounded, operators.normalised_patches(x, eps, has_norm), weight.t())
         return rows.view(x.shape[0], x.shape[2] // 2, x.shape[3] // 2, rows.shape[-1]).permute(0, 3, 1, 2)
 

@@ -1,7 +1,7 @@
 """What lies between a network's residual blocks, as operators: definitions, CPU path and fake implementations.
 
-``torch.ops.convfirst.{stem, patch_stem, downsample, normalised_patches, head}`` are for inference: they have no
-gradient. Their CUDA kernels are in csrc/patch; `outside` packs the weights.
+``torch.ops.convfirst.{stem, patch_stem, downsample, downsample_gemm, normalised_patches, head}`` are for inference:
+they have no gradient. Their CUDA kernels are in csrc/patch; `outside` packs the weights.
 """
 
 import torch
@@ -89,6 +89,29 @@ def downsample(x: Tensor, weight: Tensor, bias: Tensor, eps: float, has_norm: bo
     return rows.reshape(n, height // 2, width // 2, -1).permute(0, 3, 1, 2)
 
 
+def downsample_gemm(x: Tensor, weight: Tensor, vectors: Tensor, eps: float, has_norm: bool, tile: int = 0) -> Tensor:
+    """`downsample` as one matrix product from which the norm is taken out, for widths whose matrix no block can keep.
+
+    Args:
+        x: [N, C, H, W].
+        weight: [K, 4 C]: output channel; row, column and channel of the patch.
+        vectors: [5 * K], float32: the bias, then of each tap the sums over channels of ``weight``, as `product_vectors`
+            makes them.
+        tile: of the kernel: 1 to 3 for 64, 128, 192 pixels and 128 columns, 4 for 128 and 192 where that divides K; 0
+            for the planner's choice.
+
+    Returns:
+        [N, K, H // 2, W // 2].
+    """
+    return downsample(x, weight, vectors[: weight.shape[0]], eps, has_norm)
+
+
+def product_vectors(weight: Tensor, bias: Tensor) -> Tensor:
+    """Of `downsample`'s weight and bias, what `downsample_gemm` takes."""
+    sums = weight.float().view(weight.shape[0], 4, -1).sum(-1)
+    return torch.cat([bias.float()[None], sums.t()]).flatten()
+
+
 def head(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """``linear(norm(mean(x)))``, LayerNorm over channels without affine part, in x's dtype; made for few images.
 
@@ -135,6 +158,7 @@ def _patch_stem_fake(x: Tensor, weight: Tensor, *arguments) -> Tensor:
 
 
 @torch.library.register_fake("convfirst::downsample")
+@torch.library.register_fake("convfirst::downsample_gemm")
 def _downsample_fake(x: Tensor, weight: Tensor, *arguments) -> Tensor:
     return _empty_image(x, weight.shape[0], x.shape[2] // 2, x.shape[3] // 2)
 
@@ -159,5 +183,6 @@ def _cpu(name: str, function) -> None:
 _cpu("stem", stem)
 _cpu("patch_stem", patch_stem)
 _cpu("downsample", downsample)
+_cpu("downsample_gemm", downsample_gemm)
 _implementations.impl("head", head, "CPU")
 _implementations.impl("normalised_patches", lambda *arguments: normalised_patches(*arguments).clone(), "CPU")

@@ -40,8 +40,8 @@ class DownWeights(NamedTuple):
 
 def pack_down(weight: Tensor, bias: Tensor, eps: float, has_norm: bool) -> DownWeights:
     """Of the weights that `patches.downsample` takes."""
-    sums = weight.float().view(weight.shape[0], 4, -1).sum(-1)
-    return DownWeights(weight, torch.cat([bias[:, None], sums], 1).flatten(), eps, has_norm)
+    vectors = patches.product_vectors(weight, bias).view(5, -1).t().flatten()
+    return DownWeights(weight, vectors, eps, has_norm)
 
 
 def run_stage(x: Tensor, weights: StageWeights, down: DownWeights | None, workspace: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ std::string force_path(const std::string& path) {
 #define PATCH_STEM_ARGUMENTS                                                                            \
   "Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps, bool has_norm"
 #define DOWNSAMPLE_ARGUMENTS "Tensor x, Tensor weight, Tensor bias, float eps, bool has_norm"
+#define DOWNSAMPLE_GEMM_ARGUMENTS "Tensor x, Tensor weight, Tensor vectors, float eps, bool has_norm, int tile=0"
 // clang-format on
 
 STABLE_TORCH_LIBRARY(convfirst, m) {
@@ -54,6 +55,9 @@ STABLE_TORCH_LIBRARY(convfirst, m) {
   m.def("patch_stem_check(" PATCH_STEM_ARGUMENTS ") -> str");
   m.def("downsample(" DOWNSAMPLE_ARGUMENTS ") -> Tensor");
   m.def("downsample_check(" DOWNSAMPLE_ARGUMENTS ") -> str");
+  m.def("downsample_gemm(" DOWNSAMPLE_GEMM_ARGUMENTS ") -> Tensor");
+  m.def("downsample_gemm_check(" DOWNSAMPLE_GEMM_ARGUMENTS ") -> str");
+  m.def("plan_downsample_gemm(int pixels, int channels, int columns, int multiprocessors) -> str");
   m.def("head(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
   m.def("normalised_patches(Tensor x, float eps, bool has_norm) -> Tensor");
   m.def("patch_refusal(str op, int channels, int columns, int capability, int max_shared_memory) -> str");
@@ -67,6 +71,7 @@ STABLE_TORCH_LIBRARY_IMPL(convfirst, CUDA, m) {
   m.impl("stem", TORCH_BOX(&convfirst::patch::stem));
   m.impl("patch_stem", TORCH_BOX(&convfirst::patch::patch_stem));
   m.impl("downsample", TORCH_BOX(&convfirst::patch::downsample));
+  m.impl("downsample_gemm", TORCH_BOX(&convfirst::patch::downsample_gemm));
   m.impl("head", TORCH_BOX(&convfirst::patch::head));
   m.impl("normalised_patches", TORCH_BOX(&convfirst::patch::normalised_patches));
 }
@@ -79,6 +84,8 @@ STABLE_TORCH_LIBRARY_IMPL(convfirst, CompositeExplicitAutograd, m) {
   m.impl("stem_check", TORCH_BOX(&convfirst::patch::stem_check));
   m.impl("patch_stem_check", TORCH_BOX(&convfirst::patch::patch_stem_check));
   m.impl("downsample_check", TORCH_BOX(&convfirst::patch::downsample_check));
+  m.impl("downsample_gemm_check", TORCH_BOX(&convfirst::patch::downsample_gemm_check));
+  m.impl("plan_downsample_gemm", TORCH_BOX(&convfirst::patch::plan_downsample_gemm));
   m.impl("patch_refusal", TORCH_BOX(&convfirst::patch::refusal));
   m.impl("force_path", TORCH_BOX(&convfirst::force_path));
 }

@@ -22,6 +22,7 @@ class Patch:
     norm: str = "layernorm"
     activation: str = "silu"
     layout: str = "channels_last"  # of x; "contiguous" for images
+    mean: float = 0.3  # of x, whose standard deviation is 1
 
     def __str__(self) -> str:
         return "-".join(map(str, vars(self).values()))
@@ -74,7 +75,7 @@ def patch_inputs(case: Patch, seed: int, device: str = "cuda", guard: int = 4096
     x = guarded(case.batch, channels, case.height, case.width, getattr(torch, case.dtype), device, guard)
     if case.layout == "contiguous":
         x = torch.full_like(x._base, float("nan"))[guard : guard + x.numel()].view(x.shape)
-    return x.copy_(torch.randn(x.shape, generator=generator, device=device) + 0.3)
+    return x.copy_(torch.randn(x.shape, generator=generator, device=device) + case.mean)
 
 
 def parts_of(network: nn.Module, dtype: torch.dtype) -> tuple[OutsideParts, tuple]:
@@ -86,8 +87,29 @@ def parts_of(network: nn.Module, dtype: torch.dtype) -> tuple[OutsideParts, tupl
 def run(case: Patch, parts: OutsideParts, packed: tuple, x: Tensor, one_launch: bool = False) -> Tensor:
     """What `accelerate` would run, or of downsampling the kernel that does it in one launch, whatever the size."""
     if case.kind == "downsample" and one_launch:
-        return torch.ops.convfirst.downsample(x, *packed[:2], *packed[3:])
+        return torch.ops.convfirst.downsample(x, *packed[:2], *packed[3:5])
     return parts.launch(x, packed)
+
+
+def multiply(parts: OutsideParts, packed: tuple, x: Tensor, tile: int = 0) -> Tensor:
+    """A downsampling layer as one matrix product; tile as `patches.downsample_gemm` says."""
+    weight, _, _, eps, has_norm, vectors = packed
+    return torch.ops.convfirst.downsample_gemm(x, weight, vectors, eps, has_norm, tile)
+
+
+def as_one_product() -> list[Patch]:
+    """Widths and sizes on either side of the tiles', of the kernel that takes the norm out of the product."""
+    cases = []
+    for i, channels in enumerate((64, 128, 192, 256, 384, 768)):
+        for j, (height, width) in enumerate([(2, 2), (3, 7), (14, 14), (29, 30), (56, 56), (16, 130)]):
+            k = i + j
+            cases.append(
+                Patch(
+                    "downsample", channels, (1, 3, 2)[k % 3], height, width, ("float16", "bfloat16")[k % 2],
+                    ("layernorm", "batchnorm")[k % 5 == 3], mean=(0.3, -3.0, 30.0)[k % 3],
+                )
+            )  # fmt: skip
+    return cases
 
 
 def in_one_launch() -> list[Patch]:

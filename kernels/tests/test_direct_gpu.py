@@ -87,13 +87,13 @@ def tile_max(error: Tensor) -> Tensor:
 
 
 def draws(result_shape: tuple[int, ...], dtype: torch.dtype) -> range:
-    """Numbers of draws: more than one where float32 sums fill tiles that are too small to compare errors of.
+    """Numbers of draws: enough of float32 sums that a tile's largest errors, ours and the peer's, can be compared.
 
     Results of 16 bits are sums in float32 rounded once: their errors are within the two quanta of the bound.
     """
     k = result_shape[1]
     rows = math.prod(result_shape) // k
-    return range(draws_of(min(rows, TILE[0]) * min(k, TILE[1])) if dtype == torch.float32 else 1)
+    return range(draws_of(min(rows, TILE[0]) * min(k, TILE[1]), 4096) if dtype == torch.float32 else 1)
 
 
 def poison(x: Tensor) -> None:

@@ -1,12 +1,14 @@
 """Stems and downsampling layers on a CPU: definitions, packing, operators, refusals, swapping."""
 
 import copy
+import json
 import pickle
 import re
 
 import pytest
 import torch
-from patch_cases import Patch, module, patch_inputs
+from cases import worst_ratio
+from patch_cases import Patch, module, multiply, parts_of, patch_inputs
 from torch import nn
 
 import convfirst_kernels as ck
@@ -30,7 +32,7 @@ def operator_arguments(case: Patch) -> tuple:
     """x in float32 and the packed weights, those that the operator takes."""
     x, network = patch_inputs(case, 1, device="cpu").float(), module(case, 2).float()
     packed = outside.read_outside(network).pack(torch.float32)
-    return x, *(packed[:2] + packed[3:] if case.kind == "downsample" else packed)
+    return x, *(packed[:2] + packed[3:5] if case.kind == "downsample" else packed)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -50,6 +52,71 @@ def test_opcheck(case):
     if case.kind == "downsample":
         x, *_, eps, has_norm = arguments
         torch.library.opcheck(operators.normalised_patches.default, (x, eps, has_norm), test_utils=checks)
+
+
+@pytest.mark.parametrize("case", CASES[-2:], ids=str)
+def test_one_product_computes_the_layer(case):
+    x, network = patch_inputs(case, 1, device="cpu").float(), module(case, 2).float()
+    parts = outside.read_outside(network)
+    weight, bias, _, eps, has_norm, vectors = parts.pack(torch.float32)
+    expected = torch.cat([bias, *(weight[:, t * case.channels : (t + 1) * case.channels].sum(1) for t in range(4))])
+    torch.testing.assert_close(vectors, expected)
+    torch.testing.assert_close(multiply(parts, parts.pack(torch.float32), x), network(x), rtol=1e-4, atol=1e-4)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    arguments = x, weight, vectors, eps, has_norm
+    torch.library.opcheck(operators.downsample_gemm.default, arguments, test_utils=checks)
+
+
+def arithmetic(x: torch.Tensor, packed: tuple) -> torch.Tensor:
+    """What csrc/patch/downsample_gemm_fwd_sm90_wgmma.cuh rounds and in which order, but for the order within sums."""
+    weight, _, _, eps, has_norm, vectors = packed
+    n, channels, height, width = x.shape
+    y = torch.zeros(n * (height // 2) * (width // 2), weight.shape[0])
+    for tap in range(4):
+        rows = x[:, :, tap // 2 : height // 2 * 2 : 2, tap % 2 : width // 2 * 2 : 2].permute(0, 2, 3, 1)
+        rows = rows.reshape(-1, channels).float()
+        product = rows @ weight[:, tap * channels : (tap + 1) * channels].float().t()
+        mean, inverse = 0.0, 1.0
+        if has_norm:
+            off = rows - rows[:, :1]
+            moment = off.mean(1, keepdim=True)
+            mean = rows[:, :1] + moment
+            inverse = torch.rsqrt((off.square().mean(1, keepdim=True) - moment.square()).clamp(min=0) + eps)
+        y += inverse * (product - mean * vectors.view(5, -1)[1 + tap])
+    y = (y + vectors.view(5, -1)[0]).to(x.dtype)
+    return y.view(n, height // 2, width // 2, -1).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("outlier", [False, True])
+@pytest.mark.parametrize("mean", [0.0, 0.3, -5.0, 100.0])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("channels", [128, 384])
+def test_the_norm_out_of_the_product_keeps_the_bound(channels, dtype, mean, outlier, seed):
+    case = Patch("downsample", channels, 4, 14, 14, dtype, mean=mean)
+    x, network = patch_inputs(case, seed, device="cpu"), module(case, seed + 1)
+    if outlier:  # what the sums of squares are shifted by is far from all else
+        x[:, 0] += 200
+    truth = network(x.double())
+    parts, packed = parts_of(network, x.dtype)
+    assert worst_ratio(arithmetic(x, packed), truth, network(x)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("pixels", "channels", "expected"),
+    [
+        (128 * 14 * 14, 128, {"rows": 192, "steps": 8, "grid": 132, "rounds": 2}),
+        (128 * 7 * 7, 256, {"rows": 192, "steps": 16, "grid": 132, "rounds": 1}),
+        (128 * 14 * 14, 192, {"rows": 128, "columns": 192, "steps": 12, "grid": 132, "rounds": 3}),
+        (128 * 7 * 7, 384, {"rows": 128, "columns": 192, "steps": 24, "grid": 132, "rounds": 2}),
+        (8 * 7 * 7, 256, {"rows": 64, "steps": 16, "grid": 28, "rounds": 1}),
+        (1, 64, {"rows": 64, "steps": 4, "grid": 1, "rounds": 1}),
+    ],
+)
+def test_tiles_of_one_product(pixels, channels, expected):
+    plan = json.loads(operators.plan_downsample_gemm(pixels, channels, 2 * channels, 132))
+    assert {key: plan[key] for key in expected} == expected and plan["shared_memory"] <= 232448
+    assert operators.plan_downsample_gemm(pixels, channels + 8, 256, 132) == ""
 
 
 def head_of(channels: int, classes: int, **more) -> nn.Module:
@@ -118,6 +185,10 @@ DOWNSAMPLE = dict(
     x=half(1, 32, 4, 4).contiguous(memory_format=torch.channels_last), weight=half(64, 128), bias=torch.zeros(64),
     eps=1e-6, has_norm=True,
 )  # fmt: skip
+DOWNSAMPLE_GEMM = dict(
+    x=half(1, 64, 4, 4).contiguous(memory_format=torch.channels_last), weight=half(128, 256), vectors=torch.zeros(640),
+    eps=1e-6, has_norm=True,
+)  # fmt: skip
 # fmt: off
 REFUSALS = [
     ("stem", STEM, {"x": half(1, 4, 8, 8)}, "x has shape [1, 4, 8, 8]; expected [batch, 3, height, width]"),
@@ -135,6 +206,11 @@ REFUSALS = [
     ("downsample", DOWNSAMPLE, {"x": half(1, 1, 4, 32).permute(0, 3, 1, 2)},
      "x has shape [1, 32, 1, 4]; height and width must be at least 2"),
     ("downsample", DOWNSAMPLE, {"weight": half(64, 64)}, "weight has shape [64, 64]; expected [*, 128]"),
+    ("downsample_gemm", DOWNSAMPLE_GEMM, {"weight": half(128, 64)}, "weight has shape [128, 64]; expected [*, 256]"),
+    ("downsample_gemm", DOWNSAMPLE_GEMM, {"vectors": torch.zeros(128)},
+     "vectors has shape [128]; expected [640] = [(1 + taps) x columns]"),
+    ("downsample_gemm", DOWNSAMPLE_GEMM, {"tile": 5}, "tile is 5; supported are 1 to 4"),
+    ("downsample_gemm", DOWNSAMPLE_GEMM, {"tile": 4}, "tile 4 has 192 columns; weight has 128, which is no multiple"),
 ]
 # fmt: on
 
@@ -160,6 +236,15 @@ def test_kernels_that_have_not_run_on_a_gpu_are_asked_for_by_name():
     assert "force_path('sm80') asks for them" in operators.patch_refusal("stem", 3, 64, 80, 166912)
     with ck.force_path("sm80"):
         assert operators.patch_refusal("stem", 3, 64, 80, 166912) == ""
+
+
+def test_what_one_product_does_not_do():
+    shape = 128, 256, 90, 232448
+    assert operators.patch_refusal("downsample_gemm", *shape) == ""
+    assert "from 40 to 80 channels" in operators.patch_refusal("downsample_gemm", 40, 80, 90, 232448)
+    assert "bytes of shared memory" in operators.patch_refusal("downsample_gemm", 128, 256, 90, 101376)
+    with ck.force_path("sm80"):
+        assert "no such kernel" in operators.patch_refusal("downsample_gemm", *shape)
 
 
 NETWORKS = {

@@ -3,7 +3,17 @@
 import pytest
 import torch
 from cases import guarded, guards_intact, worst_ratio
-from patch_cases import Patch, in_one_launch, module, network_cases, patch_cases, patch_inputs, run
+from patch_cases import (
+    Patch,
+    as_one_product,
+    in_one_launch,
+    module,
+    multiply,
+    network_cases,
+    patch_cases,
+    patch_inputs,
+    run,
+)
 from torch import Tensor
 
 import convfirst_kernels as ck
@@ -12,7 +22,7 @@ from convfirst_kernels import outside
 pytestmark = pytest.mark.gpu
 
 
-def computed(case: Patch, seed: int, one_launch: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def computed(case: Patch, seed: int, one_launch: bool = False, launch=run) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, the kernels' result, float64's and PyTorch's; memory that the kernels get was NaN before."""
     x, network = patch_inputs(case, seed), module(case, seed + 1).cuda()
     images = max(1, (1 << 24) // x[0].numel())
@@ -25,8 +35,8 @@ def computed(case: Patch, seed: int, one_launch: bool = False) -> tuple[Tensor, 
     packed, peer = parts.pack(x.dtype), network(x)
     poison = [torch.full_like(peer, float("nan")) for _ in range(2)]
     del poison
-    result = run(case, parts, packed, x, one_launch)
-    assert torch.equal(result, run(case, parts, packed, x, one_launch))
+    result = launch(case, parts, packed, x, one_launch)
+    assert torch.equal(result, launch(case, parts, packed, x, one_launch))
     return x, result, truth, peer
 
 
@@ -43,6 +53,52 @@ def test_downsampling_in_one_launch(case, seed):
     x, result, truth, peer = computed(case, seed, one_launch=True)
     assert worst_ratio(result, truth, peer) <= 1
     assert guards_intact(x)
+
+
+def product(case: Patch, seed: int, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`computed` of the kernel that takes the norm out of the product."""
+    reason = outside._uncovered("downsample_gemm", case.channels, 2 * case.channels, 0)
+    if reason:
+        pytest.skip(reason)
+    return computed(case, seed, launch=lambda _, parts, packed, x, __: multiply(parts, packed, x, tile))
+
+
+@pytest.mark.parametrize("tile", [1, 2, 3, 4])
+@pytest.mark.parametrize("case", as_one_product(), ids=str)
+def test_downsampling_as_one_product(case, tile, seed):
+    if tile == 4 and 2 * case.channels % 192:
+        pytest.skip("its columns do not divide the result's")
+    x, result, truth, peer = product(case, seed, tile)
+    assert worst_ratio(result, truth, peer) <= 1
+    assert guards_intact(x)
+
+
+@pytest.mark.parametrize("case", [case for case in network_cases() if case.kind == "downsample"], ids=str)
+def test_downsampling_of_networks_as_one_product(case, seed):
+    _, result, truth, peer = product(case, seed, 0)
+    assert worst_ratio(result, truth, peer) <= 1
+
+
+def test_one_product_in_a_graph_and_on_a_side_stream(seed):
+    case = Patch("downsample", 128, 16, 28, 28)
+    x, network = patch_inputs(case, seed), module(case, seed).cuda().half()
+    parts = outside.read_outside(network)
+    packed = parts.pack(x.dtype)
+    expected = multiply(parts, packed, x)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        on_stream = multiply(parts, packed, x)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        # Each launch's input is the result of the one before it, which may still be running when it starts.
+        inputs = [x.clone()]
+        for _ in range(8):
+            inputs.append(x + 0 * multiply(parts, packed, inputs[-1]).mean())
+        captured = multiply(parts, packed, inputs[-1])
+    captured.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(on_stream, expected) and torch.equal(captured, expected)
 
 
 @pytest.mark.parametrize("case", [Patch("stem", 64, 2, 33, 40), Patch("downsample", 64, 3, 9, 14)], ids=str)

@@ -16,14 +16,13 @@ constexpr int kFloatSums = 128;      // a thread: 8 pixels x 16 filters
 constexpr int kFloatTransposed = 2;  // slots of transposed slices
 constexpr int kFloatAlign = 1024;    // what the swizzle needs of a slot's address
 
-// Eight warps of 64 x 64 sums. `early`: loads are held a whole depth, 128 FFMA, before their use, which takes more registers. Else ptxas
-// moves them as it likes, two in five to less than 60 FFMA before, and with more than 208 registers it also moves sums from one depth
-// to the next into registers of the wrong bank.
+// With more than 208 registers ptxas moves sums from one depth to the next into registers of the wrong bank.
+constexpr int kFloatConsumerRegisters = 208, kFloatProducerRegisters = 88;
+static_assert(2 * kFloatConsumerRegisters + kFloatProducerRegisters <= 3 * (65536 / kFloatThreads / 8 * 8));
+
+// Eight warps of 64 x 64 sums.
 struct FloatTile {
   int warps_m, warps_n;
-  bool early;
-  constexpr int consumer_registers() const { return early ? 216 : 208; }
-  constexpr int producer_registers() const { return early ? 72 : 88; }
   constexpr int rows() const { return 64 * warps_m; }
   constexpr int columns() const { return 64 * warps_n; }
   constexpr int slot_bytes() const { return (rows() + columns()) * kFloatDepth * 4; }
@@ -34,10 +33,8 @@ struct FloatTile {
   constexpr int shared_bytes() const { return kFloatAlign + slots() * slot_bytes() + kFloatTransposed * transposed_bytes() + kBarrierBytes; }
 };
 
-constexpr FloatTile kFloatTiles[] = {{4, 2, false}, {8, 1, false}, {2, 4, false}, {4, 2, true}, {8, 1, true}, {2, 4, true}};
+constexpr FloatTile kFloatTiles[] = {{4, 2}, {8, 1}, {2, 4}};
 constexpr int kFloatTileCount = sizeof(kFloatTiles) / sizeof(kFloatTiles[0]);
-static_assert(2 * kFloatTiles[0].consumer_registers() + kFloatTiles[0].producer_registers() <= 3 * (65536 / kFloatThreads / 8 * 8));
-static_assert(2 * kFloatTiles[3].consumer_registers() + kFloatTiles[3].producer_registers() <= 3 * (65536 / kFloatThreads / 8 * 8));
 constexpr int kFloatPartialBytes = kFloatSums * kFloatConsumers * 4;
 
 struct FloatPlan {
@@ -72,7 +69,7 @@ struct FloatKernel {
 inline FloatPlan plan_float_tile(const GemmProblem& q, const Device& device, int index) {
   constexpr int64_t kLeastSteps = 4;  // a smaller share costs more to add up than it saves
   // Measured on an H100 (NOTES.md): 5.3 to 5.4 us a slice, and 25 us for what is not in step with them; the code of an activation is fetched once.
-  constexpr double kClockMhz = 1980, kSliceClocks[] = {10430, 10690, 10390};  // the early tiles are not measured
+  constexpr double kClockMhz = 1980, kSliceClocks[] = {10430, 10690, 10390};
   constexpr double kFixedMicroseconds = 25, kActivationMicroseconds[] = {0, 10, 25, 60};
   const FloatTile& t = kFloatTiles[index];
   const int64_t tiles = (q.pixels() + t.rows() - 1) / t.rows() * ((q.filters + t.columns() - 1) / t.columns());
@@ -84,15 +81,14 @@ inline FloatPlan plan_float_tile(const GemmProblem& q, const Device& device, int
   plan.shared_memory = t.shared_bytes();
   plan.workspace = float_flag_bytes(plan.grid) + int64_t{plan.grid} * kFloatPartialBytes;
   plan.cost = kFixedMicroseconds + kActivationMicroseconds[static_cast<int>(q.activation)] +
-              (plan.units + plan.grid - 1) / plan.grid * kSliceClocks[index % 3] / kClockMhz;
+              (plan.units + plan.grid - 1) / plan.grid * kSliceClocks[index] / kClockMhz;
   return plan;
 }
 
-// Of the tiles that the planner takes unasked, the one of least cost.
+// The tile of least cost.
 inline FloatPlan plan_float(const GemmProblem& q, const Device& device) {
   FloatPlan best = plan_float_tile(q, device, 0);
   for (int i = 1; i < kFloatTileCount; ++i) {
-    if (kFloatTiles[i].early) continue;
     if (const FloatPlan plan = plan_float_tile(q, device, i); plan.cost < best.cost) best = plan;
   }
   return best;

@@ -239,17 +239,11 @@ struct FloatConsumer {
     }
   }
 
-  // ptxas moves no load past this, which never does anything: a slot's address is not 0.
-  __device__ __forceinline__ void hold() const {
-    asm volatile("{\n.reg .pred never;\nsetp.eq.u32 never, %0, 0;\n@never pmevent 0;\n}" ::"r"(slots) : "memory");
-  }
-
   // A group of the depth; before the products of each, the loads of the next.
   __device__ __forceinline__ void multiply_group(Sums& sums, A (&a)[2], B (&b)[2], const Position& at, const Position& next) const {
 #pragma unroll
     for (int k = 0; k < kFloatGroup; ++k) {
       load_fragments(a[(k + 1) % 2], b[(k + 1) % 2], k < kFloatGroup - 1 ? at : next, (k + 1) % kFloatGroup);
-      if (kShape.early) hold();
       multiply(sums, a[k % 2], b[k % 2]);
     }
   }
@@ -434,10 +428,10 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   __syncthreads();
   const uint32_t transposed = smem_address(slots) + kShape.slots() * kShape.slot_bytes();
   if (threadIdx.x < 128) {
-    cutlass::arch::warpgroup_reg_dealloc<kShape.producer_registers()>();
+    cutlass::arch::warpgroup_reg_dealloc<kFloatProducerRegisters>();
     FloatProducer<kTile>{p, x_map, w_map, slots, transposed, bar}.run();
   } else {
-    cutlass::arch::warpgroup_reg_alloc<kShape.consumer_registers()>();
+    cutlass::arch::warpgroup_reg_alloc<kFloatConsumerRegisters>();
     FloatConsumer<kTile>(p, bar, transposed).run();
   }
 #endif

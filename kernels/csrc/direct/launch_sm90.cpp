@@ -24,8 +24,7 @@ int launch_resident(const GemmProblem& q, const GemmTensors& t, const ResidentPl
 }
 
 int launch_float(const GemmProblem& q, const FloatTensors& t, const FloatPlan& plan, cudaStream_t stream) {
-  constexpr decltype(&FloatKernel<0>::launch) kLaunches[] = {FloatKernel<0>::launch, FloatKernel<1>::launch, FloatKernel<2>::launch,
-                                                             FloatKernel<3>::launch, FloatKernel<4>::launch, FloatKernel<5>::launch};
+  constexpr decltype(&FloatKernel<0>::launch) kLaunches[] = {FloatKernel<0>::launch, FloatKernel<1>::launch, FloatKernel<2>::launch};
   static_assert(std::size(kLaunches) == kFloatTileCount);
   return kLaunches[plan.tile](q, t, plan, stream);
 }
@@ -51,8 +50,7 @@ const void* resident_kernel(DType dtype) {
 }
 
 const void* float_kernel(int tile) {
-  constexpr decltype(&FloatKernel<0>::kernel) kKernels[] = {FloatKernel<0>::kernel, FloatKernel<1>::kernel, FloatKernel<2>::kernel,
-                                                            FloatKernel<3>::kernel, FloatKernel<4>::kernel, FloatKernel<5>::kernel};
+  constexpr decltype(&FloatKernel<0>::kernel) kKernels[] = {FloatKernel<0>::kernel, FloatKernel<1>::kernel, FloatKernel<2>::kernel};
   static_assert(std::size(kKernels) == kFloatTileCount);
   return kKernels[tile]();
 }

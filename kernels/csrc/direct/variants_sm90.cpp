@@ -164,7 +164,7 @@ struct FloatRow {
     return launch_float(g, tensors, plan_float_tile(g, device_of(c), kTile), stream);
   }
   static const void* kernel(const Problem&) { return float_kernel(kTile); }
-  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel, !kFloatTiles[kTile].early}; }
+  static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
 // kRgb: three channels and stride 2 or 4, which was timed at its layers; else whatever more the kernel takes, by name alone.
@@ -228,7 +228,7 @@ struct DgradRow {
   static constexpr Variant row() { return {"sm90_dgrad", 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
-// Of stride 1, by the forward kernel. It has not run on a GPU.
+// Of stride 1, by the forward kernel.
 struct FloatDgradRow {
   static bool supports(const Problem& q, const Device& d) {
     if (q.direction != Direction::kDgrad || q.dtype != DType::kFloat || q.stride_h != 1 || q.stride_w != 1) return false;
@@ -245,7 +245,7 @@ struct FloatDgradRow {
     return launch_float_dgrad(q, t, plan_float(float_dgrad_problem(q), device_of(c)), workspace, stream);
   }
   static const void* kernel(const Problem&) { return float_kernel(0); }
-  static constexpr Variant row() { return {"sm90_float_dgrad", 90, 90, supports, configure, cost, launch, kernel, false}; }
+  static constexpr Variant row() { return {"sm90_float_dgrad", 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
 template <int kTile>
@@ -294,7 +294,6 @@ constexpr Variant kTable[] = {
     HaloRow<64, 2>::row("sm90_halo_128x64x2"), HaloRow<64, 4>::row("sm90_halo_128x64x4"),
     ResidentRow::row(), FewRow::row(),
     FloatRow<0>::row("sm90_float_256x128"), FloatRow<1>::row("sm90_float_512x64"), FloatRow<2>::row("sm90_float_128x256"),
-    FloatRow<3>::row("sm90_float_early_256x128"), FloatRow<4>::row("sm90_float_early_512x64"), FloatRow<5>::row("sm90_float_early_128x256"),
     FirstRow<true>::row("sm90_first_layer"), FirstRow<false>::row("sm90_first_layer_any"), DgradRow::row(), FloatDgradRow::row(),
     WgradRow<0>::row("sm90_wgrad_256x192"), WgradRow<1>::row("sm90_wgrad_192x192"), WgradRow<2>::row("sm90_wgrad_192x128"),
     WgradRow<3>::row("sm90_wgrad_128x256"), WgradRow<4>::row("sm90_wgrad_256x128"),

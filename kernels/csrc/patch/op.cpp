@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "common/runtime.h"
+#include "patch/downsample_gemm_sm90.h"
 #include "patch/params.h"
 #include "patch/tile.h"
 
@@ -96,7 +97,8 @@ void launch(const Checks& checks, const Tensor& x, int64_t columns, Start start)
   check_cuda(status, checks.op, path->name);
 }
 
-constexpr Checks kStem{"stem"}, kPatchStem{"patch_stem"}, kDownsample{"downsample"}, kHead{"head"}, kPatches{"normalised_patches"};
+constexpr Checks kStem{"stem"}, kPatchStem{"patch_stem"}, kDownsample{"downsample"}, kHead{"head"}, kPatches{"normalised_patches"},
+    kGemm{"downsample_gemm"};
 
 struct StemArguments {
   const Tensor &x, &conv1_weight, &norm1_weight, &norm1_bias, &conv2_weight, &conv2_bias, &norm2_weight, &norm2_bias;
@@ -142,6 +144,21 @@ void check(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   kDownsample.weight("weight", weight, x, {weight.size(0), 4 * x.size(1)}, "[columns, 2 x 2 x channels]");
   kDownsample.vector("bias", bias, x, weight.size(0), "[columns]");
   check_output(kDownsample, x, x.size(2) / 2, x.size(3) / 2, weight.size(0));
+}
+
+void check_gemm(const Tensor& x, const Tensor& weight, const Tensor& vectors, int64_t tile) {
+  check_image(kGemm, x);
+  kGemm.shape("weight", weight, {-1, 4 * x.size(1)}, "[columns, 2 x 2 x channels]");
+  kGemm.weight("weight", weight, x, {weight.size(0), 4 * x.size(1)}, "[columns, 2 x 2 x channels]");
+  kGemm.vector("vectors", vectors, x, sm90::kTapVectors * weight.size(0), "[(1 + taps) x columns]");
+  if (tile < 0 || tile > sm90::kDownsampleGemmTileCount) {
+    kGemm.refuse("tile is ", tile, "; supported are 1 to ", sm90::kDownsampleGemmTileCount, ", and 0 for the planner's choice");
+  }
+  if (tile > 0 && !sm90::tile_supports(static_cast<int>(weight.size(0)), static_cast<int>(tile) - 1)) {
+    kGemm.refuse("tile ", tile, " has ", sm90::kDownsampleGemmTiles[tile - 1].columns, " columns; weight has ", weight.size(0),
+                 ", which is no multiple");
+  }
+  check_output(kGemm, x, x.size(2) / 2, x.size(3) / 2, weight.size(0));
 }
 
 }  // namespace
@@ -194,6 +211,23 @@ Tensor downsample(const Tensor& x, const Tensor& weight, const Tensor& bias, dou
                              has_norm, static_cast<float>(eps), weight.const_data_ptr(), floats(bias), y.mutable_data_ptr()};
   launch(kDownsample, x, columns, [&](const Path& path, const Device& device, cudaStream_t stream) {
     return path.downsample(arguments, device, stream);
+  });
+  return y;
+}
+
+Tensor downsample_gemm(const Tensor& x, const Tensor& weight, const Tensor& vectors, double eps, bool has_norm, int64_t tile) {
+  check_gemm(x, weight, vectors, tile);
+  kGemm.cuda("x", x);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const int64_t columns = weight.size(0);
+  const Tensor y = empty_image(x, columns, x.size(2) / 2, x.size(3) / 2);
+  if (y.numel() == 0) return y;
+  const DownsampleGemm arguments{x.const_data_ptr(), static_cast<int>(x.size(0)), static_cast<int>(x.size(2)),
+                                 static_cast<int>(x.size(3)), static_cast<int>(x.size(1)), static_cast<int>(columns), dtype_of(x),
+                                 has_norm, static_cast<float>(eps), weight.const_data_ptr(), floats(vectors), y.mutable_data_ptr(),
+                                 static_cast<int>(tile)};
+  launch(kGemm, x, columns, [&](const Path& path, const Device& device, cudaStream_t stream) {
+    return path.downsample_gemm == nullptr ? kNotCovered : path.downsample_gemm(arguments, device, stream);
   });
   return y;
 }
@@ -252,6 +286,22 @@ std::string downsample_check(const Tensor& x, const Tensor& weight, const Tensor
   return describe("downsample", x, weight.size(0));
 }
 
+std::string downsample_gemm_check(const Tensor& x, const Tensor& weight, const Tensor& vectors, double, bool, int64_t tile) {
+  check_gemm(x, weight, vectors, tile);
+  return describe("downsample_gemm", x, weight.size(0));
+}
+
+std::string plan_downsample_gemm(int64_t pixels, int64_t channels, int64_t columns, int64_t multiprocessors) {
+  if (pixels < 1 || multiprocessors < 1 || !sm90::downsample_gemm_supports(channels, columns)) return "";
+  const sm90::DownsampleGemmPlan plan =
+      sm90::plan_downsample_gemm(pixels, static_cast<int>(channels), static_cast<int>(columns), static_cast<int>(multiprocessors));
+  std::ostringstream out;
+  const sm90::DownsampleGemmTile& tile = sm90::kDownsampleGemmTiles[plan.tile];
+  out << "{\"rows\": " << tile.rows() << ", \"columns\": " << tile.columns << ", \"steps\": " << plan.steps << ", \"grid\": " << plan.grid << ", \"rounds\": "
+      << plan.rounds << ", \"shared_memory\": " << plan.shared_memory << ", \"cost_us\": " << plan.cost << "}";
+  return out.str();
+}
+
 std::string refusal(const std::string& op, int64_t channels, int64_t columns, int64_t capability, int64_t max_shared_memory) {
   const Path* path = path_for(static_cast<int>(capability));
   if (path == nullptr) {
@@ -287,6 +337,14 @@ std::string refusal(const std::string& op, int64_t channels, int64_t columns, in
     return "it goes from " + std::to_string(channels) + " to " + std::to_string(columns) +
            " channels; supported are 32, 64 and, on compute capability 9.0, 96 to twice as many";
   }
+  if (op == "downsample_gemm") {
+    if (path->downsample_gemm == nullptr) return "this build has no such kernel for compute capability " + std::to_string(capability);
+    if (!sm90::downsample_gemm_supports(channels, columns)) {
+      return "it goes from " + std::to_string(channels) + " to " + std::to_string(columns) +
+             " channels; supported are multiples of 64 to multiples of 128";
+    }
+    return shared(direct::sm90::kSharedMemory);
+  }
   if (op == "head") {
     if (channels == 256 || channels == 512 || channels == 768 || channels == 1024) return "";
     return "it has " + std::to_string(channels) + " channels; supported are 256, 512, 768 and 1024";
@@ -295,7 +353,8 @@ std::string refusal(const std::string& op, int64_t channels, int64_t columns, in
     if (channels % 8 == 0 && channels >= 8 && channels <= kGatherWidest) return "";
     return "it has " + std::to_string(channels) + " channels; supported are multiples of 8 up to " + std::to_string(kGatherWidest);
   }
-  throw std::runtime_error("refusal: op is '" + op + "'; known are 'stem', 'patch_stem', 'downsample', 'head' and 'normalised_patches'");
+  throw std::runtime_error("refusal: op is '" + op + "'; known are 'stem', 'patch_stem', 'downsample', 'downsample_gemm', 'head' and "
+                           "'normalised_patches'");
 }
 
 }  // namespace convfirst::patch

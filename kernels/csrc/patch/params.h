@@ -69,6 +69,19 @@ struct Downsample {
   void* y;             // [batch, height / 2, width / 2, columns], rounded down
 };
 
+// The same of widths whose matrix no block can keep: the norm is taken out of the product, so vectors has the taps' sums.
+struct DownsampleGemm {
+  const void* x;  // [batch, height, width, channels]
+  int batch, height, width, channels, columns;
+  DType dtype;
+  bool has_norm;
+  float eps;
+  const void* weight;    // [columns, 2, 2, channels]
+  const float* vectors;  // [5, columns]: bias, sums over channels of the taps' weights as they are in `weight`
+  void* y;               // [batch, height / 2, width / 2, columns], rounded down
+  int tile;              // of downsample_gemm_sm90.h's table, from 1; 0: the planner's choice
+};
+
 // patches = norm(x) in 2x2 pieces, the left operand of that convolution as a matrix product.
 struct Gather {
   const void* x;
@@ -103,6 +116,7 @@ struct Path {
   int (*downsample)(const Downsample&, const Device&, cudaStream_t);
   int (*gather)(const Gather&, const Device&, cudaStream_t);
   int (*head)(const Head&, const Device&, cudaStream_t);
+  int (*downsample_gemm)(const DownsampleGemm&, const Device&, cudaStream_t) = nullptr;  // where the path has it
 };
 
 // nullptr where the build has no kernels for the path.

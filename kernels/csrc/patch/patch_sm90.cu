@@ -4,8 +4,16 @@
 
 namespace convfirst::patch {
 
+namespace sm90 {
+int downsample_gemm(const DownsampleGemm&, const Device&, cudaStream_t);  // downsample_gemm_sm90.cpp
+}
+
 const Path* sm90_path() {
-  static const Path path = make_path<true>("sm90", 90, 90, true);
+  static const Path path = [] {
+    Path all = make_path<true>("sm90", 90, 90, true);
+    all.downsample_gemm = &sm90::downsample_gemm;
+    return all;
+  }();
   return &path;
 }
 

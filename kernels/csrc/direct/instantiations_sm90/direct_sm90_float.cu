@@ -5,8 +5,5 @@ namespace convfirst::direct::sm90 {
 template struct FloatKernel<0>;
 template struct FloatKernel<1>;
 template struct FloatKernel<2>;
-template struct FloatKernel<3>;
-template struct FloatKernel<4>;
-template struct FloatKernel<5>;
 
 }  // namespace convfirst::direct::sm90
