@@ -248,18 +248,15 @@ struct ResultBlock {
   }
 };
 
-template <int kFinished, int kColumns>
-__device__ __forceinline__ void add_bias(float (&acc)[kFinished][kColumns][4], const float* bias) {
+template <int kColumns>
+__device__ __forceinline__ void add_bias(float (&acc)[kColumns][4], const float* bias) {
 #pragma unroll
   for (int n = 0; n < kColumns; ++n) {
     const float2 b = *reinterpret_cast<const float2*>(bias + n * 8);
-#pragma unroll
-    for (int m = 0; m < kFinished; ++m) {
-      acc[m][n][0] += b.x;
-      acc[m][n][1] += b.y;
-      acc[m][n][2] += b.x;
-      acc[m][n][3] += b.y;
-    }
+    acc[n][0] += b.x;
+    acc[n][1] += b.y;
+    acc[n][2] += b.x;
+    acc[n][3] += b.y;
   }
 }
 
@@ -344,11 +341,6 @@ __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
     const int thread = again::thread_index();
     if constexpr (kShape.warps_k == 2) sum_over_k<kThreads>(acc, smem, thread);
     const float* scale = vectors + kShape.warp_n(thread / 32) * kColumns * 8;  // or the bias
-    if constexpr (!kProject) {
-      float(&finished)[kFinished][kColumns][4] = reinterpret_cast<float(&)[kFinished][kColumns][4]>(acc);
-      add_bias(finished, scale + thread % 4 * 2);
-      activate(finished, p.activation);
-    }
 #pragma unroll
     for (int m = 0; m < kFinished; ++m) {
       const Result block = result(tile, m);
@@ -359,6 +351,8 @@ __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
         }
         block.add_residual(acc[m], scale, scale + kShape.n, p.t.sample_scale, p.image_pixels);
       } else {
+        add_bias(acc[m], scale + thread % 4 * 2);
+        activate(reinterpret_cast<float(&)[1][kColumns][4]>(acc[m]), p.activation);  // one block's stores under another warp's tanh
         block.put(acc[m]);
       }
       __syncwarp();
