@@ -294,6 +294,14 @@ class TestPlanner:
             if not row["name"].startswith("sm80"):
                 assert row["refusal"] == "not on the requested path sm80"
 
+    def test_what_was_not_timed_needs_its_name(self):
+        problem, h100 = ck.Problem(128, 7, 7, 512, 2048), ck.Device.named("h100")
+        assert plan(problem, h100, "sm80")["chosen"] == "sm80_conv_first_split_96x128"
+        answer = plan(problem, h100, "sm80_conv_first_split_persistent")
+        assert answer["chosen"] == "sm80_conv_first_split_persistent"
+        row = next(row for row in answer["candidates"] if row["name"] == answer["chosen"])
+        assert row["config"]["hidden_chunk"] == 256 and row["config"]["launches"] == 3
+
     @pytest.mark.parametrize(
         ("channels", "side", "kernel_size", "group_width", "variant", "launches", "hidden_in_memory"),
         [

@@ -17,6 +17,9 @@
 // memory less often, and a tile of 128 columns still has two warps a scheduler. Their sums meet in the ring.
 #pragma once
 
+#include <type_traits>
+
+#include "../common/activation_half2.cuh"
 #include "../common/again.cuh"
 #include "../common/ptx.cuh"
 #include "launch_sm80.h"
@@ -196,7 +199,8 @@ struct ResultBlock {
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) {
       const int chunk = lane + i * 32, r = chunk / kColumns, c = chunk % kColumns * 8;
-      visit(slot + r * kPitch + c * 2, static_cast<size_t>(row + r) * channels + channel + c, row + r < rows && channel + c < channels);
+      const bool exists = row + r < rows && channel + c < channels;
+      visit(slot + r * kPitch + c * 2, static_cast<size_t>(row + r) * channels + channel + c, exists);
     }
   }
 
@@ -218,11 +222,21 @@ struct ResultBlock {
     return reinterpret_cast<uint32_t*>(slot + (half * 8 + lane / 4) * kPitch + n * 16 + lane % 4 * 4);
   }
 
-  __device__ __forceinline__ void put(const float (&acc)[kColumns][4]) const {
+  __device__ __forceinline__ void put_activated(float (&acc)[kColumns][4], int activation) const {
+    if (std::is_same_v<T, __half> && activation == static_cast<int>(Activation::kGelu)) {
+      put(acc, [](uint32_t v) { return half2::gelu(v); });
+    } else {
+      activate(reinterpret_cast<float(&)[1][kColumns][4]>(acc), activation);
+      put(acc, [](uint32_t v) { return v; });
+    }
+  }
+
+  template <typename Function>
+  __device__ __forceinline__ void put(const float (&acc)[kColumns][4], Function function) const {
 #pragma unroll
     for (int n = 0; n < kColumns; ++n)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) *word(n, half) = ptx::pack2<T>(acc[n][2 * half], acc[n][2 * half + 1]);
+      for (int half = 0; half < 2; ++half) *word(n, half) = function(ptx::pack2<T>(acc[n][2 * half], acc[n][2 * half + 1]));
   }
 
   // slot = slot + sample_scale * (scale * acc + shift), rounded once; see project_scale.
@@ -352,8 +366,7 @@ __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
         block.add_residual(acc[m], scale, scale + kShape.n, p.t.sample_scale, p.image_pixels);
       } else {
         add_bias(acc[m], scale + thread % 4 * 2);
-        activate(reinterpret_cast<float(&)[1][kColumns][4]>(acc[m]), p.activation);  // one block's stores under another warp's tanh
-        block.put(acc[m]);
+        block.put_activated(acc[m], p.activation);  // one warp's stores run under another's tanh
       }
       __syncwarp();
       block.store(static_cast<T*>(p.output));
