@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
       for (int c = threadIdx.x; c < kShape.n; c += kThreads) {
         const int column = tile % tiles_n * kShape.n + c;
         const bool inside = p.bias != nullptr && column < p.columns;
-        ptx::cp_async4(ptx::smem_address(vectors + c), inside ? p.bias + column : p.bias, inside);
+        ptx::cp_async4(ptx::smem_address(vectors + c), inside ? static_cast<const void*>(p.bias + column) : p.a, inside);
       }
     }
 
