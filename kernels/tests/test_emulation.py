@@ -69,12 +69,11 @@ CASES = [
     ("sm80_convnext_split_128x128", problem((3, 5), 520, 2080, 7, 1, 1, 2), False, True),
     ("sm80_conv_first_split_persistent", problem((14, 14), 256, 1024, 3, 8, batch=2), False, True),
     ("sm80_convnext_split_persistent", problem((13, 5), 200, 808, 7, 1, 1, 2, batch=4), False, False),
-    ("sm80_conv_first_split_192x256", problem((15, 13), 128, 768, 3, 8, batch=2), False, False),
-    ("sm80_conv_first_split_192x256", problem((14, 14), 128, 64, 3, 8, batch=4), False, True),  # one slice a tile
-    ("sm80_conv_first_split_192x192", problem((20, 10), 192, 768, 5, 8, 1, 2), True, True),
-    ("sm80_conv_first_split_192x128", problem((7, 7), 160, 640, 3, 16, 0, 0, False, batch=5), False, True),
-    ("sm80_conv_first_split_128x256", problem((7, 7), 512, 2048, 3, 8, batch=4), False, False),
-    ("sm80_convnext_split_128x256", problem((9, 17), 136, 544, 7, 1, 0, 2), True, False),
+    ("sm80_conv_first_split_persistent", problem((15, 13), 128, 768, 3, 8, batch=2), False, False),
+    ("sm80_conv_first_split_persistent", problem((14, 14), 128, 64, 3, 8, batch=4), False, True),  # one slice a tile
+    ("sm80_conv_first_split_persistent", problem((20, 10), 192, 768, 5, 8, 1, 2), True, True),
+    ("sm80_conv_first_split_persistent", problem((7, 7), 160, 640, 3, 16, 0, 0, False, batch=5), False, True),
+    ("sm80_convnext_split_persistent", problem((9, 17), 136, 544, 7, 1, 0, 2), True, False),
 ]
 TWO_MULTIPROCESSORS = CDevice(90, 2, 232448)  # every block of a persistent kernel has several tiles
 

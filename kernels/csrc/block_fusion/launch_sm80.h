@@ -68,14 +68,13 @@ struct PersistentTile {
   }
 };
 
-constexpr int kPersistentTiles = 4;
+constexpr int kPersistentTiles = 3;
 
 CONVFIRST_HOST_DEVICE constexpr PersistentTile persistent_tile(int index) {
   switch (index) {
     case 0: return {192, 256, 2, 4, 1, 3};
     case 1: return {192, 192, 2, 4, 1, 3};
-    case 2: return {192, 128, 2, 2, 2, 4};
-    default: return {128, 256, 2, 4, 1, 3};
+    default: return {192, 128, 2, 2, 2, 4};
   }
 }
 
