@@ -295,6 +295,30 @@ class TestPlanner:
                 assert row["refusal"] == "not on the requested path sm80"
 
     @pytest.mark.parametrize(
+        ("channels", "side", "kernel_size", "group_width", "variant"),
+        [
+            (64, 56, 3, 8, "sm80_conv_first_c64"),
+            (128, 28, 3, 8, "sm80_conv_first_c128"),
+            (256, 14, 3, 8, "sm80_conv_first_split_persistent"),
+            (512, 7, 3, 8, "sm80_conv_first_split_persistent"),
+            (192, 28, 7, 1, "sm80_convnext_c192"),
+            (384, 14, 7, 1, "sm80_convnext_split_persistent"),
+            (768, 7, 7, 1, "sm80_convnext_split_persistent"),
+        ],
+    )
+    def test_portable_path_in_the_measured_order(self, channels, side, kernel_size, group_width, variant):
+        activation = "gelu" if group_width == 1 else "silu"
+        problem = ck.Problem(128, side, side, channels, 4 * channels, kernel_size, group_width, activation=activation)
+        assert plan(problem, ck.Device.named("h100"), "sm80")["chosen"] == variant
+
+    def test_large_tiles_need_the_shared_memory(self):
+        problem = ck.Problem(128, 7, 7, 512, 2048)
+        answer = plan(problem, ck.Device.named("h100"), "sm80")
+        row = next(row for row in answer["candidates"] if row["name"] == answer["chosen"])
+        assert row["config"]["hidden_chunk"] == 256 and row["config"]["launches"] == 3
+        assert plan(problem, ck.Device.named("a100"), "sm80")["chosen"].endswith("x128")
+
+    @pytest.mark.parametrize(
         ("channels", "side", "kernel_size", "group_width", "variant", "launches", "hidden_in_memory"),
         [
             (96, 56, 7, 1, "sm90_split_c96", 2, False),

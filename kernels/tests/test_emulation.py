@@ -67,14 +67,22 @@ CASES = [
     ("sm80_convnext_c256", problem((3, 2), 256, 1024, 7, 1, 0, 2), False, True),
     ("sm80_convnext_c384", problem((2, 3), 320, 1280, 7, 1, 0, 2), True, False),
     ("sm80_convnext_split_128x128", problem((3, 5), 520, 2080, 7, 1, 1, 2), False, True),
+    ("sm80_conv_first_split_persistent", problem((14, 14), 256, 1024, 3, 8, batch=2), False, True),
+    ("sm80_convnext_split_persistent", problem((13, 5), 200, 808, 7, 1, 1, 2, batch=4), False, False),
+    ("sm80_conv_first_split_persistent", problem((15, 13), 128, 768, 3, 8, batch=2), False, False),
+    ("sm80_conv_first_split_persistent", problem((14, 14), 128, 64, 3, 8, batch=4), False, True),  # one slice a tile
+    ("sm80_conv_first_split_persistent", problem((20, 10), 192, 768, 5, 8, 1, 2), True, True),
+    ("sm80_conv_first_split_persistent", problem((7, 7), 160, 640, 3, 16, 0, 0, False, batch=5), False, True),
+    ("sm80_convnext_split_persistent", problem((9, 17), 136, 544, 7, 1, 0, 2), True, False),
 ]
+TWO_MULTIPROCESSORS = CDevice(90, 2, 232448)  # every block of a persistent kernel has several tiles
 
 
 @pytest.mark.parametrize(("row", "problem", "at_once", "backwards"), CASES)
 def test_a_kernel_computes_the_block(rows, row, problem, at_once, backwards):
     case = Case(problem, affine=problem.has_norm, sample_scale=problem.batch > 1)
     arguments = inputs(case, seed=7, device="cpu")
-    result = emulate(rows, row, case, arguments, H100, at_once, backwards)
+    result = emulate(rows, row, case, arguments, TWO_MULTIPROCESSORS, at_once, backwards)
     assert result is not None
     peer = reference.conv_first_block(*arguments)
     assert worst_ratio(result, oracle(arguments), peer) <= 1

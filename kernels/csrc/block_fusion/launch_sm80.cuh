@@ -6,6 +6,7 @@
 #include "conv_norm_fwd_sm80.cuh"
 #include "launch_sm80.h"
 #include "linear_fwd_sm80_mma.cuh"
+#include "linear_persistent_fwd_sm80_mma.cuh"
 
 namespace convfirst::block_fusion::sm80 {
 
@@ -51,6 +52,13 @@ int Linear<kType, kTile, kProject>::launch(const LinearParams& p, cudaStream_t s
   const int grid = (p.rows + tile.m - 1) / tile.m * ((p.columns + tile.n - 1) / tile.n);
   return start_kernel(linear_fwd_sm80<typename detail::Element<kType>::type, kTile, kProject>, grid, tile.threads(),
                        tile.shared_bytes(), stream, p);
+}
+
+template <DType kType, int kTile, bool kProject>
+int PersistentLinear<kType, kTile, kProject>::launch(const LinearParams& p, cudaStream_t stream) {
+  constexpr PersistentTile tile = persistent_tile(kTile);
+  return start_kernel(linear_persistent_fwd_sm80<typename detail::Element<kType>::type, kTile, kProject>, p.grid, tile.threads(),
+                       tile.shared_bytes(kProject), stream, p);
 }
 
 }  // namespace convfirst::block_fusion::sm80

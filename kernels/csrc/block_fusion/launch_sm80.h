@@ -14,6 +14,7 @@ struct LinearParams {
   int activation;      // of the expansion
   Tensors t;           // of the projection's epilogue
   int image_pixels;
+  int grid = 0;        // blocks of the persistent kernel
 };
 
 // Tile shapes of the split path's linear layers.
@@ -40,6 +41,43 @@ CONVFIRST_HOST_DEVICE constexpr LinearTile linear_tile(int index) {
   }
 }
 
+// Tile shapes of the persistent linear layers: one block a multiprocessor. By count (NOTES.md) warp tiles of 96 x 64 read shared
+// memory for 40 clocks while mma.sync takes 75.
+struct PersistentTile {
+  int m, n, warps_m, warps_n;
+  int warps_k;  // groups of warps that share a slice's k
+  int stages;
+  static constexpr int depth = 64;
+
+  CONVFIRST_HOST_DEVICE constexpr int warps() const { return warps_m * warps_n * warps_k; }
+  CONVFIRST_HOST_DEVICE constexpr int threads() const { return 32 * warps(); }
+  CONVFIRST_HOST_DEVICE constexpr int warp_k(int warp) const { return warp / (warps_m * warps_n); }
+  CONVFIRST_HOST_DEVICE constexpr int warp_m(int warp) const { return warp / warps_n % warps_m; }
+  CONVFIRST_HOST_DEVICE constexpr int warp_n(int warp) const { return warp % warps_n; }
+  CONVFIRST_HOST_DEVICE constexpr int row_blocks() const { return m / warps_m / 16; }    // m16, a warp
+  CONVFIRST_HOST_DEVICE constexpr int column_blocks() const { return n / warps_n / 8; }  // n8, a warp
+  CONVFIRST_HOST_DEVICE constexpr int stage_bytes() const { return (m + n) * depth * 2; }
+  CONVFIRST_HOST_DEVICE constexpr int result_offset() const { return stages * stage_bytes(); }
+  // Row blocks a warp has in shared memory: the projection fetches x ahead.
+  CONVFIRST_HOST_DEVICE constexpr int result_slots(bool project) const { return project ? 3 : 1; }
+  CONVFIRST_HOST_DEVICE constexpr int vectors_offset(bool project) const {
+    return result_offset() + warps() * result_slots(project) * 16 * row_bytes(column_blocks() * 8);
+  }
+  CONVFIRST_HOST_DEVICE constexpr int shared_bytes(bool project) const {
+    return vectors_offset(project) + 2 * (project ? 2 : 1) * n * 4;
+  }
+};
+
+constexpr int kPersistentTiles = 3;
+
+CONVFIRST_HOST_DEVICE constexpr PersistentTile persistent_tile(int index) {
+  switch (index) {
+    case 0: return {192, 256, 2, 4, 1, 3};
+    case 1: return {192, 192, 2, 4, 1, 3};
+    default: return {192, 128, 2, 2, 2, 4};
+  }
+}
+
 // Each returns cudaError_t as int.
 template <DType kType, int kWidth, bool kDepthwise>
 struct Fused {
@@ -56,6 +94,11 @@ struct ConvNorm {
 template <DType kType, int kTile, bool kProject>
 struct Linear {
   static int launch(const LinearParams&, cudaStream_t);
+};
+
+template <DType kType, int kTile, bool kProject>
+struct PersistentLinear {
+  static int launch(const LinearParams&, cudaStream_t);  // of params.grid blocks
 };
 
 }  // namespace convfirst::block_fusion::sm80

@@ -191,6 +191,111 @@ struct SplitRow {
   static constexpr Variant row(const char* name) { return {name, 80, 999, supports, configure, cost, launch, kernel}; }
 };
 
+// ---- the same, with the persistent linear layers ----
+
+// Fitted to measured launches (NOTES.md): multiply-adds a clock that the main loop sustains, of the 1300 of mma.sync, a tile's clocks
+// outside it, and microseconds of a launch.
+constexpr double kPersistentRate = 1000;
+constexpr double kPersistentTileClocks = 4500;
+constexpr double kPersistentLaunch = 2.5;
+
+// Each product takes the tile that should be fastest.
+template <bool kDepthwise>
+struct PersistentSplitRow {
+  using Conv = SplitRow<kDepthwise, 0, 0>;
+
+  static int64_t tiles(const PersistentTile& t, int64_t rows, int columns) { return ceil_div(rows, t.m) * ceil_div(columns, t.n); }
+
+  static double linear_cost(int multiprocessors, const PersistentTile& t, int64_t rows, int columns, int depth) {
+    const int64_t waves = ceil_div(tiles(t, rows, columns), multiprocessors);
+    const double loop = static_cast<double>(t.m) * t.n * (ceil_div(depth, t.depth) * t.depth) / kPersistentRate;
+    return kPersistentLaunch + waves * (loop + kPersistentTileClocks) / kClockMhz;
+  }
+
+  static int best_tile(int multiprocessors, int64_t rows, int columns, int depth) {
+    auto cost = [&](int i) { return linear_cost(multiprocessors, persistent_tile(i), rows, columns, depth); };
+    int best = 0;
+    for (int i = 1; i < kPersistentTiles; ++i)
+      if (cost(i) < cost(best)) best = i;
+    return best;
+  }
+
+  static int64_t pixels(const Problem& p) { return p.batch * p.height * p.width; }
+  static int expand_tile(const Problem& p, int multiprocessors) { return best_tile(multiprocessors, pixels(p), p.hidden, p.channels); }
+  static int project_tile(const Problem& p, int multiprocessors) { return best_tile(multiprocessors, pixels(p), p.channels, p.hidden); }
+
+  static int linear_shared_memory(const Problem& p, int multiprocessors) {
+    return std::max(persistent_tile(expand_tile(p, multiprocessors)).shared_bytes(false),
+                    persistent_tile(project_tile(p, multiprocessors)).shared_bytes(true));
+  }
+
+  static bool supports(const Problem& p, const Device& d) {
+    if (!within_operator(p, kDepthwise, Conv::kConv.max_channels) || p.channels < 128) return false;
+    const Geometry g = choose_geometry(p, Conv::kConv.pixels, kDepthwise);
+    return g.tiles > 0 && std::max(linear_shared_memory(p, d.multiprocessors), Conv::conv_shared_memory(p, g, 1)) <= d.max_shared_memory;
+  }
+
+  static Config configure(const Problem& p, const Device& d) {
+    Config c = Conv::configure(p, d);
+    const Geometry g = geometry_of(p, c);
+    const int buffers = slice_buffers(p, g, Conv::kConv.slice, conv_layout(p.channels, kDepthwise).region, c.shared_memory);
+    const PersistentTile expand = persistent_tile(expand_tile(p, d.multiprocessors));
+    c.hidden_chunk = expand.n;
+    c.stages = expand.stages;
+    c.threads = expand.threads();
+    c.shared_memory = std::max(linear_shared_memory(p, d.multiprocessors), Conv::conv_shared_memory(p, g, buffers));
+    c.multiprocessors = d.multiprocessors;
+    return c;
+  }
+
+  static double cost(const Problem& p, const Device& d, const Config& c) {
+    const double taps = p.kernel_size * p.kernel_size;
+    const double conv = c.tile_pixels * p.channels * taps / (kDepthwise ? kDepthwiseRate / 2 : kGroupedRate / 2) + kTileClocks;
+    const int expand = expand_tile(p, d.multiprocessors), project = project_tile(p, d.multiprocessors);
+    return 4 + ceil_div(c.grid, d.multiprocessors) * conv / kClockMhz +
+           linear_cost(d.multiprocessors, persistent_tile(expand), pixels(p), p.hidden, p.channels) +
+           linear_cost(d.multiprocessors, persistent_tile(project), pixels(p), p.channels, p.hidden);
+  }
+
+  template <DType kType, bool kProject>
+  static int launch_linear(int tile, LinearParams params, int multiprocessors, cudaStream_t stream) {
+    const PersistentTile t = persistent_tile(tile);
+    params.grid = static_cast<int>(tiles(t, params.rows, params.columns));
+    if (t.warps_k == 1) params.grid = std::min(params.grid, multiprocessors);
+    switch (tile) {
+      case 0: return PersistentLinear<kType, 0, kProject>::launch(params, stream);
+      case 1: return PersistentLinear<kType, 1, kProject>::launch(params, stream);
+      default: return PersistentLinear<kType, 2, kProject>::launch(params, stream);
+    }
+  }
+
+  template <DType kType>
+  static int launch_all(const Problem& p, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
+    const Geometry g = geometry_of(p, c);
+    const int region = conv_layout(p.channels, kDepthwise).region;
+    const int buffers = slice_buffers(p, g, Conv::kConv.slice, region, c.shared_memory);
+    const int rows = static_cast<int>(pixels(p));
+    void* hidden = static_cast<char*>(workspace) + Conv::normalised_bytes(p);
+    int error = ConvNorm<kType, kDepthwise>::launch(block_params(p, t, g, buffers), workspace, c.grid,
+                                                    Conv::conv_shared_memory(p, g, buffers), stream);
+    if (error != 0) return error;
+    const LinearParams expand{workspace, t.expand_weight, t.expand_bias, hidden, rows, p.hidden, p.channels,
+                              static_cast<int>(p.activation), {}, 1};
+    error = launch_linear<kType, false>(expand_tile(p, c.multiprocessors), expand, c.multiprocessors, stream);
+    if (error != 0) return error;
+    const LinearParams project{hidden, t.project_weight, nullptr, t.y, rows, p.channels, p.hidden, 0, t,
+                               static_cast<int>(p.height * p.width)};
+    return launch_linear<kType, true>(project_tile(p, c.multiprocessors), project, c.multiprocessors, stream);
+  }
+
+  static int launch(const Problem& p, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
+    return p.dtype == DType::kHalf ? launch_all<DType::kHalf>(p, t, c, workspace, stream)
+                                   : launch_all<DType::kBFloat16>(p, t, c, workspace, stream);
+  }
+
+  static constexpr Variant row(const char* name) { return {name, 80, 999, supports, configure, cost, launch, Conv::kernel}; }
+};
+
 constexpr Variant kRows[] = {
     FusedRow<32, false>::row("sm80_conv_first_c32"),
     FusedRow<64, false>::row("sm80_conv_first_c64"),
@@ -210,6 +315,8 @@ constexpr Variant kRows[] = {
     SplitRow<false, 1, 1>::row("sm80_conv_first_split_96x128"),
     SplitRow<true, 0, 0>::row("sm80_convnext_split_128x128"),
     SplitRow<true, 1, 1>::row("sm80_convnext_split_96x128"),
+    PersistentSplitRow<false>::row("sm80_conv_first_split_persistent"),
+    PersistentSplitRow<true>::row("sm80_convnext_split_persistent"),
 };
 
 }  // namespace

@@ -1,0 +1,383 @@
+// The split path's linear layers in large tiles: one block a multiprocessor walks over its tiles, and the copies of the next
+// tile's slices run under this one's epilogue.
+//
+//            K                          N
+//        +--------+               +-----------+
+//      M |  A     |  W [N x K]    |  8 warps  |   expand:  h = act(A W^T + bias)
+//        | slices |  ---------->  |           |   project: y = x + scale (A W^T + bias)
+//        +--------+               +-----------+
+//
+//   A and W slices of 64     shared, ring of stages    stages x (tile_m + tile_n) x 64, 16-byte chunks swizzled by row
+//   x, then the result       shared, a warp's own      slots x 16 x a warp's columns
+//   bias and scale           shared, of two tiles      2 x tile_n, twice for the projection
+//   result                   registers, fp32           a warp's rows x columns
+//   fragments                registers                 two m16 blocks of A, every column of W
+//
+// With warps_k = 2 two groups of warps each hold the whole tile and half of every slice's k: large warp tiles read shared
+// memory less often, and a tile of 128 columns still has two warps a scheduler. Their sums meet in the ring.
+#pragma once
+
+#include <type_traits>
+
+#include "../common/activation_half2.cuh"
+#include "../common/again.cuh"
+#include "../common/ptx.cuh"
+#include "launch_sm80.h"
+#include "matmul_stage_sm80.cuh"
+
+namespace convfirst::block_fusion::sm80 {
+
+// Copies slices of A and W in the order in which the block multiplies them, tile after tile. Every thread keeps its place: a
+// 16-byte column of the slice and every kDown-th row.
+template <typename T, int kTile>
+struct SliceLoader {
+  static constexpr PersistentTile kShape = persistent_tile(kTile);
+  static constexpr int kDown = kShape.threads() / 8;
+  static constexpr int kRowsA = kShape.m / kDown, kRowsW = kShape.n / kDown;
+  static constexpr int kCopies = kRowsA + kRowsW;  // a thread and slice
+  static_assert(kShape.m % kDown == 0 && kShape.n % kDown == 0 && kDown % 8 == 0, "threads tile the slice");
+
+  const LinearParams& p;
+  const char* a;
+  const char* weight;
+  int rows, columns;  // that exist from this thread's row on
+  int tile, k;        // where the next slice begins
+  uint32_t destination;
+
+  __device__ __forceinline__ explicit SliceLoader(const LinearParams& params) : p(params), tile(blockIdx.x), k(0) {
+    const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
+    destination = row * 128 + (chunk ^ row % 8) * 16;
+    seek();
+  }
+
+  // To the first slice of `tile`; beyond the last tile nothing exists.
+  __device__ __forceinline__ void seek() {
+    const int row = threadIdx.x / 8;
+    const int tiles_n = (p.columns + kShape.n - 1) / kShape.n;
+    const int first_row = tile / tiles_n * kShape.m + row, first_column = tile % tiles_n * kShape.n + row;
+    rows = p.rows - first_row;
+    columns = rows + row > 0 ? p.columns - first_column : 0;
+    const int chunk = threadIdx.x % 8 * 16;
+    a = static_cast<const char*>(p.a) + static_cast<size_t>(first_row) * p.depth * sizeof(T) + chunk;
+    weight = static_cast<const char*>(p.weight) + static_cast<size_t>(first_column) * p.depth * sizeof(T) + chunk;
+  }
+
+  // The thread's i-th copy of the slice; i is a constant once loops are unrolled.
+  __device__ __forceinline__ void copy(uint32_t stage, int i) const {
+    const bool inside = k + static_cast<int>(threadIdx.x) % 8 * 8 < p.depth;
+    const int step = p.depth * kDown * static_cast<int>(sizeof(T));
+    if (i < kRowsA) {
+      ptx::cp_async16(stage + destination + i * kDown * 128, a + static_cast<int64_t>(step) * i, inside && i * kDown < rows);
+    } else {
+      ptx::cp_async16(stage + destination + (kShape.m + (i - kRowsA) * kDown) * 128,
+                      weight + static_cast<int64_t>(step) * (i - kRowsA), inside && (i - kRowsA) * kDown < columns);
+    }
+  }
+
+  __device__ __forceinline__ void advance() {
+    k += kShape.depth;
+    a += kShape.depth * sizeof(T);
+    weight += kShape.depth * sizeof(T);
+    if (k >= p.depth) {
+      k = 0;
+      tile += p.grid;
+      seek();
+    }
+  }
+};
+
+// Stage after stage of the ring.
+template <int kStages, int kBytes>
+__device__ __forceinline__ uint32_t next_stage(uint32_t stage, uint32_t ring) {
+  return stage == ring + (kStages - 1) * kBytes ? ring : stage + kBytes;
+}
+
+// A warp's operands: A's m16 blocks alternate between two places; W's columns are replaced one by one under the last block of
+// a k16 step, each as soon as its last product is issued, so the next step finds them there.
+template <typename T, int kTile>
+struct WarpProduct {
+  static constexpr PersistentTile kShape = persistent_tile(kTile);
+  static constexpr int kRows = kShape.row_blocks(), kColumns = kShape.column_blocks();
+  static constexpr int kSteps = kShape.depth / 16 / kShape.warps_k;
+  static_assert(kRows % 2 == 0 && kColumns % 2 == 0, "two places for A, W in pairs");
+  uint32_t a[2][4], w[kColumns / 2][4];
+  uint32_t a_offset, w_offset;
+
+  __device__ __forceinline__ WarpProduct() {
+    constexpr PersistentTile shape = persistent_tile(kTile);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_k = shape.warp_k(warp) * kSteps * 32;
+    const int row = shape.warp_m(warp) * kRows * 16 + lane % 16;
+    const int column = shape.warp_n(warp) * kColumns * 8 + lane % 8 + lane / 16 * 8;
+    a_offset = (row * 128 + (lane / 16 ^ lane % 8) * 16) ^ first_k;
+    w_offset = ((kShape.m + column) * 128 + (lane / 8 % 2 ^ lane % 8) * 16) ^ first_k;
+  }
+
+  // The 128-byte rows of a stage begin at multiples of 128, so a k16 step flips address bits 5 and 6 only.
+  __device__ __forceinline__ void load_a(uint32_t stage, int step, int m) {
+    ptx::ldmatrix_x4(a[m % 2], ((stage + a_offset) ^ (step * 32)) + m * 16 * 128);
+  }
+
+  __device__ __forceinline__ void load_w(uint32_t stage, int step, int n) {
+    ptx::ldmatrix_x4(w[n], ((stage + w_offset) ^ (step * 32)) + n * 16 * 128);
+  }
+
+  __device__ __forceinline__ void begin(uint32_t stage) {
+    load_a(stage, 0, 0);
+#pragma unroll
+    for (int n = 0; n < kColumns / 2; ++n) load_w(stage, 0, n);
+  }
+
+  // acc += a slice's product. turn() ends the slice: on its return the next one, at the address it gives, may be read.
+  // copies(i, of) runs the i-th of `of` shares of the copies.
+  template <typename Copies, typename Turn>
+  __device__ __forceinline__ uint32_t slice(float (&acc)[kRows][kColumns][4], uint32_t stage, Copies copies, Turn turn) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+        const bool last = m == kRows - 1;
+        copies(step * kRows + m, kSteps * kRows);
+        if (last && step == kSteps - 1) stage = turn();
+        load_a(stage, last ? (step + 1) % kSteps : step, (m + 1) % kRows);
+#pragma unroll
+        for (int n = 0; n < kColumns / 2; ++n) {
+          ptx::mma_16816<T>(acc[m][2 * n], a[m % 2], w[n][0], w[n][1]);
+          ptx::mma_16816<T>(acc[m][2 * n + 1], a[m % 2], w[n][2], w[n][3]);
+          if (last) load_w(stage, (step + 1) % kSteps, n);
+        }
+      }
+    return stage;
+  }
+};
+
+// The two halves of k: each warp keeps half of its row blocks, moved to the first places, and adds what its partner has of them.
+template <int kThreads, int kRows, int kColumns>
+__device__ __forceinline__ void sum_over_k(float (&acc)[kRows][kColumns][4], unsigned char* ring, int thread) {
+  constexpr int kKeep = kRows / 2, kPartner = kThreads / 2;
+  const bool half = thread >= kPartner;
+  float4* box = reinterpret_cast<float4*>(ring);
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // nothing reads the ring or is on its way to it
+#pragma unroll
+  for (int m = 0; m < kKeep; ++m)
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const float(&low)[4] = acc[m][n];
+      const float(&high)[4] = acc[m + kKeep][n];
+      box[(m * kColumns + n) * kThreads + thread] = half ? make_float4(low[0], low[1], low[2], low[3])
+                                                              : make_float4(high[0], high[1], high[2], high[3]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[m][n][i] = half ? high[i] : low[i];
+    }
+  __syncthreads();
+  const int partner = half ? thread - kPartner : thread + kPartner;
+#pragma unroll
+  for (int m = 0; m < kKeep; ++m)
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const float4 other = box[(m * kColumns + n) * kThreads + partner];
+      acc[m][n][0] += other.x;
+      acc[m][n][1] += other.y;
+      acc[m][n][2] += other.z;
+      acc[m][n][3] += other.w;
+    }
+}
+
+// 16 rows of a warp's result by 8 * kColumns channels, in shared memory of its own. `lane` is read where the block is used: kept
+// across the main loop, the addresses made from it cost registers that the accumulators need.
+template <typename T, int kColumns>
+struct ResultBlock {
+  static constexpr int kPitch = row_bytes(kColumns * 8);
+  unsigned char* slot;
+  int lane;
+  int row, rows;  // its first, and the tensor's
+  int channel, channels;
+
+  // Each 16 bytes that the tensor has: visit(pointer into the slot, offset in elements, exists).
+  template <typename Visit>
+  __device__ __forceinline__ void each_chunk(Visit visit) const {
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) {
+      const int chunk = lane + i * 32, r = chunk / kColumns, c = chunk % kColumns * 8;
+      const bool exists = row + r < rows && channel + c < channels;
+      visit(slot + r * kPitch + c * 2, static_cast<size_t>(row + r) * channels + channel + c, exists);
+    }
+  }
+
+  // Starts copying x into the slot; the caller commits.
+  __device__ __forceinline__ void load(const T* x) const {
+    each_chunk([x](unsigned char* to, size_t offset, bool exists) {
+      ptx::cp_async16(ptx::smem_address(to), exists ? x + offset : x, exists);
+    });
+  }
+
+  __device__ __forceinline__ void store(T* y) const {
+    each_chunk([y](unsigned char* from, size_t offset, bool exists) {
+      if (exists) *reinterpret_cast<uint4*>(y + offset) = *reinterpret_cast<const uint4*>(from);
+    });
+  }
+
+  // The word of the slot that holds this lane's two channels of n8 block n, row lane / 4 (+ 8).
+  __device__ __forceinline__ uint32_t* word(int n, int half) const {
+    return reinterpret_cast<uint32_t*>(slot + (half * 8 + lane / 4) * kPitch + n * 16 + lane % 4 * 4);
+  }
+
+  __device__ __forceinline__ void put_activated(float (&acc)[kColumns][4], int activation) const {
+    if (std::is_same_v<T, __half> && activation == static_cast<int>(Activation::kGelu)) {
+      put(acc, [](uint32_t v) { return half2::gelu(v); });
+    } else {
+      activate(reinterpret_cast<float(&)[1][kColumns][4]>(acc), activation);
+      put(acc, [](uint32_t v) { return v; });
+    }
+  }
+
+  template <typename Function>
+  __device__ __forceinline__ void put(const float (&acc)[kColumns][4], Function function) const {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) *word(n, half) = function(ptx::pack2<T>(acc[n][2 * half], acc[n][2 * half + 1]));
+  }
+
+  // slot = slot + sample_scale * (scale * acc + shift), rounded once; see project_scale.
+  __device__ __forceinline__ void add_residual(const float (&acc)[kColumns][4], const float* scale, const float* shift,
+                                               const float* sample_scale, int image_pixels) const {
+    float sample[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int pixel = row + half * 8 + lane / 4;
+      sample[half] = sample_scale && pixel < rows ? sample_scale[pixel / image_pixels] : 1.f;
+    }
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const float2 s = *reinterpret_cast<const float2*>(scale + n * 8 + lane % 4 * 2);
+      const float2 b = *reinterpret_cast<const float2*>(shift + n * 8 + lane % 4 * 2);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 x = ptx::unpack2<T>(*word(n, half));
+        *word(n, half) = ptx::pack2<T>(fmaf(sample[half], fmaf(acc[n][2 * half], s.x, b.x), x.x),
+                                       fmaf(sample[half], fmaf(acc[n][2 * half + 1], s.y, b.y), x.y));
+      }
+    }
+  }
+};
+
+template <int kColumns>
+__device__ __forceinline__ void add_bias(float (&acc)[kColumns][4], const float* bias) {
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n) {
+    const float2 b = *reinterpret_cast<const float2*>(bias + n * 8);
+    acc[n][0] += b.x;
+    acc[n][1] += b.y;
+    acc[n][2] += b.x;
+    acc[n][3] += b.y;
+  }
+}
+
+template <typename T, int kTile, bool kProject>
+__global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
+    linear_persistent_fwd_sm80(const __grid_constant__ LinearParams p) {
+  constexpr PersistentTile kShape = persistent_tile(kTile);
+  constexpr int kRows = kShape.row_blocks(), kColumns = kShape.column_blocks(), kThreads = kShape.threads();
+  constexpr int kFinished = kRows / kShape.warps_k;  // row blocks whose result this warp stores
+  constexpr int kSlots = kShape.result_slots(kProject);
+  using Result = ResultBlock<T, kColumns>;
+  extern __shared__ __align__(128) unsigned char smem[];
+  const int tiles_n = (p.columns + kShape.n - 1) / kShape.n, tiles = (p.rows + kShape.m - 1) / kShape.m * tiles_n;
+  const int slices = (p.depth + kShape.depth - 1) / kShape.depth;
+  const uint32_t ring = ptx::smem_address(smem);
+
+  SliceLoader<T, kTile> loader(p);
+  uint32_t write = ring, read = ring;
+#pragma unroll
+  for (int s = 0; s < kShape.stages - 1; ++s) {
+#pragma unroll
+    for (int i = 0; i < loader.kCopies; ++i) loader.copy(write, i);
+    ptx::cp_async_commit();
+    loader.advance();
+    write = next_stage<kShape.stages, kShape.stage_bytes()>(write, ring);
+  }
+  ptx::cp_async_wait<kShape.stages - 2>();
+  __syncthreads();
+  WarpProduct<T, kTile> product;
+  product.begin(read);
+
+  auto copies = [&](int i, int of) {
+#pragma unroll
+    for (int c = 0; c < loader.kCopies; ++c)
+      if (c * of / loader.kCopies == i) loader.copy(write, c);
+  };
+  // Every warp has read this slice and the next one is there; this one's place is written during the next.
+  auto turn = [&] {
+    ptx::cp_async_commit();
+    loader.advance();
+    ptx::cp_async_wait<kShape.stages - 2>();
+    __syncthreads();
+    write = next_stage<kShape.stages, kShape.stage_bytes()>(write, ring);
+    return next_stage<kShape.stages, kShape.stage_bytes()>(read, ring);
+  };
+  auto result = [&](int tile, int m) {
+    const int thread = again::thread_index(), warp = thread / 32;
+    const int row = tile / tiles_n * kShape.m + (kShape.warp_m(warp) * kRows + kShape.warp_k(warp) * kFinished + m) * 16;
+    return Result{smem + kShape.result_offset() + (warp * kSlots + m % kSlots) * 16 * Result::kPitch, thread % 32, row, p.rows,
+                  tile % tiles_n * kShape.n + kShape.warp_n(warp) * kColumns * 8, p.columns};
+  };
+
+  int side = 0;  // of the vectors: a fast warp fills the next tile's while a slow one reads this one's
+  for (int tile = blockIdx.x; tile < tiles; tile += p.grid, side ^= 1) {
+    float* vectors = reinterpret_cast<float*>(smem + kShape.vectors_offset(kProject)) + side * kShape.n * (kProject ? 2 : 1);
+    if constexpr (kProject) {
+      project_scale<kThreads>(p.t, tile % tiles_n * kShape.n, kShape.n, p.columns, vectors, vectors + kShape.n);
+#pragma unroll
+      for (int m = 0; m < kSlots && m < kFinished; ++m) result(tile, m).load(static_cast<const T*>(p.t.x));
+    } else {
+      for (int c = threadIdx.x; c < kShape.n; c += kThreads) {
+        const int column = tile % tiles_n * kShape.n + c;
+        const bool inside = p.bias != nullptr && column < p.columns;
+        ptx::cp_async4(ptx::smem_address(vectors + c), inside ? static_cast<const void*>(p.bias + column) : p.a, inside);
+      }
+    }
+
+    float acc[kRows][kColumns][4];
+#pragma unroll
+    for (int m = 0; m < kRows; ++m)
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.f;
+#pragma unroll 1
+    for (int s = 0; s < slices; ++s) read = product.slice(acc, read, copies, turn);
+
+    if (slices < kShape.stages - 1) {  // what the tile began with came with its first slice's copies, which may not be there yet
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+    }
+    const int thread = again::thread_index();
+    if constexpr (kShape.warps_k == 2) sum_over_k<kThreads>(acc, smem, thread);
+    const float* scale = vectors + kShape.warp_n(thread / 32) * kColumns * 8;  // or the bias
+#pragma unroll
+    for (int m = 0; m < kFinished; ++m) {
+      const Result block = result(tile, m);
+      if constexpr (kProject) {
+        if (m >= kSlots) {
+          ptx::cp_async_wait<kSlots - 1>();
+          __syncwarp();
+        }
+        block.add_residual(acc[m], scale, scale + kShape.n, p.t.sample_scale, p.image_pixels);
+      } else {
+        add_bias(acc[m], scale + thread % 4 * 2);
+        block.put_activated(acc[m], p.activation);  // one warp's stores run under another's tanh
+      }
+      __syncwarp();
+      block.store(static_cast<T*>(p.output));
+      __syncwarp();  // before the slot is filled again
+      if constexpr (kProject) {
+        if (m + kSlots < kFinished) result(tile, m + kSlots).load(static_cast<const T*>(p.t.x));
+        ptx::cp_async_commit();
+      }
+    }
+  }
+  ptx::cp_async_wait<0>();
+}
+
+}  // namespace convfirst::block_fusion::sm80
