@@ -14,9 +14,9 @@ from convfirst_kernels.planner import Device
 operators = torch.ops.convfirst
 # One H200, 64 channels: 7.8 us against 5.2 in two launches at 784 rows, 42 against 65 at 100352. In between: a guess.
 FUSED_ROWS = 16384
-# One H100, us of one launch beside two, their input fresh in L2: 128 to 256 channels 20.9 and 29.1 at 25088 rows, 7.2 and
-# 6.2 at 1568; 256 to 512 17.1 and 20.0 at 6272, 9.5 and 6.6 at 392; 192 to 384 33.2 and 54.5 at 25088; 384 to 768 38.3 and
-# 33.7 at 6272.
+# One H100, us of one launch beside two, their input fresh in L2: 128 to 256 channels 20.9 and 29.1 at 25088 rows, 7.2
+# and 6.2 at 1568; 256 to 512 17.1 and 20.0 at 6272, 9.5 and 6.6 at 392; 192 to 384 33.2 and 54.5 at 25088; 384 to 768
+# 38.3 and 33.7 at 6272.
 GEMM_ROWS, GEMM_CHANNELS = 4096, 256
 # One H200, 512 channels, us beside PyTorch's: 2.6 and 11.9 for one image, 5.6 and 12.0 for 4, 10.9 and 10.0 for 8.
 HEAD_IMAGES = 4

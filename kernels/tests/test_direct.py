@@ -196,7 +196,7 @@ PLANS = [
     ((8, 64, 14, 14), (64, 64, 3, 3), {"direction": "dgrad", "stride": 2, "dilation": 2}, "sm80_dgrad"),
     ((128, 96, 24, 24), (256, 96, 5, 5), {"direction": "wgrad"}, "sm90_wgrad"),
     ((128, 3, 227, 227), (64, 3, 11, 11), {"direction": "wgrad", "stride": 4}, "sm90_first_layer_wgrad"),
-    ((128, 384, 13, 13), (256, 384, 3, 3), {"padding": 1, "direction": "dgrad", "dtype": "float32"}, "sm90_float_dgrad"),
+    ((128, 96, 13, 13), (256, 96, 3, 3), {"padding": 1, "direction": "dgrad", "dtype": "float32"}, "sm90_float_dgrad"),
     ((8, 20, 14, 14), (30, 20, 3, 3), {"direction": "wgrad"}, "sm80_wgrad"),
     ((8, 64, 14, 14), (64, 64, 3, 3), {"direction": "wgrad", "dtype": "float32"}, "sm80_wgrad"),
 ]
