@@ -387,8 +387,8 @@ __device__ __forceinline__ int opaque(int v) {
 }
 
 // Of a warpgroup, read again from the special register rather than kept.
-__device__ __forceinline__ int thread_of_warpgroup() {
-  int v;
+__device__ __forceinline__ uint32_t thread_of_warpgroup() {
+  uint32_t v;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
   return v % 128;
 }
@@ -562,35 +562,34 @@ struct Consumer {
     }
   }
 
+  // Rounded once, as the sum in float32 would be.
   static __device__ __forceinline__ uint4 add(uint4 a, uint4 b) {
-    uint32_t* u = reinterpret_cast<uint32_t*>(&a);
-    const uint32_t* v = reinterpret_cast<const uint32_t*>(&b);
+    using Pair = std::conditional_t<Traits::kDType == DType::kHalf, __half2, __nv_bfloat162>;
+    Pair* u = reinterpret_cast<Pair*>(&a);
+    const Pair* v = reinterpret_cast<const Pair*>(&b);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 s = unpack2<Element>(u[i]), t = unpack2<Element>(v[i]);
-      u[i] = pack2<Element>(s.x + t.x, s.y + t.y);
-    }
+    for (int i = 0; i < 4; ++i) u[i] = __hadd2(u[i], v[i]);
     return a;
   }
 
   // The tile in memory, 16 bytes a thread, a pixel's channels side by side: kPieces a thread.
   static constexpr int kPieces = kTilePixels * kChannels / 8 / 128;
 
-  // Of this thread's piece i: its place in x and y (-1: beyond the images) and in shared memory.
+  // Of this thread's piece i: its place in x and y (-1: beyond the images) and in shared memory. Unsigned: quotients are shifts.
   template <bool kFlat>
-  __device__ __forceinline__ void locate(int i, int thread, const Tile& tile, uint32_t slot, int& offset, uint32_t& staged) const {
+  __device__ __forceinline__ void locate(int i, uint32_t thread, const Tile& tile, uint32_t slot, int& offset, uint32_t& staged) const {
     constexpr int kVectors = kChannels / 8, kChunks = Traits::kPanel / 8;
-    const int index = i * 128 + thread, pixel = index / kVectors, j = index % kVectors;
-    int row = pixel;
+    const uint32_t index = i * 128 + thread, pixel = index / kVectors, j = index % kVectors;
+    uint32_t row = pixel;
     if constexpr (kFlat) {
-      offset = tile.first + pixel < p.pixels ? tile.first * kVectors + index : -1;
+      offset = tile.first + static_cast<int>(pixel) < p.pixels ? static_cast<int>(tile.first * kVectors + index) : -1;
       if (Traits::kKeepsX) row = pixel + Traits::kPad * (p.width + 1);
     } else {
       const int2 map = reinterpret_cast<const int2*>(smem + layout.pixels)[pixel];
       const int image = tile.image + (map.y >> 16), y = tile.y + (map.y >> 8 & 255), x = tile.x + (map.y & 255);
       const bool inside = map.x >= 0 && image < p.batch && y < p.height && x < p.width;
-      offset = inside ? ((image * p.height + y) * p.width + x) * kVectors + j : -1;
-      if (Traits::kKeepsX) row = max(map.x, 0);
+      offset = inside ? ((image * p.height + y) * p.width + x) * kVectors + static_cast<int>(j) : -1;
+      if (Traits::kKeepsX) row = static_cast<uint32_t>(max(map.x, 0));
     }
     staged = slot + j / kChunks * (Traits::kKeepsX ? p.x_panel_bytes : Traits::kAPanelBytes) +
              (swizzle<Traits::kRowBytes>(row * Traits::kRowBytes) ^ (j % kChunks << 4));
@@ -600,7 +599,7 @@ struct Consumer {
   template <bool kFlat>
   __device__ __forceinline__ void store_output(uint32_t slot, const Tile& tile) const {
     constexpr int kBatch = batch_of(kPieces);
-    const int thread = thread_of_warpgroup();
+    const uint32_t thread = thread_of_warpgroup();
 #pragma unroll
     for (int first = 0; first < kPieces; first += kBatch) {
       uint4 v[kBatch], x[Traits::kKeepsX ? 1 : kBatch];
