@@ -21,7 +21,7 @@
 //   convolution weights          shared, or registers (B fragments) two pairs   warp 0 (TMA), or      -
 //                                of channel blocks ahead of their use           consumer, from L2
 //   bias, norm, scale vectors    shared, float32; at 256 channels L1            prologue              -
-//   expand biases                shared, float32; float16 or 256 channels: 16 bit  prologue           -
+//   expand biases                shared, float32; packed activation or 256 channels: 16 bit  prologue  -
 //   turns at the rings           shared, a barrier a consumer and ring          the consumer before   turn taken
 //   convolution sums, then O     the same C/2 registers, from the bias on        mma.sync, then wgmma  -
 //   S, P                         32 and 2 x 16 registers                        wgmma, activation     -

@@ -109,6 +109,10 @@ __device__ __forceinline__ void activate(const float (&s)[kHiddenChunk / 2], uin
       const uint32_t b = load_shared_32(bias + column * 2);
       out[0] = activate_half<Traits::kActivation>(s[4 * j], s[4 * j + 1], b);
       out[1] = activate_half<Traits::kActivation>(s[4 * j + 2], s[4 * j + 3], b);
+    } else if constexpr (Traits::kBFloat16Silu) {
+      const uint32_t b = load_shared_32(bias + column * 2);
+      out[0] = silu_bfloat16(s[4 * j], s[4 * j + 1], b);
+      out[1] = silu_bfloat16(s[4 * j + 2], s[4 * j + 3], b);
     } else {
       float2 b;
       if constexpr (Traits::kExpandBiasBytes == 2) {
