@@ -336,9 +336,9 @@ __device__ __forceinline__ float quad_sum(float v) {
   return v + __shfl_xor_sync(0xffffffffu, v, 2);
 }
 
-// vector_at(1, c) and (2, c): the affine part's weights and biases of channels c and c + 1.
-template <int kChannels, class VectorAt>
-__device__ __forceinline__ void layer_norm(float (&v)[kChannels / 2], bool affine, float eps, int lane, const VectorAt& vector_at) {
+// weight(j) and bias(j): the affine part's of this lane's two channels of 8-channel block j.
+template <int kChannels, class LaneVector>
+__device__ __forceinline__ void layer_norm(float (&v)[kChannels / 2], bool affine, float eps, const LaneVector& weight, const LaneVector& bias) {
   // Plain moments in float32: they lose what 16-bit inputs do not have (a mean 2^11 times the spread), and one pass is enough.
   float sum[2][2] = {}, square[2][2] = {}, scale[2], shift[2];
 #pragma unroll
@@ -361,7 +361,7 @@ __device__ __forceinline__ void layer_norm(float (&v)[kChannels / 2], bool affin
   }
 #pragma unroll
   for (int j = 0; j < kChannels / 8; ++j) {
-    const float2 w = vector_at(1, 8 * j + 2 * (lane % 4)), b = vector_at(2, 8 * j + 2 * (lane % 4));
+    const float2 w = weight(j), b = bias(j);
     v[4 * j] = fmaf(fmaf(v[4 * j], scale[0], shift[0]), w.x, b.x);
     v[4 * j + 1] = fmaf(fmaf(v[4 * j + 1], scale[0], shift[0]), w.y, b.y);
     v[4 * j + 2] = fmaf(fmaf(v[4 * j + 2], scale[1], shift[1]), w.x, b.x);
@@ -402,22 +402,32 @@ struct Consumer {
   SharedLayout layout;
   int warpgroup, warp, lane;
 
-  __device__ uint32_t vector(int index) const { return smem_address(smem + layout.vectors) + index * kChannels * 4; }
+  // A vector as this lane takes it: channels 8 j + 2 (lane % 4) and the next. Where shared memory has no room for it, from L1.
+  struct LaneVector {
+    uint32_t shared;
+    const float* global;  // opaque, so that j goes into the load as a constant
+    float absent;
+    __device__ __forceinline__ float2 operator()(int j) const {
+      if constexpr (Traits::kVectorsInShared) return load_shared_float2(shared + j * 32);
+      return global != nullptr ? make_float2(__ldg(global + 8 * j), __ldg(global + 8 * j + 1)) : make_float2(absent, absent);
+    }
+  };
 
-  // Two neighbouring channels of a vector; where shared memory has no room for it, from L1.
-  __device__ __forceinline__ float2 vector_at(int index, int channel) const {
-    if constexpr (Traits::kVectorsInShared) return load_shared_float2(vector(index) + channel * 4);
+  __device__ __forceinline__ LaneVector lane_vector(int index) const {
+    const int first = 2 * (lane % 4);
+    if constexpr (Traits::kVectorsInShared) return {smem_address(smem + layout.vectors) + (index * kChannels + first) * 4, nullptr, 0.f};
     const float* vectors[] = {p.conv_bias, p.norm_weight, p.norm_bias, p.project_bias, p.layer_scale};
-    const float absent = index == 1 || index == 4 ? 1.f : 0.f;
-    const float* v = vectors[index];
-    return v != nullptr ? make_float2(__ldg(v + channel), __ldg(v + channel + 1)) : make_float2(absent, absent);
+    const float* v = vectors[index] != nullptr ? vectors[index] + first : nullptr;
+    asm volatile("" : "+l"(v));
+    return {0, v, index == 1 || index == 4 ? 1.f : 0.f};
   }
 
   // Every pixel's sums start from the bias: vector 0 of the convolution's, 3 of O.
   __device__ __forceinline__ void initialise_sums(float (&sums)[kChannels / 2], int bias) const {
+    const LaneVector start = lane_vector(bias);
 #pragma unroll
     for (int j = 0; j < kChannels / 8; ++j) {
-      const float2 b = vector_at(bias, 8 * j + 2 * (lane % 4));
+      const float2 b = start(j);
       sums[4 * j] = sums[4 * j + 2] = b.x;
       sums[4 * j + 1] = sums[4 * j + 3] = b.y;
     }
@@ -486,7 +496,7 @@ struct Consumer {
 
   // Normalises the sums and makes them the first product's operand.
   __device__ __forceinline__ void to_operand(float (&sums)[kChannels / 2], OperandA<Traits>& a, uint32_t slot) const {
-    if (p.has_norm) layer_norm<kChannels>(sums, p.norm_weight != nullptr || p.norm_bias != nullptr, p.eps, lane, [&](int i, int c) { return vector_at(i, c); });
+    if (p.has_norm) layer_norm<kChannels>(sums, p.norm_weight != nullptr || p.norm_bias != nullptr, p.eps, lane_vector(1), lane_vector(2));
     if constexpr (Traits::kARegisters) {
 #pragma unroll
       for (int i = 0; i < kChannels / 4; ++i) a.fragments[i] = pack2<Element>(sums[2 * i], sums[2 * i + 1]);
@@ -522,9 +532,10 @@ struct Consumer {
         if (image < p.batch) sample[r] = __ldg(p.sample_scale + image);
       }
     }
+    const LaneVector scales = lane_vector(4);
 #pragma unroll
     for (int j = 0; j < kChannels / 8; ++j) {
-      const float2 scale = vector_at(4, 8 * j + 2 * (lane % 4));
+      const float2 scale = scales(j);
 #pragma unroll
       for (int r = 0; r < 2; ++r) o[4 * j + 2 * r] *= scale.x * sample[r], o[4 * j + 2 * r + 1] *= scale.y * sample[r];
     }

@@ -101,9 +101,10 @@ struct RingState<0> {
 // P = act(S + bias): the accumulator layout of S is the operand layout of P.
 template <class Traits>
 __device__ __forceinline__ void activate(const float (&s)[kHiddenChunk / 2], uint32_t (&h)[kHiddenChunk / 4], uint32_t bias, int lane) {
+  bias += 2 * (lane % 4) * Traits::kExpandBiasBytes;  // first, so that the column goes into the load as a constant
 #pragma unroll
   for (int j = 0; j < kHiddenChunk / 8; ++j) {
-    const int column = 8 * j + 2 * (lane % 4);
+    const int column = 8 * j;
     uint32_t* out = h + 2 * j;
     if constexpr (Traits::kHalfActivation) {
       const uint32_t b = load_shared_32(bias + column * 2);
