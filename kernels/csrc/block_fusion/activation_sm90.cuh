@@ -1,4 +1,4 @@
-// Activations of two neighbouring hidden units, on packed halves or in float32. Biases come scaled by `bias_scale` (halved for SiLU).
+// Activations of two neighbouring hidden units, on packed 16-bit numbers or in float32. Biases come scaled by `bias_scale` (halved for SiLU).
 #pragma once
 
 #include "../common/sm90.cuh"
@@ -15,6 +15,12 @@ __device__ __forceinline__ __half2 tanh_half2(__half2 v) {
   uint32_t r, u = *reinterpret_cast<uint32_t*>(&v);
   asm("tanh.approx.f16x2 %0, %1;" : "=r"(r) : "r"(u));
   return *reinterpret_cast<__half2*>(&r);
+}
+
+__device__ __forceinline__ __nv_bfloat162 tanh_bfloat162(__nv_bfloat162 v) {
+  uint32_t r, u = *reinterpret_cast<uint32_t*>(&v);
+  asm("tanh.approx.bf16x2 %0, %1;" : "=r"(r) : "r"(u));
+  return *reinterpret_cast<__nv_bfloat162*>(&r);
 }
 
 __device__ __forceinline__ float tanh_float(float v) {
@@ -51,6 +57,14 @@ __device__ __forceinline__ uint32_t activate_half(float s0, float s1, uint32_t b
     h = __hfma2(v, tanh_half2(inner), v);
   }
   return *reinterpret_cast<uint32_t*>(&h);
+}
+
+// SiLU alone: its argument is rounded to 8 bits as PyTorch's is, but a polynomial's steps would each lose as much again.
+__device__ __forceinline__ uint32_t silu_bfloat16(float s0, float s1, uint32_t bias_bits) {
+  const __nv_bfloat162 bias = *reinterpret_cast<__nv_bfloat162*>(&bias_bits);
+  const __nv_bfloat162 v = __hfma2(__floats2bfloat162_rn(s0, s1), __float2bfloat162_rn(0.5f), bias);
+  const __nv_bfloat162 h = __hfma2(v, tanh_bfloat162(v), v);
+  return *reinterpret_cast<const uint32_t*>(&h);
 }
 
 template <Activation kActivation>

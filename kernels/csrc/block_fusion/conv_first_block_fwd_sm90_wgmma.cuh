@@ -21,7 +21,7 @@
 //   convolution weights          shared, or registers (B fragments) two pairs   warp 0 (TMA), or      -
 //                                of channel blocks ahead of their use           consumer, from L2
 //   bias, norm, scale vectors    shared, float32; at 256 channels L1            prologue              -
-//   expand biases                shared, float32; float16 or 256 channels: 16 bit  prologue           -
+//   expand biases                shared, float32; packed activation or 256 channels: 16 bit  prologue  -
 //   turns at the rings           shared, a barrier a consumer and ring          the consumer before   turn taken
 //   convolution sums, then O     the same C/2 registers, from the bias on        mma.sync, then wgmma  -
 //   S, P                         32 and 2 x 16 registers                        wgmma, activation     -
@@ -336,9 +336,9 @@ __device__ __forceinline__ float quad_sum(float v) {
   return v + __shfl_xor_sync(0xffffffffu, v, 2);
 }
 
-// vector_at(1, c) and (2, c): the affine part's weights and biases of channels c and c + 1.
-template <int kChannels, class VectorAt>
-__device__ __forceinline__ void layer_norm(float (&v)[kChannels / 2], bool affine, float eps, int lane, const VectorAt& vector_at) {
+// weight(j) and bias(j): the affine part's of this lane's two channels of 8-channel block j.
+template <int kChannels, class LaneVector>
+__device__ __forceinline__ void layer_norm(float (&v)[kChannels / 2], bool affine, float eps, const LaneVector& weight, const LaneVector& bias) {
   // Plain moments in float32: they lose what 16-bit inputs do not have (a mean 2^11 times the spread), and one pass is enough.
   float sum[2][2] = {}, square[2][2] = {}, scale[2], shift[2];
 #pragma unroll
@@ -361,7 +361,7 @@ __device__ __forceinline__ void layer_norm(float (&v)[kChannels / 2], bool affin
   }
 #pragma unroll
   for (int j = 0; j < kChannels / 8; ++j) {
-    const float2 w = vector_at(1, 8 * j + 2 * (lane % 4)), b = vector_at(2, 8 * j + 2 * (lane % 4));
+    const float2 w = weight(j), b = bias(j);
     v[4 * j] = fmaf(fmaf(v[4 * j], scale[0], shift[0]), w.x, b.x);
     v[4 * j + 1] = fmaf(fmaf(v[4 * j + 1], scale[0], shift[0]), w.y, b.y);
     v[4 * j + 2] = fmaf(fmaf(v[4 * j + 2], scale[1], shift[1]), w.x, b.x);
@@ -387,8 +387,8 @@ __device__ __forceinline__ int opaque(int v) {
 }
 
 // Of a warpgroup, read again from the special register rather than kept.
-__device__ __forceinline__ int thread_of_warpgroup() {
-  int v;
+__device__ __forceinline__ uint32_t thread_of_warpgroup() {
+  uint32_t v;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
   return v % 128;
 }
@@ -402,22 +402,32 @@ struct Consumer {
   SharedLayout layout;
   int warpgroup, warp, lane;
 
-  __device__ uint32_t vector(int index) const { return smem_address(smem + layout.vectors) + index * kChannels * 4; }
+  // A vector as this lane takes it: channels 8 j + 2 (lane % 4) and the next. Where shared memory has no room for it, from L1.
+  struct LaneVector {
+    uint32_t shared;
+    const float* global;  // opaque, so that j goes into the load as a constant
+    float absent;
+    __device__ __forceinline__ float2 operator()(int j) const {
+      if constexpr (Traits::kVectorsInShared) return load_shared_float2(shared + j * 32);
+      return global != nullptr ? make_float2(__ldg(global + 8 * j), __ldg(global + 8 * j + 1)) : make_float2(absent, absent);
+    }
+  };
 
-  // Two neighbouring channels of a vector; where shared memory has no room for it, from L1.
-  __device__ __forceinline__ float2 vector_at(int index, int channel) const {
-    if constexpr (Traits::kVectorsInShared) return load_shared_float2(vector(index) + channel * 4);
+  __device__ __forceinline__ LaneVector lane_vector(int index) const {
+    const int first = 2 * (lane % 4);
+    if constexpr (Traits::kVectorsInShared) return {smem_address(smem + layout.vectors) + (index * kChannels + first) * 4, nullptr, 0.f};
     const float* vectors[] = {p.conv_bias, p.norm_weight, p.norm_bias, p.project_bias, p.layer_scale};
-    const float absent = index == 1 || index == 4 ? 1.f : 0.f;
-    const float* v = vectors[index];
-    return v != nullptr ? make_float2(__ldg(v + channel), __ldg(v + channel + 1)) : make_float2(absent, absent);
+    const float* v = vectors[index] != nullptr ? vectors[index] + first : nullptr;
+    asm volatile("" : "+l"(v));
+    return {0, v, index == 1 || index == 4 ? 1.f : 0.f};
   }
 
   // Every pixel's sums start from the bias: vector 0 of the convolution's, 3 of O.
   __device__ __forceinline__ void initialise_sums(float (&sums)[kChannels / 2], int bias) const {
+    const LaneVector start = lane_vector(bias);
 #pragma unroll
     for (int j = 0; j < kChannels / 8; ++j) {
-      const float2 b = vector_at(bias, 8 * j + 2 * (lane % 4));
+      const float2 b = start(j);
       sums[4 * j] = sums[4 * j + 2] = b.x;
       sums[4 * j + 1] = sums[4 * j + 3] = b.y;
     }
@@ -486,7 +496,7 @@ struct Consumer {
 
   // Normalises the sums and makes them the first product's operand.
   __device__ __forceinline__ void to_operand(float (&sums)[kChannels / 2], OperandA<Traits>& a, uint32_t slot) const {
-    if (p.has_norm) layer_norm<kChannels>(sums, p.norm_weight != nullptr || p.norm_bias != nullptr, p.eps, lane, [&](int i, int c) { return vector_at(i, c); });
+    if (p.has_norm) layer_norm<kChannels>(sums, p.norm_weight != nullptr || p.norm_bias != nullptr, p.eps, lane_vector(1), lane_vector(2));
     if constexpr (Traits::kARegisters) {
 #pragma unroll
       for (int i = 0; i < kChannels / 4; ++i) a.fragments[i] = pack2<Element>(sums[2 * i], sums[2 * i + 1]);
@@ -522,9 +532,10 @@ struct Consumer {
         if (image < p.batch) sample[r] = __ldg(p.sample_scale + image);
       }
     }
+    const LaneVector scales = lane_vector(4);
 #pragma unroll
     for (int j = 0; j < kChannels / 8; ++j) {
-      const float2 scale = vector_at(4, 8 * j + 2 * (lane % 4));
+      const float2 scale = scales(j);
 #pragma unroll
       for (int r = 0; r < 2; ++r) o[4 * j + 2 * r] *= scale.x * sample[r], o[4 * j + 2 * r + 1] *= scale.y * sample[r];
     }
@@ -562,35 +573,34 @@ struct Consumer {
     }
   }
 
+  // Rounded once, as the sum in float32 would be.
   static __device__ __forceinline__ uint4 add(uint4 a, uint4 b) {
-    uint32_t* u = reinterpret_cast<uint32_t*>(&a);
-    const uint32_t* v = reinterpret_cast<const uint32_t*>(&b);
+    using Pair = std::conditional_t<Traits::kDType == DType::kHalf, __half2, __nv_bfloat162>;
+    Pair* u = reinterpret_cast<Pair*>(&a);
+    const Pair* v = reinterpret_cast<const Pair*>(&b);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 s = unpack2<Element>(u[i]), t = unpack2<Element>(v[i]);
-      u[i] = pack2<Element>(s.x + t.x, s.y + t.y);
-    }
+    for (int i = 0; i < 4; ++i) u[i] = __hadd2(u[i], v[i]);
     return a;
   }
 
   // The tile in memory, 16 bytes a thread, a pixel's channels side by side: kPieces a thread.
   static constexpr int kPieces = kTilePixels * kChannels / 8 / 128;
 
-  // Of this thread's piece i: its place in x and y (-1: beyond the images) and in shared memory.
+  // Of this thread's piece i: its place in x and y (-1: beyond the images) and in shared memory. Unsigned: quotients are shifts.
   template <bool kFlat>
-  __device__ __forceinline__ void locate(int i, int thread, const Tile& tile, uint32_t slot, int& offset, uint32_t& staged) const {
+  __device__ __forceinline__ void locate(int i, uint32_t thread, const Tile& tile, uint32_t slot, int& offset, uint32_t& staged) const {
     constexpr int kVectors = kChannels / 8, kChunks = Traits::kPanel / 8;
-    const int index = i * 128 + thread, pixel = index / kVectors, j = index % kVectors;
-    int row = pixel;
+    const uint32_t index = i * 128 + thread, pixel = index / kVectors, j = index % kVectors;
+    uint32_t row = pixel;
     if constexpr (kFlat) {
-      offset = tile.first + pixel < p.pixels ? tile.first * kVectors + index : -1;
+      offset = tile.first + static_cast<int>(pixel) < p.pixels ? static_cast<int>(tile.first * kVectors + index) : -1;
       if (Traits::kKeepsX) row = pixel + Traits::kPad * (p.width + 1);
     } else {
       const int2 map = reinterpret_cast<const int2*>(smem + layout.pixels)[pixel];
       const int image = tile.image + (map.y >> 16), y = tile.y + (map.y >> 8 & 255), x = tile.x + (map.y & 255);
       const bool inside = map.x >= 0 && image < p.batch && y < p.height && x < p.width;
-      offset = inside ? ((image * p.height + y) * p.width + x) * kVectors + j : -1;
-      if (Traits::kKeepsX) row = max(map.x, 0);
+      offset = inside ? ((image * p.height + y) * p.width + x) * kVectors + static_cast<int>(j) : -1;
+      if (Traits::kKeepsX) row = static_cast<uint32_t>(max(map.x, 0));
     }
     staged = slot + j / kChunks * (Traits::kKeepsX ? p.x_panel_bytes : Traits::kAPanelBytes) +
              (swizzle<Traits::kRowBytes>(row * Traits::kRowBytes) ^ (j % kChunks << 4));
@@ -600,7 +610,7 @@ struct Consumer {
   template <bool kFlat>
   __device__ __forceinline__ void store_output(uint32_t slot, const Tile& tile) const {
     constexpr int kBatch = batch_of(kPieces);
-    const int thread = thread_of_warpgroup();
+    const uint32_t thread = thread_of_warpgroup();
 #pragma unroll
     for (int first = 0; first < kPieces; first += kBatch) {
       uint4 v[kBatch], x[Traits::kKeepsX ? 1 : kBatch];

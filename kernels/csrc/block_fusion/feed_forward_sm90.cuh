@@ -101,14 +101,19 @@ struct RingState<0> {
 // P = act(S + bias): the accumulator layout of S is the operand layout of P.
 template <class Traits>
 __device__ __forceinline__ void activate(const float (&s)[kHiddenChunk / 2], uint32_t (&h)[kHiddenChunk / 4], uint32_t bias, int lane) {
+  bias += 2 * (lane % 4) * Traits::kExpandBiasBytes;  // first, so that the column goes into the load as a constant
 #pragma unroll
   for (int j = 0; j < kHiddenChunk / 8; ++j) {
-    const int column = 8 * j + 2 * (lane % 4);
+    const int column = 8 * j;
     uint32_t* out = h + 2 * j;
     if constexpr (Traits::kHalfActivation) {
       const uint32_t b = load_shared_32(bias + column * 2);
       out[0] = activate_half<Traits::kActivation>(s[4 * j], s[4 * j + 1], b);
       out[1] = activate_half<Traits::kActivation>(s[4 * j + 2], s[4 * j + 3], b);
+    } else if constexpr (Traits::kBFloat16Silu) {
+      const uint32_t b = load_shared_32(bias + column * 2);
+      out[0] = silu_bfloat16(s[4 * j], s[4 * j + 1], b);
+      out[1] = silu_bfloat16(s[4 * j + 2], s[4 * j + 3], b);
     } else {
       float2 b;
       if constexpr (Traits::kExpandBiasBytes == 2) {

@@ -60,6 +60,7 @@ struct FeedForwardTraits {
   static_assert(!kSharesTail || (!kXShared && !kARegisters && kSlotBytes == kTilePixels * kChannels / 2 * 4));
   static constexpr int kBarriers = (5 + 2 * kWarpgroups) * kMaxSlots;  // weights' and tiles' slots, full and empty; a peer's
   static constexpr bool kHalfActivation = kDType == DType::kHalf;
+  static constexpr bool kBFloat16Silu = false;  // not measured here
   static constexpr int kExpandBiasBytes = kHalfActivation ? 2 : 4;
 };
 
