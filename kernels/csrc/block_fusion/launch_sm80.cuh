@@ -57,13 +57,8 @@ int Linear<kType, kTile, kProject>::launch(const LinearParams& p, cudaStream_t s
 template <DType kType, int kTile, bool kProject>
 int PersistentLinear<kType, kTile, kProject>::launch(const LinearParams& p, cudaStream_t stream) {
   constexpr PersistentTile tile = persistent_tile(kTile);
-  using T = typename detail::Element<kType>::type;
-  auto start = [&](auto kernel) { return start_kernel(kernel, p.grid, tile.threads(), tile.shared_bytes(kProject), stream, p); };
-  switch (kProject ? Activation::kRelu : static_cast<Activation>(p.activation)) {
-    case Activation::kSilu: return start(linear_persistent_fwd_sm80<T, kTile, kProject, kProject ? 0 : static_cast<int>(Activation::kSilu)>);
-    case Activation::kGelu: return start(linear_persistent_fwd_sm80<T, kTile, kProject, kProject ? 0 : static_cast<int>(Activation::kGelu)>);
-    default: return start(linear_persistent_fwd_sm80<T, kTile, kProject, static_cast<int>(Activation::kRelu)>);
-  }
+  return start_kernel(linear_persistent_fwd_sm80<typename detail::Element<kType>::type, kTile, kProject>, p.grid, tile.threads(),
+                       tile.shared_bytes(kProject), stream, p);
 }
 
 }  // namespace convfirst::block_fusion::sm80

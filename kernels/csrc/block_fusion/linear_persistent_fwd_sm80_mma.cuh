@@ -148,38 +148,6 @@ struct WarpProduct {
       }
     return stage;
   }
-
-  // The tile's last slice, two row blocks at a time, so that these are complete one after another: share(m, i) runs the i-th of kShares shares
-  // of what is left to do with row block m, under the products of the next two, the last two's alone. W is read once more for every two row
-  // blocks: shared memory is then as busy as the tensor cores.
-  static constexpr int kShares = kSteps * kColumns / 2;
-  template <typename Copies, typename Turn, typename Share>
-  __device__ __forceinline__ uint32_t last_slice(float (&acc)[kRows][kColumns][4], uint32_t stage, Copies copies, Turn turn, Share share) {
-#pragma unroll
-    for (int rows = 0; rows < kRows / 2; ++rows) {
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int m = 2 * rows + half, next_step = (step + half) % kSteps;
-          const bool turns = half == 1 && step == kSteps - 1, ends = turns && rows == kRows / 2 - 1;
-          copies((rows * kSteps + step) * 2 + half, kSteps * kRows);
-          if (ends) stage = turn();
-          load_a(stage, next_step, ends ? 0 : turns ? m + 1 : 2 * rows + 1 - half);
-#pragma unroll
-          for (int n = 0; n < kColumns / 2; ++n) {
-            ptx::mma_16816<T>(acc[m][2 * n], a[half], w[n][0], w[n][1]);
-            ptx::mma_16816<T>(acc[m][2 * n + 1], a[half], w[n][2], w[n][3]);
-            if (half == 1) load_w(stage, next_step, n);
-            const int i = (step * 2 + half) * (kColumns / 2) + n;
-            if (rows > 0) share(2 * (rows - 1) + i / kShares, i % kShares);
-          }
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < 2 * kShares; ++i) share(kRows - 2 + i / kShares, i % kShares);
-    return stage;
-  }
 };
 
 // The two halves of k: each warp keeps half of its row blocks, moved to the first places, and adds what its partner has of them.
@@ -213,21 +181,6 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[kRows][kColumns][4], uns
       acc[m][n][2] += other.z;
       acc[m][n][3] += other.w;
     }
-}
-
-// Two channels' hidden values; GELU in float16 on packed halves.
-template <typename T, int kActivation>
-__device__ __forceinline__ uint32_t activated(float low, float high) {
-  constexpr auto kKind = static_cast<Activation>(kActivation);
-  if constexpr (kKind == Activation::kGelu && std::is_same_v<T, __half>) {
-    return half2::gelu(ptx::pack2<T>(low, high));
-  } else if constexpr (kKind == Activation::kGelu) {
-    return ptx::pack2<T>(gelu(low), gelu(high));
-  } else if constexpr (kKind == Activation::kSilu) {
-    return ptx::pack2<T>(silu(low), silu(high));
-  } else {
-    return ptx::pack2<T>(relu(low), relu(high));
-  }
 }
 
 // 16 rows of a warp's result by 8 * kColumns channels, in shared memory of its own. `lane` is read where the block is used: kept
@@ -269,12 +222,21 @@ struct ResultBlock {
     return reinterpret_cast<uint32_t*>(slot + (half * 8 + lane / 4) * kPitch + n * 16 + lane % 4 * 4);
   }
 
-  // The i-th of 2 kColumns shares of act(acc + bias), a word each; `bias`: of this lane's first channel.
-  template <int kActivation>
-  __device__ __forceinline__ void put_share(const float (&acc)[kColumns][4], const float* bias, int i) const {
-    const int n = i / 2, half = i % 2;
-    const float2 b = *reinterpret_cast<const float2*>(bias + n * 8);
-    *word(n, half) = activated<T, kActivation>(acc[n][2 * half] + b.x, acc[n][2 * half + 1] + b.y);
+  __device__ __forceinline__ void put_activated(float (&acc)[kColumns][4], int activation) const {
+    if (std::is_same_v<T, __half> && activation == static_cast<int>(Activation::kGelu)) {
+      put(acc, [](uint32_t v) { return half2::gelu(v); });
+    } else {
+      activate(reinterpret_cast<float(&)[1][kColumns][4]>(acc), activation);
+      put(acc, [](uint32_t v) { return v; });
+    }
+  }
+
+  template <typename Function>
+  __device__ __forceinline__ void put(const float (&acc)[kColumns][4], Function function) const {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) *word(n, half) = function(ptx::pack2<T>(acc[n][2 * half], acc[n][2 * half + 1]));
   }
 
   // slot = slot + sample_scale * (scale * acc + shift), rounded once; see project_scale.
@@ -300,8 +262,19 @@ struct ResultBlock {
   }
 };
 
-// kActivation: of the expansion.
-template <typename T, int kTile, bool kProject, int kActivation>
+template <int kColumns>
+__device__ __forceinline__ void add_bias(float (&acc)[kColumns][4], const float* bias) {
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n) {
+    const float2 b = *reinterpret_cast<const float2*>(bias + n * 8);
+    acc[n][0] += b.x;
+    acc[n][1] += b.y;
+    acc[n][2] += b.x;
+    acc[n][3] += b.y;
+  }
+}
+
+template <typename T, int kTile, bool kProject>
 __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
     linear_persistent_fwd_sm80(const __grid_constant__ LinearParams p) {
   constexpr PersistentTile kShape = persistent_tile(kTile);
@@ -372,51 +345,33 @@ __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
       for (int n = 0; n < kColumns; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.f;
-    constexpr bool kUnderProducts = !kProject && kShape.warps_k == 1;  // the expansion's activations, but for the last rows'
 #pragma unroll 1
-    for (int s = kUnderProducts ? 1 : 0; s < slices; ++s) read = product.slice(acc, read, copies, turn);
+    for (int s = 0; s < slices; ++s) read = product.slice(acc, read, copies, turn);
 
-    // What the tile began with came with its first slice's copies, which may not be there yet.
-    if (slices < (kUnderProducts ? kShape.stages : kShape.stages - 1)) {
-      ptx::cp_async_commit();
+    if (slices < kShape.stages - 1) {  // what the tile began with came with its first slice's copies, which may not be there yet
       ptx::cp_async_wait<0>();
       __syncthreads();
     }
     const int thread = again::thread_index();
     if constexpr (kShape.warps_k == 2) sum_over_k<kThreads>(acc, smem, thread);
     const float* scale = vectors + kShape.warp_n(thread / 32) * kColumns * 8;  // or the bias
-    // Of a row block of the expansion: words of it, with the last one its stores.
-    auto share = [&](int m, int i) {
-      constexpr int kShares = WarpProduct<T, kTile>::kShares, kWords = 2 * kColumns;
+#pragma unroll
+    for (int m = 0; m < kFinished; ++m) {
       const Result block = result(tile, m);
-#pragma unroll
-      for (int word = 0; word < kWords; ++word)
-        if (word * kShares / kWords == i) block.template put_share<kActivation>(acc[m], scale + thread % 4 * 2, word);
-      if (i == kShares - 1) {
-        __syncwarp();
-        block.store(static_cast<T*>(p.output));
-        __syncwarp();  // before the slot is filled again
-      }
-    };
-    if constexpr (kUnderProducts) {
-      read = product.last_slice(acc, read, copies, turn, share);
-    } else if constexpr (!kProject) {
-#pragma unroll
-      for (int m = 0; m < kFinished; ++m)
-#pragma unroll
-        for (int i = 0; i < product.kShares; ++i) share(m, i);
-    } else {
-#pragma unroll
-      for (int m = 0; m < kFinished; ++m) {
-        const Result block = result(tile, m);
+      if constexpr (kProject) {
         if (m >= kSlots) {
           ptx::cp_async_wait<kSlots - 1>();
           __syncwarp();
         }
         block.add_residual(acc[m], scale, scale + kShape.n, p.t.sample_scale, p.image_pixels);
-        __syncwarp();
-        block.store(static_cast<T*>(p.output));
-        __syncwarp();  // before the slot is filled again
+      } else {
+        add_bias(acc[m], scale + thread % 4 * 2);
+        block.put_activated(acc[m], p.activation);  // one warp's stores run under another's tanh
+      }
+      __syncwarp();
+      block.store(static_cast<T*>(p.output));
+      __syncwarp();  // before the slot is filled again
+      if constexpr (kProject) {
         if (m + kSlots < kFinished) result(tile, m + kSlots).load(static_cast<const T*>(p.t.x));
         ptx::cp_async_commit();
       }
