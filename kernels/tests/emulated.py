@@ -76,7 +76,8 @@ def _build(algorithm: str, folder: Path, target: Path) -> None:
         shutil.copytree(KERNELS / "csrc" / part, folder / part)
     for stand_in in ("ptx.cuh", "half2.cuh", "launch.cuh", "cuda_on_cpu.h"):
         shutil.copy(EMULATION / stand_in, folder / "common" / stand_in)
-    shutil.copy(EMULATION / "conv_norm_sm90/again.cuh", folder / "common/again.cuh")
+    for stand_in in ("again", "grid_sm90", "sm90"):
+        shutil.copy(EMULATION / f"conv_norm_sm90/{stand_in}.cuh", folder / "common")
     shutil.copy(EMULATION / "patch/sync.cuh", folder / "patch/sync.cuh")
     include = Path(nvcc).parents[1] / "include"
     command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", f"-DEMULATED={algorithm}"]

@@ -301,7 +301,8 @@ class TestPlanner:
             (128, 28, 3, 8, "sm80_conv_first_c128"),
             (256, 14, 3, 8, "sm80_conv_first_split_persistent"),
             (512, 7, 3, 8, "sm80_conv_first_split_persistent"),
-            (192, 28, 7, 1, "sm80_convnext_c192"),
+            (96, 56, 7, 1, "sm80_convnext_c96"),
+            (192, 28, 7, 1, "sm80_convnext_split_persistent"),
             (384, 14, 7, 1, "sm80_convnext_split_persistent"),
             (768, 7, 7, 1, "sm80_convnext_split_persistent"),
         ],
@@ -310,6 +311,23 @@ class TestPlanner:
         activation = "gelu" if group_width == 1 else "silu"
         problem = ck.Problem(128, side, side, channels, 4 * channels, kernel_size, group_width, activation=activation)
         assert plan(problem, ck.Device.named("h100"), "sm80")["chosen"] == variant
+
+    @pytest.mark.parametrize(
+        ("channels", "height", "width", "kernel_size", "group_width", "tile"),
+        [
+            (512, 7, 7, 3, 8, (1, 48)),  # pixels in a row through all images
+            (192, 28, 28, 7, 1, (28, 8)),  # tensor cores, a block a tile
+            (384, 14, 14, 7, 1, (14, 14)),  # float32 units, a block an image
+            (768, 7, 7, 7, 1, (7, 7)),
+            (768, 9, 9, 7, 1, (4, 4)),  # neither
+        ],
+    )
+    def test_portable_first_launch(self, channels, height, width, kernel_size, group_width, tile):
+        problem = ck.Problem(128, height, width, channels, 4 * channels, kernel_size, group_width)
+        name = f"sm80_{'convnext' if group_width == 1 else 'conv_first'}_split_persistent"
+        answer = plan(problem, ck.Device.named("h100"), name)
+        config = next(row["config"] for row in answer["candidates"] if row["name"] == name)
+        assert (config["tile_height"], config["tile_width"]) == tile
 
     def test_large_tiles_need_the_shared_memory(self):
         problem = ck.Problem(128, 7, 7, 512, 2048)

@@ -74,6 +74,13 @@ CASES = [
     ("sm80_conv_first_split_persistent", problem((20, 10), 192, 768, 5, 8, 1, 2), True, True),
     ("sm80_conv_first_split_persistent", problem((7, 7), 160, 640, 3, 16, 0, 0, False, batch=5), False, True),
     ("sm80_convnext_split_persistent", problem((9, 17), 136, 544, 7, 1, 0, 2), True, False),
+    ("sm80_convnext_split_persistent", problem((14, 14), 136, 64, 7, 1, 1, 2, batch=3), False, True),
+    ("sm80_convnext_split_persistent", problem((7, 7), 136, 64, 7, 1, 0, 2, False, batch=3), False, False),
+    ("sm80_convnext_split_persistent", problem((7, 7), 520, 64, 7, 1, 0, 2, batch=2), False, True),
+    ("sm80_convnext_split_persistent", problem((2, 14), 128, 64, 7, 1, 0, 2), True, True),
+    ("sm80_convnext_split_persistent", problem((1, 7), 1032, 64, 7, 1, 1, 2), False, False),
+    ("sm80_convnext_split_persistent", problem((28, 28), 128, 64, 7, 1, 0, 2, batch=1), False, True),
+    ("sm80_convnext_split_persistent", problem((5, 8), 192, 64, 7, 1, 1, 2, batch=9), False, True),
 ]
 TWO_MULTIPROCESSORS = CDevice(90, 2, 232448)  # every block of a persistent kernel has several tiles
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <iterator>
 
+#include "first_sm80.h"
 #include "launch_sm80.h"
 
 namespace convfirst::block_fusion {
@@ -105,40 +106,53 @@ bool one_launch_covers(const Problem& p, const Device& d) {
 
 // ---- convolution and LayerNorm, then two linear layers ----
 
+// What a Config says of the device that it was made for is enough to plan the first launch again.
+Device planned_device(const Config& c) { return {80, c.multiprocessors, c.shared_memory}; }
+
+void describe_first(const Problem& p, const FirstPlan& plan, Config* c) {
+  switch (plan.first) {
+    case First::kSlices:
+      c->tile_height = plan.slices.tile_height, c->tile_width = plan.slices.tile_width, c->grid = plan.slices.tiles;
+      break;
+    case First::kTiles: {
+      const sm90::ConvNormTile& t = plan.tiles.tile;
+      c->tile_images = t.images, c->tile_height = t.groups * t.rows, c->tile_width = t.strips * 8, c->grid = plan.tiles.grid();
+      break;
+    }
+    case First::kImages:
+      c->tile_images = 1, c->grid = plan.images.grid;
+      c->tile_height = static_cast<int>(p.height), c->tile_width = static_cast<int>(p.width);
+      break;
+    case First::kGrouped:
+      c->tile_height = plan.grouped.tile.rows(), c->grid = plan.grouped.tiles;
+      c->tile_width = plan.grouped.tile.columns > 0 ? plan.grouped.tile.columns : plan.grouped.tile.pixels();
+  }
+  c->tile_pixels = std::max(c->tile_images, 1) * c->tile_height * c->tile_width;
+}
+
 template <bool kDepthwise, int kExpandTile, int kProjectTile>
 struct SplitRow {
-  static constexpr ConvTile kConv = conv_tile(kDepthwise);
-
   static int linear_shared_memory() {
     return std::max(linear_tile(kExpandTile).shared_bytes(), linear_tile(kProjectTile).shared_bytes());
   }
 
-  static int conv_shared_memory(const Problem& p, const Geometry& g, int buffers) {
-    return conv_layout(p.channels, kDepthwise).region + buffers * g.halo_pixels * row_bytes(kConv.slice);
-  }
-
   static bool supports(const Problem& p, const Device& d) {
-    if (!within_operator(p, kDepthwise, kConv.max_channels) || one_launch_covers(p, d)) return false;
-    const Geometry g = choose_geometry(p, kConv.pixels, kDepthwise);
-    return g.tiles > 0 && std::max(linear_shared_memory(), conv_shared_memory(p, g, 1)) <= d.max_shared_memory;
+    return within_operator(p, kDepthwise, conv_tile(kDepthwise).max_channels) && !one_launch_covers(p, d) &&
+           linear_shared_memory() <= d.max_shared_memory && first_covered(first_plan(p, d));
   }
 
+  // The first launch is planned for the configuration's own shared memory again when it runs: what was best remains it.
   static Config configure(const Problem& p, const Device& d) {
-    const Geometry g = choose_geometry(p, kConv.pixels, kDepthwise);
-    const int region = conv_layout(p.channels, kDepthwise).region;
-    const int budget = std::min(d.max_shared_memory, conv_shared_memory(p, g, kDepthwise ? 1 : 4));
-    const int buffers = slice_buffers(p, g, kConv.slice, region, budget);
+    const FirstPlan& first = first_plan(p, d);
     Config c{};
-    c.tile_height = g.tile_height;
-    c.tile_width = g.tile_width;
-    c.tile_pixels = kConv.pixels;
+    describe_first(p, first, &c);
     c.hidden_chunk = linear_tile(kExpandTile).n;
     c.stages = linear_tile(kExpandTile).stages;
     c.threads = linear_tile(kExpandTile).threads();
-    c.grid = g.tiles;
-    c.shared_memory = std::max(linear_shared_memory(), conv_shared_memory(p, g, buffers));
+    c.shared_memory = std::max(linear_shared_memory(), first.shared_memory);
     c.launches = 3;
     c.workspace = normalised_bytes(p) + p.batch * p.height * p.width * p.hidden * 2;
+    c.multiprocessors = d.multiprocessors;
     return c;
   }
 
@@ -151,24 +165,17 @@ struct SplitRow {
     return 2 + waves * resident * (static_cast<double>(t.m) * t.n * depth / kLinearRate + 2000) / kClockMhz;
   }
 
-  static double cost(const Problem& p, const Device& d, const Config& c) {
+  static double cost(const Problem& p, const Device& d, const Config&) {
     const int64_t pixels = p.batch * p.height * p.width;
-    const double taps = p.kernel_size * p.kernel_size;
-    const double conv = c.tile_pixels * p.channels * taps / (kDepthwise ? kDepthwiseRate / 2 : kGroupedRate / 2) + kTileClocks;
-    return 4 + ceil_div(c.grid, d.multiprocessors) * conv / kClockMhz +
-           linear_cost(d, linear_tile(kExpandTile), pixels, p.hidden, p.channels) +
+    return first_plan(p, d).cost + linear_cost(d, linear_tile(kExpandTile), pixels, p.hidden, p.channels) +
            linear_cost(d, linear_tile(kProjectTile), pixels, p.channels, p.hidden) + pixels * p.hidden * 4.0 / 3e6;
   }
 
   template <DType kType>
   static int launch_all(const Problem& p, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
-    const Geometry g = geometry_of(p, c);
-    const int region = conv_layout(p.channels, kDepthwise).region;
-    const int buffers = slice_buffers(p, g, kConv.slice, region, c.shared_memory);
     const int pixels = static_cast<int>(p.batch * p.height * p.width);
     void* hidden = static_cast<char*>(workspace) + normalised_bytes(p);
-    int error = ConvNorm<kType, kDepthwise>::launch(block_params(p, t, g, buffers), workspace, c.grid,
-                                                    conv_shared_memory(p, g, buffers), stream);
+    int error = launch_first<kType>(p, t, first_plan(p, planned_device(c)), workspace, stream);
     if (error != 0) return error;
     LinearParams expand{workspace, t.expand_weight, t.expand_bias, hidden, pixels, p.hidden, p.channels,
                         static_cast<int>(p.activation), {}, 1};
@@ -194,22 +201,23 @@ struct SplitRow {
 // ---- the same, with the persistent linear layers ----
 
 // Fitted to measured launches (NOTES.md): multiply-adds a clock that the main loop sustains, of the 1300 of mma.sync, a tile's clocks
-// outside it, and microseconds of a launch.
-constexpr double kPersistentRate = 1000;
-constexpr double kPersistentTileClocks = 4500;
+// outside it, microseconds of a launch, and bytes a microsecond of the device's memory.
+constexpr double kPersistentRate = 1150;
+constexpr double kPersistentTileClocks = 8000;
 constexpr double kPersistentLaunch = 2.5;
+constexpr double kPersistentBytes = 2.6e6;
 
 // Each product takes the tile that should be fastest.
 template <bool kDepthwise>
 struct PersistentSplitRow {
-  using Conv = SplitRow<kDepthwise, 0, 0>;
+  using Split = SplitRow<kDepthwise, 0, 0>;
 
   static int64_t tiles(const PersistentTile& t, int64_t rows, int columns) { return ceil_div(rows, t.m) * ceil_div(columns, t.n); }
 
   static double linear_cost(int multiprocessors, const PersistentTile& t, int64_t rows, int columns, int depth) {
     const int64_t waves = ceil_div(tiles(t, rows, columns), multiprocessors);
     const double loop = static_cast<double>(t.m) * t.n * (ceil_div(depth, t.depth) * t.depth) / kPersistentRate;
-    return kPersistentLaunch + waves * (loop + kPersistentTileClocks) / kClockMhz;
+    return kPersistentLaunch + std::max(waves * (loop + kPersistentTileClocks) / kClockMhz, 2.0 * rows * (columns + depth) / kPersistentBytes);
   }
 
   static int best_tile(int multiprocessors, int64_t rows, int columns, int depth) {
@@ -230,30 +238,23 @@ struct PersistentSplitRow {
   }
 
   static bool supports(const Problem& p, const Device& d) {
-    if (!within_operator(p, kDepthwise, Conv::kConv.max_channels) || p.channels < 128) return false;
-    const Geometry g = choose_geometry(p, Conv::kConv.pixels, kDepthwise);
-    return g.tiles > 0 && std::max(linear_shared_memory(p, d.multiprocessors), Conv::conv_shared_memory(p, g, 1)) <= d.max_shared_memory;
+    return within_operator(p, kDepthwise, conv_tile(kDepthwise).max_channels) && p.channels >= 128 &&
+           linear_shared_memory(p, d.multiprocessors) <= d.max_shared_memory && first_covered(first_plan(p, d));
   }
 
   static Config configure(const Problem& p, const Device& d) {
-    Config c = Conv::configure(p, d);
-    const Geometry g = geometry_of(p, c);
-    const int buffers = slice_buffers(p, g, Conv::kConv.slice, conv_layout(p.channels, kDepthwise).region, c.shared_memory);
+    Config c = Split::configure(p, d);
     const PersistentTile expand = persistent_tile(expand_tile(p, d.multiprocessors));
     c.hidden_chunk = expand.n;
     c.stages = expand.stages;
     c.threads = expand.threads();
-    c.shared_memory = std::max(linear_shared_memory(p, d.multiprocessors), Conv::conv_shared_memory(p, g, buffers));
-    c.multiprocessors = d.multiprocessors;
+    c.shared_memory = std::max(linear_shared_memory(p, d.multiprocessors), first_plan(p, d).shared_memory);
     return c;
   }
 
-  static double cost(const Problem& p, const Device& d, const Config& c) {
-    const double taps = p.kernel_size * p.kernel_size;
-    const double conv = c.tile_pixels * p.channels * taps / (kDepthwise ? kDepthwiseRate / 2 : kGroupedRate / 2) + kTileClocks;
+  static double cost(const Problem& p, const Device& d, const Config&) {
     const int expand = expand_tile(p, d.multiprocessors), project = project_tile(p, d.multiprocessors);
-    return 4 + ceil_div(c.grid, d.multiprocessors) * conv / kClockMhz +
-           linear_cost(d.multiprocessors, persistent_tile(expand), pixels(p), p.hidden, p.channels) +
+    return first_plan(p, d).cost + linear_cost(d.multiprocessors, persistent_tile(expand), pixels(p), p.hidden, p.channels) +
            linear_cost(d.multiprocessors, persistent_tile(project), pixels(p), p.channels, p.hidden);
   }
 
@@ -271,13 +272,9 @@ struct PersistentSplitRow {
 
   template <DType kType>
   static int launch_all(const Problem& p, const Tensors& t, const Config& c, void* workspace, cudaStream_t stream) {
-    const Geometry g = geometry_of(p, c);
-    const int region = conv_layout(p.channels, kDepthwise).region;
-    const int buffers = slice_buffers(p, g, Conv::kConv.slice, region, c.shared_memory);
     const int rows = static_cast<int>(pixels(p));
-    void* hidden = static_cast<char*>(workspace) + Conv::normalised_bytes(p);
-    int error = ConvNorm<kType, kDepthwise>::launch(block_params(p, t, g, buffers), workspace, c.grid,
-                                                    Conv::conv_shared_memory(p, g, buffers), stream);
+    void* hidden = static_cast<char*>(workspace) + Split::normalised_bytes(p);
+    int error = launch_first<kType>(p, t, first_plan(p, planned_device(c)), workspace, stream);
     if (error != 0) return error;
     const LinearParams expand{workspace, t.expand_weight, t.expand_bias, hidden, rows, p.hidden, p.channels,
                               static_cast<int>(p.activation), {}, 1};
@@ -293,7 +290,7 @@ struct PersistentSplitRow {
                                    : launch_all<DType::kBFloat16>(p, t, c, workspace, stream);
   }
 
-  static constexpr Variant row(const char* name) { return {name, 80, 999, supports, configure, cost, launch, Conv::kernel}; }
+  static constexpr Variant row(const char* name) { return {name, 80, 999, supports, configure, cost, launch, Split::kernel}; }
 };
 
 constexpr Variant kRows[] = {

@@ -25,6 +25,7 @@
 #undef __grid_constant__
 #undef __align__
 #undef __restrict__
+#undef __maxnreg__
 #define __global__
 #define __device__
 #define __host__
@@ -34,6 +35,7 @@
 #define __grid_constant__
 #define __align__(n)
 #define __restrict__
+#define __maxnreg__(...)
 
 // EMULATED: the folder of csrc whose kernels are compiled.
 namespace convfirst::EMULATED::sm80 {
@@ -120,6 +122,12 @@ struct BlockIndex {
 };
 extern ThreadIndex thread_index;
 extern BlockIndex block_index;
+struct ThreadCount {
+  struct {
+    operator int() const { return static_cast<int>(threads.size()); }
+  } x;
+};
+inline ThreadCount thread_count;
 
 void syncthreads();
 inline void syncwarp() {
@@ -156,6 +164,7 @@ inline float as_float(uint32_t bits) {
 
 #define threadIdx emulation::thread_index
 #define blockIdx emulation::block_index
+#define blockDim emulation::thread_count
 #define __syncthreads emulation::syncthreads
 #define __syncwarp emulation::syncwarp
 #define __shfl_xor_sync emulation::shfl_xor

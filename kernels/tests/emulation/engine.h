@@ -4,7 +4,7 @@
 #include "common/cuda_on_cpu.h"
 
 namespace convfirst::EMULATED::sm80 {
-alignas(128) unsigned char smem[256 * 1024];
+alignas(1024) unsigned char smem[256 * 1024];
 }
 
 namespace emulation {
@@ -61,6 +61,12 @@ void run_block() {
 }
 
 }  // namespace
+
+// Portable kernels have no clusters, though they share code with kernels that do.
+int cluster_rank() { return 0; }
+void cluster_arrive() {}
+void cluster_wait() {}
+const unsigned char* memory_of(int rank) { fail("no such block in the cluster", rank); }
 
 void yield() { swapcontext(&thread().context, &scheduler); }
 

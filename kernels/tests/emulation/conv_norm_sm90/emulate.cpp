@@ -138,9 +138,9 @@ struct BlockSize {
 }  // namespace emulation
 
 #undef threadIdx
+#undef blockDim
 #define threadIdx emulation::index_in_block
 #define blockDim emulation::block_size
-#define __maxnreg__(registers)
 
 #include "block_fusion/conv_norm_fwd_sm90.cuh"
 #include "block_fusion/conv_norm_sm90.cpp"
