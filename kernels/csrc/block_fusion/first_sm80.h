@@ -80,7 +80,7 @@ inline bool tiles_plan(const Problem& q, const Device& device, sm90::ConvNormPla
 }
 
 inline bool images_plan(const Problem& q, const Device& device, sm90::ImagePlan* plan) {
-  return sm90::image_plan(q, {90, device.multiprocessors, device.max_shared_memory}, plan);  // its cp.async needs less than it asks for
+  return sm90::image_plan(q, {90, device.multiprocessors, device.max_shared_memory}, plan);  // what it wants Hopper for is left out here
 }
 
 // The older launch: one block a tile of a few pixels.
