@@ -13,7 +13,7 @@ from convfirst.app.evaluate import evaluate
 def main(config: DictConfig) -> None:
     try:
         evaluate(config)
-    except (InstantiationException, FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+    except (InstantiationException, OSError, ModuleNotFoundError, ValueError) as error:
         sys.exit(f"error: {error.__cause__ or error}")
 
 

@@ -33,7 +33,7 @@ HALF = np.uint64(32)
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-class FFCVError(RuntimeError):
+class FFCVError(OSError):
     """FFCV's loading thread ended; the message names the file and the cause."""
 
 
@@ -95,7 +95,7 @@ class CropDecoder(SimpleRGBImageDecoder):
         crop = Compiler.compile(self.make_crop())
 
         def decode(keys, destination, metadata, storage_state):
-            failures = 0
+            damaged = np.int64(-1)
             for i in each(len(keys)):
                 field = metadata[keys[i] & INDEX_MASK]
                 data = read(field["data_ptr"], storage_state)
@@ -104,7 +104,7 @@ class CropDecoder(SimpleRGBImageDecoder):
                     # not from FFCV's pool: that would hold the largest image once for each place in each batch ahead
                     pixels = np.empty((height, width, 3), np.uint8)
                     if decode_jpeg(data, pixels, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
-                        failures += 1
+                        damaged = max(damaged, np.int64(keys[i] & INDEX_MASK))
                 else:
                     pixels = data.reshape(height, width, 3)
                 top, left, rows, columns, flip = crop(height, width, keys[i])
@@ -112,8 +112,8 @@ class CropDecoder(SimpleRGBImageDecoder):
                 resize(pixels, top, top + rows, left, left + columns, image)
                 if flip:
                     image[:] = image[:, ::-1].copy()
-            if failures > 0:
-                raise ValueError("a stored JPEG can't be decoded")
+            if damaged >= 0:
+                raise ValueError("the JPEG of this image (from 0) can't be decoded", damaged)
             return destination[: len(keys)]
 
         decode.is_parallel = True

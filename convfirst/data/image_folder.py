@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.auto_augment import posterize
 from torch.utils.data import DataLoader, Dataset
 
 from convfirst.data.augment import Augment
@@ -49,7 +51,7 @@ def train_transform(augment: Augment, size: int) -> Callable:
     What follows on the device (normalisation, erasing, mixing) is `ImageDataModule`'s; without it this is exactly
     `timm.data.create_transform(..., use_prefetcher=True)`.
     """
-    return create_transform(
+    transform = create_transform(
         size,
         is_training=True,
         no_aug=augment.scale is None,
@@ -63,6 +65,16 @@ def train_transform(augment: Augment, size: int) -> Callable:
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
     )
+    for step in transform.transforms:
+        for operation in getattr(step, "ops", []):
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options) -> Image.Image:
+    """timm's; with no bit kept the image is black, as before Pillow 13, which refuses that. RandAugment asks for it."""
+    return posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
 def eval_transform(augment: Augment, size: int) -> Callable:

@@ -204,7 +204,7 @@ def test_a_damaged_jpeg_stops_with_the_files_name(make_data, tree, tmp_path):
     start = content.index(b"\xff\xd8\xff")
     content[start : start + 4] = bytes(4)
     path.write_bytes(content)
-    with pytest.raises(FFCVError, match=f"{path} failed.*can't be decoded"):
+    with pytest.raises(FFCVError, match=f"{path} failed.*the JPEG of this image .* can't be decoded\", 0"):
         list(make_data("ffcv", root=str(tmp_path)).val_dataloader())
 
 

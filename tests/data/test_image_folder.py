@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform
 
 from convfirst.data import Augment, BadImageError, imagenet_labels
@@ -76,6 +76,16 @@ def test_convnext_augmentation_equals_timm_with_the_published_options(tree):
         torch.manual_seed(5)
         results.append(torch.stack([transform(image) for _ in range(8)]))
     assert torch.equal(*results)
+
+
+def test_posterize_may_keep_no_bit(tree):
+    """At magnitudes of 10 and more, which mstd0.5 reaches; Pillow 13 refuses it."""
+    (policy,) = [step for step in train_transform(convnext(), 224).transforms if hasattr(step, "ops")]
+    (operation,) = [operation for operation in policy.ops if operation.name == "PosterizeIncreasing"]
+    image = Image.open(first_file(tree)).convert("RGB")
+    for magnitude, expected in ((10, Image.new("RGB", image.size)), (5, ImageOps.posterize(image, 2))):
+        operation.prob, operation.magnitude, operation.magnitude_std = 1.0, magnitude, 0
+        assert operation(image) == expected
 
 
 def test_convnext_mixing_and_erasing_have_the_published_values():
