@@ -1,8 +1,9 @@
 """ImageNet's layout on disk: JPEG files in class folders, decoded and augmented by worker processes with timm."""
 
 import logging
+import re
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from convfirst.data.seeding import seeded
 log = logging.getLogger(__name__)
 
 TEST_SETS = ("folder", "imagenet_v2", "imagenet_real")
+IMAGENET_VAL_IMAGES = 50000
 MOST_SUBSTITUTES = 100  # so many unreadable files in a row are no accident
 SECONDS_AFTER_SIGTERM = 30  # a worker serves on, until the main process has come to the end of an update
 
@@ -156,7 +158,8 @@ class ImageFolderDataModule(ImageDataModule):
             the reassessed labels of Beyer et al. 2020; targets are then int64 [B, L], see `read_real_labels`.
         test_root: for "imagenet_v2".
         real_labels: real.json for "imagenet_real"; None takes the copy in timm.
-        num_images: expected counts by split, such as {"val": 50000}; another count is an error.
+        num_images: expected counts by split, such as {"val": 50000}; another count is an error. Without it a val of
+            ImageNet-1K's classes, 1000 folders called n and eight digits, must hold 50,000.
 
     Raises:
         FileNotFoundError: `root` isn't there, or a class folder is empty.
@@ -329,10 +332,19 @@ class ImageFolderDataModule(ImageDataModule):
             yield nothing if images is None else (images, targets)
 
     def _counted(self, split: str, tree: ImageTree) -> ImageTree:
-        expected = self.num_images.get(split, len(tree))
-        if len(tree) != expected:
-            raise ValueError(f"{tree.root} holds {len(tree)} images, data.num_images.{split} says {expected}")
+        held, expected = f"{tree.root} holds {len(tree)} images", self.num_images.get(split)
+        if expected is not None and len(tree) != expected:
+            raise ValueError(f"{held}, data.num_images.{split} says {expected}")
+        if expected is None and split == "val" and _is_imagenet_1k(tree.classes) and len(tree) != IMAGENET_VAL_IMAGES:
+            accept = f"+data.num_images.val={len(tree)}"
+            raise ValueError(
+                f"{held}, ImageNet-1K's validation has {IMAGENET_VAL_IMAGES}; {accept} takes them as they are"
+            )
         return tree
+
+
+def _is_imagenet_1k(classes: Sequence[str]) -> bool:
+    return len(classes) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes)
 
 
 def _outlive_signals(worker: int) -> None:

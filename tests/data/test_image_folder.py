@@ -4,6 +4,7 @@ import json
 import logging
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from timm.data import create_transform
 
 from convfirst.data import Augment, BadImageError, imagenet_labels
 from convfirst.data.image_folder import train_transform
-from convfirst.data.image_tree import read_tree
+from convfirst.data.image_tree import ImageTree, read_tree
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -76,6 +77,15 @@ def test_convnext_augmentation_equals_timm_with_the_published_options(tree):
         torch.manual_seed(5)
         results.append(torch.stack([transform(image) for _ in range(8)]))
     assert torch.equal(*results)
+
+
+def test_a_cut_validation_set_of_imagenet_is_refused(make_data):
+    names = tuple(f"n{i:08}" for i in range(1000))
+    cut = ImageTree(Path("val"), names, np.zeros(49999, "S1"), np.zeros(49999, np.int64))
+    with pytest.raises(ValueError, match=r"val holds 49999 images, .* has 50000; \+data.num_images.val=49999 takes"):
+        make_data("image_folder")._counted("val", cut)
+    assert make_data("image_folder", num_images={"val": 15})._counted("train", cut) is cut
+    assert make_data("image_folder")._counted("val", replace(cut, classes=("cat", *names[1:]))).classes[0] == "cat"
 
 
 def test_posterize_may_keep_no_bit(tree):
