@@ -2,11 +2,13 @@
 
 import signal
 import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
 from convfirst.app.benchmark import benchmark
+from convfirst.app.overrides import check_overrides
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="benchmark")
@@ -19,4 +21,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    check_overrides(Path(__file__).parents[1] / "configs", "benchmark")
     main()

@@ -1,12 +1,14 @@
 """Export a trained model for timm and ONNX: python scripts/export.py checkpoint=runs/digits output=exported/digits."""
 
 import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue
 
 from convfirst.app.export import export
+from convfirst.app.overrides import check_overrides
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="export")
@@ -18,4 +20,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    check_overrides(Path(__file__).parents[1] / "configs", "export")
     main()

@@ -4,11 +4,13 @@ Writes results/device-<name>.json, which the analysis and the reports then use i
 """
 
 import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
 from convfirst.app.measure_device import measure_device
+from convfirst.app.overrides import check_overrides
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="measure_device")
@@ -20,4 +22,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    check_overrides(Path(__file__).parents[1] / "configs", "measure_device")
     main()

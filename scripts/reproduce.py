@@ -5,10 +5,12 @@ reports the arithmetic and the results that are there. paper=convfirst train=tru
 """
 
 import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
+from convfirst.app.overrides import check_overrides
 from convfirst.app.reproduce import reproduce
 
 
@@ -21,4 +23,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    check_overrides(Path(__file__).parents[1] / "configs", "reproduce")
     main()

@@ -24,3 +24,26 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory):
+    """An image tree: 3 classes of 13 training and 5 validation images."""
+    from convfirst.data.sample_tree import SampleTree
+
+    root = tmp_path_factory.mktemp("images") / "tree"
+    SampleTree(num_classes=3, train_images=13, val_images=5, min_side=40, max_side=64).write(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def betons(tree, tmp_path_factory):
+    """The tree as FFCV files: uncompressed, short side 36 = floor(32 / 0.875)."""
+    pytest.importorskip("ffcv")
+    from convfirst.data.ffcv_writer import Preset, write_beton
+    from convfirst.data.image_tree import read_tree
+
+    root = tmp_path_factory.mktemp("ffcv")
+    for split in ("train", "val"):
+        write_beton(read_tree(tree / split), root / f"{split}.beton", Preset(36, jpeg=0.0, page_size=1 << 21))
+    return root

@@ -107,9 +107,10 @@ def _launcher(devices: int) -> list[str]:
 def _bare_arguments(train_config: DictConfig, suite: DictConfig) -> dict:
     """The model, batch, precision, compilation and optimiser of ``train_config``."""
     model = OmegaConf.to_container(train_config.model, resolve=True)
+    left_out = {"_target_", "unused", *model.get("unused", [])}
     return {
         "model": model.pop("model_name"),
-        "model_kwargs": {key: value for key, value in model.items() if key != "_target_"},
+        "model_kwargs": {key: value for key, value in model.items() if key not in left_out},
         "batch": train_config.data.batch_size,
         "image_size": train_config.data.image_size,
         "precision": train_config.trainer.precision,

@@ -1,13 +1,15 @@
 """Metrics as a CSV file that survives a killed run."""
 
 import csv
-import os
+import io
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
+
+from convfirst.training.checkpoint import write_atomically
 
 
 def read_rows(path: str | Path) -> list[dict[str, str]]:
@@ -29,6 +31,9 @@ class CSVLog(Logger):
     Args:
         path: the file.
         start_step: number of updates at which this process starts.
+
+    Raises:
+        OSError: while logging, the file can't be written, on a full disk for instance; the message names it.
     """
 
     def __init__(self, path: str | Path, start_step: int = 0) -> None:
@@ -62,15 +67,20 @@ class CSVLog(Logger):
         if new or not self._ready:
             self._rewrite()
         else:
+            self._append(row)
+        self._ready = True
+
+    def _append(self, row: dict[str, Any]) -> None:
+        try:
             with open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, self._columns).writerow(row)
-        self._ready = True
+        except OSError as error:  # a full disk's names no file
+            raise OSError(f"can't write {self.path}: {error}") from error
 
     def _rewrite(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(self._rows)
-        os.replace(temporary, self.path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns)
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))

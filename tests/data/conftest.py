@@ -4,30 +4,8 @@ import pytest
 import torch
 
 from convfirst.data import DigitsDataModule, FFCVDataModule, ImageFolderDataModule, SyntheticDataModule
-from convfirst.data.image_tree import read_tree
-from convfirst.data.sample_tree import SampleTree
 
 CROP = {"hflip": 0.5, "scale": (0.35, 1.0), "ratio": (0.75, 1.33)}
-
-
-@pytest.fixture(scope="session")
-def tree(tmp_path_factory):
-    """3 classes of 13 training and 5 validation images."""
-    root = tmp_path_factory.mktemp("images") / "tree"
-    SampleTree(num_classes=3, train_images=13, val_images=5, min_side=40, max_side=64).write(root)
-    return root
-
-
-@pytest.fixture(scope="session")
-def betons(tree, tmp_path_factory):
-    """The tree as FFCV files: uncompressed, short side 36 = floor(32 / 0.875)."""
-    pytest.importorskip("ffcv")
-    from convfirst.data.ffcv_writer import Preset, write_beton
-
-    root = tmp_path_factory.mktemp("ffcv")
-    for split in ("train", "val"):
-        write_beton(read_tree(tree / split), root / f"{split}.beton", Preset(36, jpeg=0.0, page_size=1 << 21))
-    return root
 
 
 @pytest.fixture(scope="session")

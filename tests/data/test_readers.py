@@ -1,37 +1,16 @@
 """WebDataset shards and Hugging Face data sets hold what the image tree holds, and are refused where they don't."""
 
 import importlib.util
-import io
-import json
 import tarfile
 
 import pytest
 import torch
 
 from convfirst.data import BadImageError, HuggingFaceDataModule, WebDatasetDataModule
-from convfirst.data.image_tree import read_tree
+from tests.data.shards import add, write_shards
 
 SMALL = {"batch_size": 4, "eval_batch_size": 4, "num_workers": 0, "image_size": 32}
 CROP = {"hflip": 0.5, "scale": (0.35, 1.0), "ratio": (0.75, 1.33), "auto_augment": "rand-m9-mstd0.5-inc1"}
-
-
-def add(archive, name, content):
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    archive.addfile(member, io.BytesIO(content))
-
-
-def write_shards(tree, root, split, name, json_labels=False, per_shard=10):
-    images = read_tree(tree / split)
-    for start in range(0, len(images), per_shard):
-        with tarfile.open(root / name.format(start // per_shard), "w") as archive:
-            for index in range(start, min(start + per_shard, len(images))):
-                add(archive, f"{split}/{index:05d}.jpg", images.path(index).read_bytes())
-                label = int(images.targets[index])
-                if json_labels:
-                    add(archive, f"{split}/{index:05d}.json", json.dumps({"label": label}).encode())
-                else:
-                    add(archive, f"{split}/{index:05d}.cls", str(label).encode())
 
 
 @pytest.fixture
