@@ -805,14 +805,18 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const SharedLayout layout = layout_of<Traits>(p, p.x_slots);
   const Barriers bar{smem_address(smem + layout.barriers)};
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < 7 * kMaxSlots; ++i) {
-      const int group = i / kMaxSlots;
-      const bool weights_empty = group == 3 || group == 4;
-      const int arrivals = group < 3 || i == 6 * kMaxSlots ? 1 : weights_empty && !Traits::kAlternates ? 4 * Traits::kWarpgroups : 4;
-      transaction_barrier(bar.at(group, i % kMaxSlots))->init(arrivals);
-    }
+  // A barrier a thread: 56 one after another took longer than the vectors' way from L2.
+  if (threadIdx.x < 7 * kMaxSlots) {
+    const int i = static_cast<int>(threadIdx.x), group = i / kMaxSlots;
+    const bool weights_empty = group == 3 || group == 4;
+    const int arrivals = group < 3 || i == 6 * kMaxSlots ? 1 : weights_empty && !Traits::kAlternates ? 4 * Traits::kWarpgroups : 4;
+    transaction_barrier(bar.at(group, i % kMaxSlots))->init(arrivals);
     cutlass::arch::fence_barrier_init();
+  }
+  if (threadIdx.x == 96) {
+    for (const CUtensorMap* map : {&x_map, &zeros_map, &w1_map, &w2_map}) {
+      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
+    }
   }
   load_vectors<Traits>(p, smem, layout);
   __syncthreads();
