@@ -96,7 +96,9 @@ def models() -> list[Model]:
 
 def _speed(name: str) -> tuple[float, str]:
     for row in _trained(name, data="synthetic", devices=1):
-        return row["images_per_s"], f"measured: {row['precision']}, batch {row['batch']}, {_where(TRAINING)}"
+        results = read(TRAINING)
+        when = f"commit {row['other_commit']}" if "other_commit" in row else results["date"]
+        return row["images_per_s"], f"measured: {row['precision']}, batch {row['batch']}, {results['device']}, {when}"
     inference = read("models-h200.json")
     row = next((row for row in inference["rows"] if row["peer"] == f"{name} inductor"), None)
     if row is None:
@@ -109,11 +111,6 @@ def _trained(name: str, **wanted: str | int) -> list[dict]:
     """Rows of the training benchmark."""
     rows = (read(TRAINING) or {"rows": []})["rows"]
     return [row for row in rows if row["model"] == name and all(row[key] == value for key, value in wanted.items())]
-
-
-def _where(name: str) -> str:
-    results = read(name)
-    return f"{results['device']}, {results['date']}"
 
 
 def _observed(model: Model) -> str:
