@@ -38,12 +38,7 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def betons(tree, tmp_path_factory):
-    """The tree as FFCV files: uncompressed, short side 36 = floor(32 / 0.875)."""
-    pytest.importorskip("ffcv")
-    from convfirst.data.ffcv_writer import Preset, write_beton
-    from convfirst.data.image_tree import read_tree
+    """The tree as FFCV files."""
+    from tests.data.betons import write_betons
 
-    root = tmp_path_factory.mktemp("ffcv")
-    for split in ("train", "val"):
-        write_beton(read_tree(tree / split), root / f"{split}.beton", Preset(36, jpeg=0.0, page_size=1 << 21))
-    return root
+    return write_betons(tree, tmp_path_factory.mktemp("ffcv"))

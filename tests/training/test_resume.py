@@ -9,9 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from convfirst.app.run_dir import RunExistsError
 from convfirst.app.train import train
-from convfirst.data.image_tree import read_tree
 from convfirst.data.sample_tree import SampleTree
 from convfirst.training import StopRequested
+from tests.data.betons import write_betons
 from tests.training.helpers import (
     REPOSITORY,
     TINY,
@@ -119,13 +119,7 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def betons(tree, tmp_path_factory):
-    pytest.importorskip("ffcv")
-    from convfirst.data.ffcv_writer import Preset, write_beton
-
-    root = tmp_path_factory.mktemp("ffcv")
-    for split in ("train", "val"):
-        write_beton(read_tree(tree / split), root / f"{split}.beton", Preset(36, jpeg=0.0, page_size=1 << 21))
-    return root
+    return write_betons(tree, tmp_path_factory.mktemp("ffcv"))
 
 
 @pytest.mark.parametrize("source", ["image_folder", "ffcv"])
