@@ -25,7 +25,9 @@
 //   turns at the rings           shared, a barrier a consumer and ring          the consumer before   turn taken
 //   convolution sums, then O     the same C/2 registers, from the bias on        mma.sync, then wgmma  -
 //   S, P                         32 and 2 x 16 registers                        wgmma, activation     -
-//   y tile                       shared, over the x tile; 16-byte stores        consumer              -
+//   x again, for the residual    shared, over A (kReloadsX)                     warp 2 (TMA)          y tile written over it
+//   y tile                       shared, over the x tile; flat tiles by TMA, a  consumer              read by its store
+//                                warp's 16 pixels each, else 16-byte stores
 #pragma once
 
 #include <cutlass/fast_math.h>
@@ -70,6 +72,9 @@ struct Barriers {
   // The warpgroup's turn at each of the weights has come (kAlternates).
   __device__ __forceinline__ uint32_t w1_turn(int warpgroup) const { return at(6, 1 + warpgroup); }
   __device__ __forceinline__ uint32_t w2_turn(int warpgroup) const { return at(6, 4 + warpgroup); }
+  // The tile's products no longer read A; x has come in its place (kReloadsX). Behind the slots of x, of which there are at most three.
+  __device__ __forceinline__ uint32_t a_empty(int warpgroup) const { return at(5, 4 + warpgroup); }
+  __device__ __forceinline__ uint32_t residual_full(int warpgroup) const { return at(2, 4 + warpgroup); }
 };
 
 template <class Traits>
@@ -192,6 +197,25 @@ __device__ void produce_pixels(const KernelParams& p, const CUtensorMap& x_map, 
     load_tile<Traits>(p, x_map, zeros_map, Tile(p, index), smem + layout.x + ring.slot() * p.x_slot_bytes,
                       transaction_barrier(bar.x_full(ring.slot())));
     ring.advance(p.x_slots, false);
+  }
+}
+
+// The pixels of each flat tile once more, without halo, over its A: they come from L2 under the tile's last products.
+template <class Traits>
+__device__ void produce_residuals(const KernelParams& p, const CUtensorMap& pixels_map, char* smem, const SharedLayout& layout, Barriers bar) {
+  const int tiles = tiles_of_block(p);
+#pragma unroll 1
+  for (int i = 0; i < tiles; ++i) {
+    const int warpgroup = i % Traits::kWarpgroups;
+    wait_barrier(bar.a_empty(warpgroup), i / Traits::kWarpgroups & 1);
+    TransactionBarrier* full = transaction_barrier(bar.residual_full(warpgroup));
+    full->arrive_and_expect_tx(Traits::kABytes);
+    const Tile tile(p, blockIdx.x + i * gridDim.x);
+    char* to = smem + layout.x + i % p.x_slots * p.x_slot_bytes;
+#pragma unroll
+    for (int panel = 0; panel < Traits::kPanels; ++panel) {
+      tma_load_2d(&pixels_map, full, to + panel * Traits::kAPanelBytes, panel * Traits::kPanel, tile.first, kEvictNormal);
+    }
   }
 }
 
@@ -541,35 +565,63 @@ struct Consumer {
     }
   }
 
+  // O + x over x in shared memory; row: that of this lane's pixel, warp * 16 + lane % 16.
+  __device__ __forceinline__ void add_residual(const float (&o)[kChannels / 2], uint32_t slot, int panel_bytes, int row) const {
+    constexpr int kBatch = batch_of(kChannels / 8);
+    static_assert(kBatch % 2 == 0);
+#pragma unroll
+    for (int first = 0; first < kChannels / 8; first += kBatch) {
+      uint32_t x[kBatch / 2][4];
+#pragma unroll
+      for (int i = 0; i < kBatch / 2; ++i) ldmatrix_x4(x[i], matrix_address(slot, panel_bytes, row, first + 2 * i));
+#pragma unroll
+      for (int i = 0; i < kBatch / 2; ++i) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const float2 v = unpack2<Element>(x[i][r]);
+          const int k = 4 * (first + 2 * i) + 2 * r;
+          x[i][r] = pack2<Element>(o[k] + v.x, o[k + 1] + v.y);
+        }
+      }
+      __syncwarp();  // lanes of the dummy row read before any writes
+#pragma unroll
+      for (int i = 0; i < kBatch / 2; ++i) {
+        stmatrix_x4(matrix_address(slot, panel_bytes, row, first + 2 * i), x[i][0], x[i][1], x[i][2], x[i][3]);
+      }
+    }
+  }
+
   // Writes O over the tile in shared memory, the residual added where the x tile is still there.
   __device__ __forceinline__ void stage_output(const float (&o)[kChannels / 2], uint32_t slot) const {
     if constexpr (!Traits::kKeepsX) {
       store_pixels(o, slot);
     } else {
       // Rows of pixels that the tile shape lacks go to row 0, a corner of the halo.
-      const int row = max(reinterpret_cast<const int2*>(smem + layout.pixels)[warp * 16 + (lane & 15)].x, 0);
-      constexpr int kBatch = batch_of(kChannels / 8);
-      static_assert(kBatch % 2 == 0);
+      add_residual(o, slot, p.x_panel_bytes, max(reinterpret_cast<const int2*>(smem + layout.pixels)[warp * 16 + (lane & 15)].x, 0));
+    }
+  }
+
+  // A flat tile's pixels lie one after another in memory: each warp adds x to its own 16 and stores them by TMA, which leaves out
+  // what lies beyond the images. Waits until they are read, so that the slot may be filled again.
+  __device__ __forceinline__ void store_flat(const float (&o)[kChannels / 2], uint32_t slot, const Tile& tile, const CUtensorMap& y_map,
+                                             uint32_t residual_full, uint32_t phase) const {
+    const int first = Traits::kKeepsX ? Traits::kPad * (p.width + 1) : 0, panel_bytes = Traits::kKeepsX ? p.x_panel_bytes : Traits::kAPanelBytes;
+    if constexpr (Traits::kKeepsX) {
+      warpgroup_barrier(1 + warpgroup);  // every warp has read its taps
+    } else {
+      wait_barrier(residual_full, phase);  // all warps' A has been read before x comes
+    }
+    add_residual(o, slot, panel_bytes, first + warp * 16 + (lane & 15));
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) {
 #pragma unroll
-      for (int first = 0; first < kChannels / 8; first += kBatch) {
-        uint32_t x[kBatch / 2][4];
-#pragma unroll
-        for (int i = 0; i < kBatch / 2; ++i) ldmatrix_x4(x[i], matrix_address(slot, p.x_panel_bytes, row, first + 2 * i));
-#pragma unroll
-        for (int i = 0; i < kBatch / 2; ++i) {
-#pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            const float2 v = unpack2<Element>(x[i][r]);
-            const int k = 4 * (first + 2 * i) + 2 * r;
-            x[i][r] = pack2<Element>(o[k] + v.x, o[k + 1] + v.y);
-          }
-        }
-        __syncwarp();  // lanes of the dummy row read before any writes
-#pragma unroll
-        for (int i = 0; i < kBatch / 2; ++i) {
-          stmatrix_x4(matrix_address(slot, p.x_panel_bytes, row, first + 2 * i), x[i][0], x[i][1], x[i][2], x[i][3]);
-        }
+      for (int panel = 0; panel < Traits::kPanels; ++panel) {
+        const uint32_t from = slot + panel * panel_bytes + (first + warp * 16) * Traits::kRowBytes;
+        cute::SM90_TMA_STORE_2D::copy(&y_map, reinterpret_cast<void*>(__cvta_shared_to_generic(from)), panel * Traits::kPanel,
+                                      tile.first + warp * 16);
       }
+      bulk_store_wait();
     }
   }
 
@@ -633,19 +685,24 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void finish_tile(float (&o)[kChannels / 2], uint32_t slot, const Tile& tile) const {
+  __device__ __forceinline__ void finish_tile(float (&o)[kChannels / 2], uint32_t slot, const Tile& tile, const CUtensorMap& y_map,
+                                              uint32_t residual_full, uint32_t phase) const {
     scale_output(o, tile);
+    if (Traits::kTmaStore && is_flat<Traits>(p)) {
+      store_flat(o, slot, tile, y_map, residual_full, phase);
+      return;
+    }
     warpgroup_barrier(1 + warpgroup);  // every warp has read its taps and A
     stage_output(o, slot);
     warpgroup_barrier(1 + warpgroup);
-    if (is_flat<Traits>(p)) {
+    if (!Traits::kTmaStore && is_flat<Traits>(p)) {
       store_output<true>(slot, tile);
     } else {
       store_output<false>(slot, tile);
     }
   }
 
-  __device__ __forceinline__ void run(Barriers bar) {
+  __device__ __forceinline__ void run(Barriers bar, const CUtensorMap& y_map) {
     constexpr int kTurns = Traits::kWarpgroups;
     FeedForward<Traits, Barriers> feed_forward{p, bar, smem_address(smem + layout.w1), smem_address(smem + layout.w2),
                                                smem_address(smem + layout.expand_bias), lane, 0, p.chunks, {}, {}, {}, {}};
@@ -655,6 +712,7 @@ struct Consumer {
       feed_forward.turn_w1 = bar.w1_turn(warpgroup), feed_forward.turn_w2 = bar.w2_turn(warpgroup);
       feed_forward.next_w1 = bar.w1_turn(next), feed_forward.next_w2 = bar.w2_turn(next);
       feed_forward.jump(warpgroup * p.chunks);
+      feed_forward.a_empty = bar.a_empty(warpgroup);
     }
     for (int i = warpgroup; i < tiles; i += kTurns) {
       const int slot_index = i % p.x_slots;
@@ -669,7 +727,7 @@ struct Consumer {
       initialise_sums(sums, 3);
       feed_forward.run(sums, a);
       if constexpr (Traits::kAlternates) feed_forward.jump((kTurns - 1) * p.chunks);
-      finish_tile(sums, slot, Tile(p, blockIdx.x + opaque(i) * gridDim.x));
+      finish_tile(sums, opaque(slot), Tile(p, blockIdx.x + opaque(i) * gridDim.x), y_map, bar.residual_full(warpgroup), opaque(i) / kTurns & 1);
       fence_async_proxy();
       __syncwarp();
       if (lane == 0) arrive_barrier(bar.x_empty(slot_index));
@@ -718,7 +776,8 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     conv_first_block_fwd_sm90(const __grid_constant__ KernelParams p, const __grid_constant__ CUtensorMap x_map,
                               const __grid_constant__ CUtensorMap zeros_map, const __grid_constant__ CUtensorMap w1_map,
-                              const __grid_constant__ CUtensorMap w2_map) {
+                              const __grid_constant__ CUtensorMap w2_map, const __grid_constant__ CUtensorMap pixels_map,
+                              const __grid_constant__ CUtensorMap y_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char smem[];
   const SharedLayout layout = layout_of<Traits>(p, p.x_slots);
@@ -742,11 +801,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (threadIdx.x % 32 == 0) {
       if (warp == 0) produce_weights<Traits>(p, w1_map, w2_map, smem, layout, bar);
       if (warp == 1) produce_pixels<Traits>(p, x_map, zeros_map, smem, layout, bar);
+      if (Traits::kReloadsX && warp == 2 && is_flat<Traits>(p)) produce_residuals<Traits>(p, pixels_map, smem, layout, bar);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     Consumer<Traits> consumer{p, smem, layout_of<Traits>(p, opaque(p.x_slots)), warp / 4 - 1, warp % 4, static_cast<int>(threadIdx.x % 32)};
-    consumer.run(bar);
+    consumer.run(bar, y_map);
   }
 #endif
 }

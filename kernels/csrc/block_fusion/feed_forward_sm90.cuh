@@ -179,6 +179,7 @@ struct FeedForward {
   // Where warpgroups alternate, the other's turns: `turn` must have come before a tile's first chunk, `next` gets it after the last.
   uint32_t turn_w1 = 0, turn_w2 = 0, next_w1 = 0, next_w2 = 0;
   int turn = -1;  // phase of the turn; negative: nothing to wait for
+  uint32_t a_empty = 0;  // gets an arrival of each warp once the tile's last product from A is done
 
   __device__ bool w1_resident() const { return kFixed == 0 && !Traits::kAlternates && p.w1_slots == p.chunks; }
   __device__ bool w2_resident() const { return kFixed == 0 && !Traits::kAlternates && p.w2_slots == p.chunks; }
@@ -187,6 +188,9 @@ struct FeedForward {
   }
   __device__ __forceinline__ void pass_w2() {
     if (Traits::kAlternates && lane == 0) arrive_barrier(next_w2);
+  }
+  __device__ __forceinline__ void release_a() {
+    if (Traits::kReloadsX && lane == 0) arrive_barrier(a_empty);
   }
   // Over the chunks of the other warpgroups' tiles.
   __device__ __forceinline__ void jump(int steps) {
@@ -249,6 +253,7 @@ struct FeedForward {
     project(o, h, chunk > 0);
     cute::warpgroup_wait<1>();
     release_w1();
+    if (Traits::kReloadsX && chunk + 2 == count) release_a();
     if constexpr (Traits::kSchedule == Schedule::kDrain) {
       activate_chunk(s, next, chunk + 1);
       cute::warpgroup_wait<0>();
@@ -268,6 +273,7 @@ struct FeedForward {
     cute::warpgroup_wait<0>();
     read();
     release_w1();
+    if (Traits::kReloadsX && count == 1) release_a();
     activate_chunk(s, h[0], 0);
     int chunk = 0;
 #pragma unroll 1

@@ -53,6 +53,7 @@ struct FeedForwardTraits {
   static constexpr int kSlotBytes = kTilePixels * kChannels * 2;
   static constexpr int kLeastSlots = kXShared ? 2 : 1;  // a warpgroup's slots of A and x
   static constexpr bool kAlternates = false;
+  static constexpr bool kReloadsX = false;
   static constexpr bool kBiasFirst = false;
   static constexpr bool kSharesTail = kChannels == 256;  // two blocks may share the tiles of a last round
   static constexpr int kW2Parts = kSharesTail ? 2 : 1;

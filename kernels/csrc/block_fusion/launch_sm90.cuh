@@ -33,7 +33,7 @@ template <class Traits>
 int Kernel<Traits>::launch(const Problem& q, const Tensors& t, const Plan& plan, int shared_memory, cudaStream_t stream) {
   const TileShape& tile = plan.tile;
   constexpr int kPad = Traits::kPad;
-  CUtensorMap x_map, zeros_map, w1_map, w2_map;
+  CUtensorMap x_map, zeros_map, w1_map, w2_map, pixels_map{}, y_map{};
   const int64_t pixels = q.batch * q.height * q.width;
   const int flat_rows = tile.flat() ? tile.staged(kPad) - 1 : 1;
   const bool encoded_x =
@@ -44,10 +44,14 @@ int Kernel<Traits>::launch(const Problem& q, const Tensors& t, const Plan& plan,
       encoded_x && encode_map<2>(&zeros_map, q.dtype, t.x, {q.channels, pixels}, {Traits::kPanel, 1}, Traits::kRowBytes) &&
       encode_map<2>(&w1_map, q.dtype, t.expand_weight, {q.channels, q.hidden}, {Traits::kPanel, kHiddenChunk}, Traits::kRowBytes) &&
       encode_map<2>(&w2_map, q.dtype, t.project_weight, {q.hidden, q.channels}, {kHiddenChunk, Traits::kChannels / Traits::kW2Parts}, 128);
-  if (!encoded) return cudaErrorInvalidValue;
+  const bool encoded_y =
+      !(Traits::kTmaStore && tile.flat()) ||
+      (encode_map<2>(&pixels_map, q.dtype, t.x, {q.channels, pixels}, {Traits::kPanel, kTilePixels}, Traits::kRowBytes) &&
+       encode_map<2>(&y_map, q.dtype, t.y, {q.channels, pixels}, {Traits::kPanel, kTilePixels / 4}, Traits::kRowBytes));
+  if (!encoded || !encoded_y) return cudaErrorInvalidValue;
   const KernelParams params = kernel_params<Traits>(q, t, plan);
   return start_dependent_clusters(&conv_first_block_fwd_sm90<Traits>, params.shared ? 2 : 1, plan.grid, Traits::kThreads, shared_memory, stream,
-                                  params, x_map, zeros_map, w1_map, w2_map);
+                                  params, x_map, zeros_map, w1_map, w2_map, pixels_map, y_map);
 }
 
 template <class Traits>

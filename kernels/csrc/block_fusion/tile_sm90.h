@@ -71,6 +71,9 @@ struct BlockTraits {
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
   // The x tile survives the convolution only where nothing is written over it before the epilogue.
   static constexpr bool kKeepsX = kARegisters;
+  // Flat tiles are stored by TMA; where A lies over x, that comes again under the last products.
+  static constexpr bool kTmaStore = kAlternates;
+  static constexpr bool kReloadsX = kTmaStore && !kKeepsX;
   static constexpr int kW1Bytes = kHiddenChunk * kChannels * 2;
   static constexpr int kW2Bytes = kChannels * kHiddenChunk * 2;
   static constexpr int kABytes = kTilePixels * kChannels * 2;
