@@ -20,7 +20,8 @@
 //   W1, W2 chunks                shared, two rings, or resident if all fit      warp 0 (TMA)          product done, per chunk
 //   convolution weights          shared, or registers (B fragments) two pairs   warp 0 (TMA), or      -
 //                                of channel blocks ahead of their use           consumer, from L2
-//   bias, norm, scale vectors    shared, float32; at 256 channels L1            prologue              -
+//   bias, norm, scale vectors    shared, float32; at 256 channels L1, and from  prologue              -
+//                                A on the last two behind A in the x tile       consumer              tile stored
 //   expand biases                shared, float32; packed activation or 256 channels: 16 bit  prologue  -
 //   turns at the rings           shared, a barrier a consumer and ring          the consumer before   turn taken
 //   convolution sums, then O     the same C/2 registers, from the bias on        mma.sync, then wgmma  -
@@ -432,7 +433,7 @@ struct Consumer {
     const float* global;  // opaque, so that j goes into the load as a constant
     float absent;
     __device__ __forceinline__ float2 operator()(int j) const {
-      if constexpr (Traits::kVectorsInShared) return load_shared_float2(shared + j * 32);
+      if (Traits::kVectorsInShared || shared != 0) return load_shared_float2(shared + j * 32);
       return global != nullptr ? make_float2(__ldg(global + 8 * j), __ldg(global + 8 * j + 1)) : make_float2(absent, absent);
     }
   };
@@ -446,9 +447,14 @@ struct Consumer {
     return {0, v, index == 1 || index == 4 ? 1.f : 0.f};
   }
 
-  // Every pixel's sums start from the bias: vector 0 of the convolution's, 3 of O.
-  __device__ __forceinline__ void initialise_sums(float (&sums)[kChannels / 2], int bias) const {
-    const LaneVector start = lane_vector(bias);
+  // The projection's bias (vector 3) and the layer scale (4) behind A in the tile's slot, where no taps are read any more.
+  __device__ __forceinline__ LaneVector lane_vector_behind_a(int index, uint32_t slot) const {
+    if constexpr (Traits::kVectorsInShared) return lane_vector(index);
+    return {slot + Traits::kABytes + ((index - 3) * kChannels + 2 * (lane % 4)) * 4, nullptr, 0.f};
+  }
+
+  // Every pixel's sums start from the bias.
+  __device__ __forceinline__ void initialise_sums(float (&sums)[kChannels / 2], const LaneVector& start) const {
 #pragma unroll
     for (int j = 0; j < kChannels / 8; ++j) {
       const float2 b = start(j);
@@ -520,6 +526,15 @@ struct Consumer {
 
   // Normalises the sums and makes them the first product's operand.
   __device__ __forceinline__ void to_operand(float (&sums)[kChannels / 2], OperandA<Traits>& a, uint32_t slot) const {
+    // Each thread takes two channels of either vector, on their way from L2 under the norm: all 32 of its own would be 128 loads.
+    float behind_a[4];
+    if constexpr (!Traits::kVectorsInShared) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* from = i < 2 ? p.project_bias : p.layer_scale;
+        behind_a[i] = from != nullptr ? __ldg(from + i % 2 * 128 + thread_of_warpgroup()) : i < 2 ? 0.f : 1.f;
+      }
+    }
     if (p.has_norm) layer_norm<kChannels>(sums, p.norm_weight != nullptr || p.norm_bias != nullptr, p.eps, lane_vector(1), lane_vector(2));
     if constexpr (Traits::kARegisters) {
 #pragma unroll
@@ -527,6 +542,11 @@ struct Consumer {
     } else {
       warpgroup_barrier(1 + warpgroup);  // every warp has read its taps
       store_pixels(sums, slot);
+      if constexpr (!Traits::kVectorsInShared) {
+        const uint32_t to = slot + Traits::kABytes + thread_of_warpgroup() * 4;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) store_shared_32(to + i * 512, __float_as_uint(behind_a[i]));
+      }
       fence_async_proxy();
       warpgroup_barrier(1 + warpgroup);
       a.descriptor = matrix_descriptor<Traits::kRowBytes>(slot);
@@ -544,7 +564,7 @@ struct Consumer {
   }
 
   // O <- O * layer scale * sample scale.
-  __device__ __forceinline__ void scale_output(float (&o)[kChannels / 2], const Tile& tile) const {
+  __device__ __forceinline__ void scale_output(float (&o)[kChannels / 2], const Tile& tile, uint32_t slot) const {
     if (p.layer_scale == nullptr && p.sample_scale == nullptr) return;
     const int2* pixels = reinterpret_cast<const int2*>(smem + layout.pixels);
     float sample[2] = {1.f, 1.f};
@@ -556,7 +576,7 @@ struct Consumer {
         if (image < p.batch) sample[r] = __ldg(p.sample_scale + image);
       }
     }
-    const LaneVector scales = lane_vector(4);
+    const LaneVector scales = lane_vector_behind_a(4, slot);
 #pragma unroll
     for (int j = 0; j < kChannels / 8; ++j) {
       const float2 scale = scales(j);
@@ -687,7 +707,7 @@ struct Consumer {
 
   __device__ __forceinline__ void finish_tile(float (&o)[kChannels / 2], uint32_t slot, const Tile& tile, const CUtensorMap& y_map,
                                               uint32_t residual_full, uint32_t phase) const {
-    scale_output(o, tile);
+    scale_output(o, tile, slot);
     if (Traits::kTmaStore && is_flat<Traits>(p)) {
       store_flat(o, slot, tile, y_map, residual_full, phase);
       return;
@@ -719,12 +739,12 @@ struct Consumer {
       const uint32_t slot = smem_address(smem + layout.x + slot_index * p.x_slot_bytes);
       float sums[kChannels / 2];
       OperandA<Traits> a;
-      initialise_sums(sums, 0);
+      initialise_sums(sums, lane_vector(0));
       wait_barrier(bar.x_full(slot_index), i / p.x_slots & 1);
       convolve(sums, slot, Tile(p, blockIdx.x + i * gridDim.x), bar);
       to_operand(sums, a, slot);
       if constexpr (Traits::kAlternates) feed_forward.turn = i == 0 ? -1 : (i - 1) / kTurns & 1;
-      initialise_sums(sums, 3);
+      initialise_sums(sums, lane_vector_behind_a(3, slot));
       feed_forward.run(sums, a);
       if constexpr (Traits::kAlternates) feed_forward.jump((kTurns - 1) * p.chunks);
       finish_tile(sums, opaque(slot), Tile(p, blockIdx.x + opaque(i) * gridDim.x), y_map, bar.residual_full(warpgroup), opaque(i) / kTurns & 1);

@@ -81,6 +81,8 @@ struct BlockTraits {
   static constexpr int kConvWeightBytes = kTaps * kChannels * kGroupWidth * 2;
   static constexpr int kVectors = 5;  // convolution bias, norm weight, norm bias, project bias, layer scale
   static constexpr bool kVectorsInShared = kChannels < 256;
+  // Else the projection's bias and the layer scale lie behind A in the x tile's slot.
+  static constexpr int kVectorBytesBehindA = kVectorsInShared ? 0 : 2 * kChannels * 4;
   static constexpr bool kHalfActivation = kDType == DType::kHalf;
   // SiLU in packed bfloat16: 104 instructions a chunk for 120 to 136 in float32, 3 to 9 % of the time (NOTES.md).
   static constexpr bool kBFloat16Silu = kDType == DType::kBFloat16 && kActivation == Activation::kSilu;
@@ -128,11 +130,11 @@ int x_panel_bytes(const TileShape& t) {
   return static_cast<int>(ceil_div(t.staged(Traits::kPad) * Traits::kRowBytes, 1024) * 1024);
 }
 
-// The x tile, or what is written over it: A and the staged output.
+// The x tile, or what is written over it: A, vectors behind it, and the staged output.
 template <class Traits>
 int x_slot_bytes(const TileShape& t) {
   const int x = Traits::kPanels * x_panel_bytes<Traits>(t);
-  return Traits::kKeepsX ? x : std::max(x, Traits::kABytes);
+  return Traits::kKeepsX ? x : std::max(x, Traits::kABytes + Traits::kVectorBytesBehindA);
 }
 
 inline int64_t tile_count(const Problem& q, const TileShape& t) {
