@@ -473,7 +473,9 @@ struct Consumer {
 
   // The convolution of this warp's 16 pixels, all channels, in the wgmma accumulator layout: sums[4 j + i] is channel
   // 8 j + 2 (lane % 4) + i % 2 of pixel lane / 4 + 8 (i / 2). Two blocks a pass; each step's operands are loaded a step ahead.
-  __device__ __forceinline__ void convolve(float (&sums)[kChannels / 2], uint32_t slot, const Tile& tile, Barriers bar) const {
+  // Its first weights and the taps' places are asked for before the tile is waited for.
+  __device__ __forceinline__ void convolve(float (&sums)[kChannels / 2], uint32_t slot, const Tile& tile, Barriers bar, uint32_t x_full,
+                                           uint32_t phase) const {
     constexpr int kSteps = kChannels / 16 * Products<Traits>::kCount;
     WeightSource weights{smem_address(smem + layout.conv_weight), static_cast<const uint32_t*>(p.conv_weight) + lane, {}};
     if constexpr (!Traits::kConvWeightsStay) {
@@ -482,6 +484,7 @@ struct Consumer {
     }
     TapRows<Traits> rows(p, reinterpret_cast<const int2*>(smem + layout.pixels), tile, warp, lane, slot);
     if (Traits::kConvWeightsStay) wait_barrier(bar.conv_full(), 0);
+    wait_barrier(x_full, phase);
     ConvStep<Traits> steps[kStepsAhead + 1];
     convolve_steps(sums, rows, weights, steps, std::make_index_sequence<kSteps + kStepsAhead>{});
   }
@@ -740,8 +743,7 @@ struct Consumer {
       float sums[kChannels / 2];
       OperandA<Traits> a;
       initialise_sums(sums, lane_vector(0));
-      wait_barrier(bar.x_full(slot_index), i / p.x_slots & 1);
-      convolve(sums, slot, Tile(p, blockIdx.x + i * gridDim.x), bar);
+      convolve(sums, slot, Tile(p, blockIdx.x + i * gridDim.x), bar, bar.x_full(slot_index), i / p.x_slots & 1);
       to_operand(sums, a, slot);
       if constexpr (Traits::kAlternates) feed_forward.turn = i == 0 ? -1 : (i - 1) / kTurns & 1;
       initialise_sums(sums, lane_vector_behind_a(3, slot));
