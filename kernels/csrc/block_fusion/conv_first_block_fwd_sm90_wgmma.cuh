@@ -20,6 +20,7 @@
 //   W1, W2 chunks                shared, two rings, or resident if all fit      warp 0 (TMA)          product done, per chunk
 //   convolution weights          shared, or registers (B fragments) two pairs   warp 0 (TMA), or      -
 //                                of channel blocks ahead of their use           consumer, from L2
+//     of the first tiles         shared, over the slots of W2 (kFirstStaged)    warp 0 (TMA)          both warpgroups' first tile convolved
 //   bias, norm, scale vectors    shared, float32; at 256 channels L1, and from  prologue              -
 //                                A on the last two behind A in the x tile       consumer              tile stored
 //   expand biases                shared, float32; packed activation or 256 channels: 16 bit  prologue  -
@@ -70,6 +71,7 @@ struct Barriers {
   __device__ __forceinline__ uint32_t w2_empty(int slot) const { return at(4, slot); }
   __device__ __forceinline__ uint32_t x_empty(int slot) const { return at(5, slot); }
   __device__ __forceinline__ uint32_t conv_full() const { return at(6, 0); }
+  __device__ __forceinline__ uint32_t conv_empty() const { return at(6, 7); }  // W2's slots hold them no longer (kFirstStaged)
   // The warpgroup's turn at each of the weights has come (kAlternates).
   __device__ __forceinline__ uint32_t w1_turn(int warpgroup) const { return at(6, 1 + warpgroup); }
   __device__ __forceinline__ uint32_t w2_turn(int warpgroup) const { return at(6, 4 + warpgroup); }
@@ -133,10 +135,10 @@ __device__ void produce_weights(const KernelParams& p, const CUtensorMap& w1_map
   const bool w1_resident = !Traits::kAlternates && p.w1_slots == p.chunks, w2_resident = !Traits::kAlternates && p.w2_slots == p.chunks;
   const int tiles = tiles_of_block(p), passes = Traits::kAlternates ? tiles : (tiles + Traits::kWarpgroups - 1) / Traits::kWarpgroups;
   RingState<Traits::kFixedSlots> w1, w2;
-  if (Traits::kConvWeightsStay) {
+  if (Traits::kConvWeightsStay || Traits::kFirstStaged) {
     TransactionBarrier* full = transaction_barrier(bar.conv_full());
     full->arrive_and_expect_tx(Traits::kConvWeightBytes);
-    bulk_load(p.conv_weight, full, smem + layout.conv_weight, Traits::kConvWeightBytes);
+    bulk_load(p.conv_weight, full, smem + (Traits::kFirstStaged ? layout.w2 : layout.conv_weight), Traits::kConvWeightBytes);
   }
   const auto load_w1 = [&](int chunk) {
     wait_barrier(bar.w1_empty(w1.slot()), w1.phase() ^ 1);  // the slots start empty
@@ -158,6 +160,7 @@ __device__ void produce_weights(const KernelParams& p, const CUtensorMap& w1_map
       load_w1(first);
       if (++first == p.chunks) first = 0;
     }
+    if (Traits::kFirstStaged && i == kLead) wait_barrier(bar.conv_empty(), 0);
     if (i >= kLead && i - kLead < w2_chunks) {
       wait_barrier(bar.w2_empty(w2.slot()), w2.phase() ^ 1);
       load_w2<Traits>(w2_map, transaction_barrier(bar.w2_full(w2.slot())), smem + layout.w2 + w2.slot() * Traits::kW2Bytes, second, false);
@@ -465,45 +468,48 @@ struct Consumer {
 
   // Where the convolution's weights come from: shared memory, or global memory some channel blocks ahead of their use.
   static constexpr int kWeightsAhead = 2, kStepsAhead = 2;  // pairs of channel blocks; products
+  template <bool kShared>
   struct WeightSource {
     uint32_t shared;
     const uint32_t* global;
-    BlockWeights<Traits> ahead[Traits::kConvWeightsStay ? 1 : kWeightsAhead + 1];
+    BlockWeights<Traits> ahead[kShared ? 1 : kWeightsAhead + 1];
   };
 
   // The convolution of this warp's 16 pixels, all channels, in the wgmma accumulator layout: sums[4 j + i] is channel
   // 8 j + 2 (lane % 4) + i % 2 of pixel lane / 4 + 8 (i / 2). Two blocks a pass; each step's operands are loaded a step ahead.
   // Its first weights and the taps' places are asked for before the tile is waited for.
+  template <bool kShared>
   __device__ __forceinline__ void convolve(float (&sums)[kChannels / 2], uint32_t slot, const Tile& tile, Barriers bar, uint32_t x_full,
                                            uint32_t phase) const {
     constexpr int kSteps = kChannels / 16 * Products<Traits>::kCount;
-    WeightSource weights{smem_address(smem + layout.conv_weight), static_cast<const uint32_t*>(p.conv_weight) + lane, {}};
-    if constexpr (!Traits::kConvWeightsStay) {
+    WeightSource<kShared> weights{smem_address(smem + (Traits::kFirstStaged ? layout.w2 : layout.conv_weight)),
+                                  static_cast<const uint32_t*>(p.conv_weight) + lane, {}};
+    if constexpr (!kShared) {
 #pragma unroll
       for (int i = 0; i < kWeightsAhead; ++i) weights.ahead[i].load(weights.global, 2 * i);
     }
     TapRows<Traits> rows(p, reinterpret_cast<const int2*>(smem + layout.pixels), tile, warp, lane, slot);
-    if (Traits::kConvWeightsStay) wait_barrier(bar.conv_full(), 0);
+    if (kShared) wait_barrier(bar.conv_full(), 0);
     wait_barrier(x_full, phase);
     ConvStep<Traits> steps[kStepsAhead + 1];
-    convolve_steps(sums, rows, weights, steps, std::make_index_sequence<kSteps + kStepsAhead>{});
+    convolve_steps<kShared>(sums, rows, weights, steps, std::make_index_sequence<kSteps + kStepsAhead>{});
   }
 
-  template <size_t... kStep>
-  __device__ __forceinline__ void convolve_steps(float (&sums)[kChannels / 2], const TapRows<Traits>& rows, WeightSource& weights,
+  template <bool kShared, size_t... kStep>
+  __device__ __forceinline__ void convolve_steps(float (&sums)[kChannels / 2], const TapRows<Traits>& rows, WeightSource<kShared>& weights,
                                                  ConvStep<Traits> (&steps)[kStepsAhead + 1], std::index_sequence<kStep...>) const {
-    (convolve_step<kStep>(sums, rows, weights, steps), ...);
+    (convolve_step<kShared, kStep>(sums, rows, weights, steps), ...);
   }
 
   // Loads step kStep and multiplies step kStep - kStepsAhead.
-  template <int kStep>
-  __device__ __forceinline__ void convolve_step(float (&sums)[kChannels / 2], const TapRows<Traits>& rows, WeightSource& weights,
+  template <bool kShared, int kStep>
+  __device__ __forceinline__ void convolve_step(float (&sums)[kChannels / 2], const TapRows<Traits>& rows, WeightSource<kShared>& weights,
                                                 ConvStep<Traits> (&steps)[kStepsAhead + 1]) const {
     constexpr int kCount = Products<Traits>::kCount, kChunks = Traits::kPanel / 8, kSteps = kChannels / 16 * kCount;
     if constexpr (kStep < kSteps) {
       constexpr int kProduct = kStep % kCount, kBlock = kStep / kCount * 2;
       ConvStep<Traits>& step = steps[kStep % (kStepsAhead + 1)];
-      if constexpr (Traits::kConvWeightsStay) {
+      if constexpr (kShared) {
         step.template load_weights<kProduct>(weights.shared + kBlock * 8 * ConvStep<Traits>::kRow, lane);
       } else if constexpr (kProduct == kStepsAhead && kBlock + 2 * kWeightsAhead < kChannels / 8) {  // into what was just used
         weights.ahead[(kBlock / 2 + kWeightsAhead) % (kWeightsAhead + 1)].load(weights.global, kBlock + 2 * kWeightsAhead);
@@ -513,7 +519,7 @@ struct Consumer {
     if constexpr (kStep >= kStepsAhead) {
       constexpr int kDone = kStep - kStepsAhead, kProduct = kDone % kCount, kBlock = kDone / kCount * 2;
       ConvStep<Traits>& step = steps[kDone % (kStepsAhead + 1)];
-      if constexpr (Traits::kConvWeightsStay) {
+      if constexpr (kShared) {
         step.template multiply<kProduct>(sums + 4 * kBlock, step.w);
       } else {
         step.template multiply<kProduct>(sums + 4 * kBlock, weights.ahead[kBlock / 2 % (kWeightsAhead + 1)].w[kProduct]);
@@ -725,6 +731,12 @@ struct Consumer {
     }
   }
 
+  __device__ __forceinline__ void release_first_weights(Barriers bar) const {
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) arrive_barrier(bar.conv_empty());
+  }
+
   __device__ __forceinline__ void run(Barriers bar, const CUtensorMap& y_map) {
     constexpr int kTurns = Traits::kWarpgroups;
     FeedForward<Traits, Barriers> feed_forward{p, bar, smem_address(smem + layout.w1), smem_address(smem + layout.w2),
@@ -737,13 +749,20 @@ struct Consumer {
       feed_forward.jump(warpgroup * p.chunks);
       feed_forward.a_empty = bar.a_empty(warpgroup);
     }
+    if (Traits::kFirstStaged && warpgroup >= tiles) release_first_weights(bar);
     for (int i = warpgroup; i < tiles; i += kTurns) {
       const int slot_index = i % p.x_slots;
       const uint32_t slot = smem_address(smem + layout.x + slot_index * p.x_slot_bytes);
       float sums[kChannels / 2];
       OperandA<Traits> a;
       initialise_sums(sums, lane_vector(0));
-      convolve(sums, slot, Tile(p, blockIdx.x + i * gridDim.x), bar, bar.x_full(slot_index), i / p.x_slots & 1);
+      const Tile tile(p, blockIdx.x + i * gridDim.x);
+      if (Traits::kFirstStaged && i < kTurns) {
+        convolve<true>(sums, slot, tile, bar, bar.x_full(slot_index), 0);
+        release_first_weights(bar);
+      } else {
+        convolve<Traits::kConvWeightsStay>(sums, slot, tile, bar, bar.x_full(slot_index), i / p.x_slots & 1);
+      }
       to_operand(sums, a, slot);
       if constexpr (Traits::kAlternates) feed_forward.turn = i == 0 ? -1 : (i - 1) / kTurns & 1;
       initialise_sums(sums, lane_vector_behind_a(3, slot));
@@ -809,7 +828,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (int i = 0; i < 7 * kMaxSlots; ++i) {
       const int group = i / kMaxSlots;
       const bool weights_empty = group == 3 || group == 4;
-      const int arrivals = group < 3 || i == 6 * kMaxSlots ? 1 : weights_empty && !Traits::kAlternates ? 4 * Traits::kWarpgroups : 4;
+      const bool of_all = (weights_empty && !Traits::kAlternates) || i == 6 * kMaxSlots + 7;  // warpgroups
+      const int arrivals = group < 3 || i == 6 * kMaxSlots ? 1 : of_all ? 4 * Traits::kWarpgroups : 4;
       transaction_barrier(bar.at(group, i % kMaxSlots))->init(arrivals);
     }
     cutlass::arch::fence_barrier_init();

@@ -79,6 +79,9 @@ struct BlockTraits {
   static constexpr int kABytes = kTilePixels * kChannels * 2;
   static constexpr int kAPanelBytes = kTilePixels * kRowBytes;
   static constexpr int kConvWeightBytes = kTaps * kChannels * kGroupWidth * 2;
+  // A block's first two tiles have nothing to run under: their convolution takes its weights from W2's slots, which no product reads yet.
+  static constexpr bool kFirstStaged = !kConvWeightsStay && kAlternates;
+  static_assert(!kFirstStaged || kConvWeightBytes <= kFixedSlots * kW2Bytes);
   static constexpr int kVectors = 5;  // convolution bias, norm weight, norm bias, project bias, layer scale
   static constexpr bool kVectorsInShared = kChannels < 256;
   // Else the projection's bias and the layer scale lie behind A in the x tile's slot.
