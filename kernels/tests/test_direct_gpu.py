@@ -218,13 +218,17 @@ def test_float32_input_gradient_on_hopper(case, seed):
     """Stride 1 by the forward kernel, chosen by the planner or not."""
     if not plan_of(case, torch.float32, direction="dgrad", path="sm90_float_dgrad")["chosen"]:
         pytest.skip("covers no such case on this device")
-    x, weight, _ = inputs(case, torch.float32, seed)
-    dy = torch.randn_like(F.conv2d(x, weight, None, *case[7:10])).contiguous(memory_format=torch.channels_last)
     arguments = (None, *([*pair] for pair in case[7:10]), False, [0, 0], 1, [True, False, False])
-    truth = torch.ops.aten.convolution_backward(dy.double(), x.double(), weight.double(), *arguments)[0]
-    peer = torch.ops.aten.convolution_backward(dy, x, weight, *arguments)[0]
+    compared = []
+    for number in draws((case[0], case[1], *case[2:4]), torch.float32):
+        x, weight, _ = inputs(case, torch.float32, seed + number)
+        dy = torch.randn_like(F.conv2d(x, weight, None, *case[7:10])).contiguous(memory_format=torch.channels_last)
+        truth = torch.ops.aten.convolution_backward(dy.double(), x.double(), weight.double(), *arguments)[0]
+        peer = torch.ops.aten.convolution_backward(dy, x, weight, *arguments)[0]
+        compute = partial(torch.ops.convfirst.direct_conv2d_dgrad, dy, weight, *case[2:4], *flat(case))
+        compared.append((compute, truth, peer))
     with ck.force_path("sm90_float_dgrad"):
-        check(lambda: torch.ops.convfirst.direct_conv2d_dgrad(dy, weight, *case[2:4], *flat(case)), truth, peer)
+        check(*compared)
 
 
 # Large enough for whole rounds of tiles and for tiles that many blocks share.
