@@ -98,6 +98,13 @@ struct RingState<0> {
   }
 };
 
+// Whether the multiply-add units compute a chunk's pair of SiLUs, six of sixteen, or the special-function unit, whose two operations
+// a pair take turns: 1 to 2 % of the block's time; with ten or more of sixteen it is slower (NOTES.md).
+template <class Traits>
+__device__ __forceinline__ constexpr bool by_polynomial(int pair) {
+  return Traits::kHalfActivation && Traits::kActivation == Activation::kSilu && (pair + 1) * 6 / 16 > pair * 6 / 16;
+}
+
 // P = act(S + bias): the accumulator layout of S is the operand layout of P.
 template <class Traits>
 __device__ __forceinline__ void activate(const float (&s)[kHiddenChunk / 2], uint32_t (&h)[kHiddenChunk / 4], uint32_t bias, int lane) {
@@ -108,8 +115,12 @@ __device__ __forceinline__ void activate(const float (&s)[kHiddenChunk / 2], uin
     uint32_t* out = h + 2 * j;
     if constexpr (Traits::kHalfActivation) {
       const uint32_t b = load_shared_32(bias + column * 2);
-      out[0] = activate_half<Traits::kActivation>(s[4 * j], s[4 * j + 1], b);
-      out[1] = activate_half<Traits::kActivation>(s[4 * j + 2], s[4 * j + 3], b);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float* pair = s + 4 * j + 2 * i;
+        out[i] = by_polynomial<Traits>(2 * j + i) ? silu_half_polynomial(pair[0], pair[1], b)
+                                                  : activate_half<Traits::kActivation>(pair[0], pair[1], b);
+      }
     } else if constexpr (Traits::kBFloat16Silu) {
       const uint32_t b = load_shared_32(bias + column * 2);
       out[0] = silu_bfloat16(s[4 * j], s[4 * j + 1], b);
