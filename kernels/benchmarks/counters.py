@@ -1,7 +1,7 @@
 """Benchmark suite of hardware counters: what each launch keeps busy, and maxDNN's computational efficiency.
 
-Nsight Compute's `ncu` profiles profiled_calls.py once for each group, at the clocks as they come and with caches
-emptied before each launch; its CSV is reduced here. Groups and their rows:
+Nsight Compute's `ncu` profiles profiled_calls.py, at the clocks as they come and with caches emptied before each
+launch, in one start for groups of the same counters; its CSV is reduced here. Groups and their rows:
 
     blocks      each launch of the blocks of ConvFirst-T and ConvNeXt-T at batch 128
     portable    the same on the portable path
@@ -11,12 +11,12 @@ emptied before each launch; its CSV is reduced here. Groups and their rows:
 `computational_efficiency` is useful multiply-adds over elapsed clocks of the multiprocessors (sm__cycles_elapsed.max,
 summed over the call's launches) times the multiply-adds a clock of the unit that ours uses; the peer's goes beyond 1
 where its algorithm multiplies less than direct convolution does. The peer is cuDNN in the layout, NHWC or NCHW, in
-which it takes fewer clocks.
+which it takes fewer clocks. `longest_efficiency` is over the clocks of the longest launch alone: cuDNN adds the bias in
+one of its own, ours in the product's.
 """
 
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -39,12 +39,15 @@ SHARES = {
 }
 L2_BYTES = "lts__t_bytes.sum.per_second"
 SIXTEEN_BITS = ("float16", "bfloat16")
-# A group's types, and the options that choose its counters: each section and throughput costs replays of the launch.
+# Options that choose counters: a section, and what is the largest of many (l2, dram), cost more replays of each launch.
+FULL = ("--section", "WarpStateStats", "--metrics", ",".join((CYCLES, NANOSECONDS, L2_BYTES, *SHARES.values())))
+FEW_SHARES = dict(list(SHARES.items())[:4])
+FEW = ("--metrics", ",".join((CYCLES, NANOSECONDS, *FEW_SHARES.values())))
 GROUPS = {
-    "blocks": (SIXTEEN_BITS, ("--section", "WarpStateStats"), (*SHARES.values(), L2_BYTES)),
-    "portable": (("float16",), ("--section", "WarpStateStats"), (*SHARES.values(), L2_BYTES)),
-    "direct": (("float16", "float32"), (), tuple(SHARES.values())[:4]),
-    "winograd": (("float16", "float32"), ("--section", "WarpStateStats"), (*SHARES.values(), L2_BYTES)),
+    "blocks": (SIXTEEN_BITS, FULL),
+    "portable": (("float16",), FULL),
+    "direct": (("float16", "float32"), FEW),
+    "winograd": (("float16", "float32"), FULL),
 }
 
 
@@ -54,13 +57,13 @@ def counters(
     dtypes: Sequence[str] | None = None,
     keep: str | None = None,
 ) -> Iterator[dict]:
-    """Rows of each group as it has been profiled.
+    """Rows of the groups as they have been profiled; what ran before an error isn't lost.
 
     Args:
         groups: of GROUPS.
         select: regular expression over names of blocks or layers.
         dtypes: of those that a group has; by default all.
-        keep: a folder for the profiler's CSV, <group>.csv, and for what the program printed, <group>.log.
+        keep: a folder for the profiler's CSV, <groups>.csv, and for what the program printed, <groups>.log.
 
     Raises:
         ValueError: an option is wrong, `ncu` is missing, may not read counters, or fails; the message is one line.
@@ -68,38 +71,53 @@ def counters(
     unknown = set(groups) - set(GROUPS)
     if unknown:
         raise ValueError(f"groups={sorted(unknown)}; accepted: {', '.join(GROUPS)}")
-    for group in groups:
-        chosen = [dtype for dtype in GROUPS[group][0] if dtypes is None or dtype in dtypes]
-        if not chosen:
-            continue
-        labels, launches = profile(group, select, chosen, keep)
-        for row in reduce(group, labels, launches):
-            print(json.dumps(row), flush=True)
-            yield row
+    for options in (FULL, FEW):
+        wanted = {}
+        for group in groups:
+            group_dtypes, group_options = GROUPS[group]
+            chosen = [dtype for dtype in group_dtypes if dtypes is None or dtype in dtypes]
+            if chosen and group_options is options:
+                wanted[group] = chosen
+        if wanted:
+            yield from _profiled_rows(wanted, options, select, keep)
 
 
-def profile(group: str, select: str, dtypes: Sequence[str], keep: str | None = None) -> tuple[list[dict], list[dict]]:
-    """Run a group's calls under `ncu`: their labels, and launches as `parse` gives them."""
+def _profiled_rows(
+    groups: dict[str, list[str]], options: Sequence[str], select: str, keep: str | None
+) -> Iterator[dict]:
+    labels, report, error = profile(groups, options, select, keep)
+    launches = parse(report) if labels and (not error or '"ID"' in report) else []
+    for row in reduce(labels, launches):
+        print(json.dumps(row), flush=True)
+        yield row
+    if error:
+        raise ValueError(f"ncu, {', '.join(groups)}: {error}")
+    if not labels:
+        raise ValueError(f"select={select!r} matches nothing of {', '.join(groups)}")
+
+
+def profile(
+    groups: dict[str, list[str]], options: Sequence[str], select: str = "", keep: str | None = None
+) -> tuple[list[dict], str, str]:
+    """Run the groups' calls in their types under `ncu`: labels of those that ran, its CSV, and what failed or ""."""
     ncu = shutil.which("ncu")
     if ncu is None:
         raise ValueError("suite=counters needs Nsight Compute: no ncu on PATH")
-    _, sections, metrics = GROUPS[group]
     with tempfile.TemporaryDirectory() as folder:
-        log, labels = Path(folder, f"{group}.csv"), Path(folder, "labels.json")
-        command = [ncu, "--clock-control", "none", "--profile-from-start", "off", "--nvtx", *sections]
-        command += ["--metrics", ",".join((CYCLES, NANOSECONDS, *metrics)), "--csv", "--page", "raw"]
-        command += ["--print-units", "base", "--log-file", str(log), sys.executable]
-        command += [str(Path(__file__).with_name("profiled_calls.py")), group, str(labels)]
-        command += ["--select", select, "--dtypes", *dtypes]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        log, labels = Path(folder, "ncu.csv"), Path(folder, "labels.json")
+        command = [ncu, "--clock-control", "none", "--profile-from-start", "off", "--nvtx", *options]
+        command += ["--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)]
+        command += [sys.executable, str(Path(__file__).with_name("profiled_calls.py")), str(labels)]
+        command += [f"{group}={','.join(dtypes)}" for group, dtypes in groups.items()]
+        done = subprocess.run([*command, "--select", select], capture_output=True, text=True, check=False)
         report = log.read_text() if log.exists() else ""
         if keep is not None:
-            os.makedirs(keep, exist_ok=True)
-            Path(keep, f"{group}.csv").write_text(report)
-            Path(keep, f"{group}.log").write_text(done.stdout + done.stderr)
-        if done.returncode or not labels.exists():
-            raise ValueError(f"ncu, group {group}: {_reason(report, done.stdout + done.stderr)}")
-        return json.loads(labels.read_text()), parse(report)
+            stem = Path(keep, "-".join(groups))
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            stem.with_suffix(".csv").write_text(report)
+            stem.with_suffix(".log").write_text(done.stdout + done.stderr)
+        error = _reason(report, done.stdout + done.stderr) if done.returncode or not labels.exists() else ""
+        return json.loads(labels.read_text()) if labels.exists() else [], report, error
 
 
 def _reason(report: str, output: str) -> str:
@@ -150,11 +168,11 @@ def kernel_name(signature: str) -> str:
     return found[1] if found else signature.split()[-1]
 
 
-def reduce(group: str, labels: Sequence[dict], launches: Sequence[dict]) -> list[dict]:
-    """The group's rows."""
-    if group == "direct":
-        return _efficiencies(labels, launches)
-    return [{"group": group, **labels[launch["call"]], **_launch_columns(launch)} for launch in launches]
+def reduce(labels: Sequence[dict], launches: Sequence[dict]) -> list[dict]:
+    """The rows: one a launch, and in the group direct one a layer and dtype."""
+    labelled = [(labels[launch["call"]], launch) for launch in launches if launch["call"] < len(labels)]
+    rows = [{**label, **_launch_columns(launch)} for label, launch in labelled if label["group"] != "direct"]
+    return rows + _efficiencies(labels, launches)
 
 
 def _launch_columns(launch: dict) -> dict:
@@ -181,19 +199,20 @@ def _stalls(launch: dict, most: int = 3) -> str:
 
 
 def _efficiencies(labels: Sequence[dict], launches: Sequence[dict]) -> list[dict]:
-    """One row for each of our calls, with the faster of the peer's calls that follow it."""
-    calls = [(label, [launch for launch in launches if launch["call"] == i]) for i, label in enumerate(labels)]
+    """One row for each layer and dtype: ours, and the fastest of the peer's calls."""
+    calls: dict[tuple, list] = {}
+    for i, label in enumerate(labels):
+        own = [launch for launch in launches if launch["call"] == i]
+        if label["group"] == "direct" and own:
+            calls.setdefault((label["layer"], label["dtype"]), []).append((label, own))
     rows = []
-    for i, (label, own) in enumerate(calls):
-        if label["side"] != "ours":
+    for (label, own), *peers in calls.values():
+        if not peers:  # the program ended before the first
             continue
-        key = label["layer"], label["dtype"]
-        peers = [call for call in calls[i + 1 :] if (call[0]["layer"], call[0]["dtype"]) == key]
         peer, theirs = min(peers, key=lambda call: _cycles(call[1]))
         rows.append(
             {
-                "group": "direct",
-                **{column: label[column] for column in ("layer", "N", "dtype", "variant", "macs", "macs_per_clock")},
+                **{column: value for column, value in label.items() if column != "side"},
                 **_call_columns(label, own),
                 "peer": peer["side"],
                 **{f"peer_{column}": value for column, value in _call_columns(peer, theirs).items()},
@@ -208,15 +227,16 @@ def _cycles(launches: Sequence[dict]) -> float:
 
 def _call_columns(label: dict, launches: Sequence[dict]) -> dict:
     """A call's launches together: sums, and shares weighted by their clocks."""
-    cycles = _cycles(launches)
+    cycles, longest = _cycles(launches), max(launch[CYCLES] for launch in launches)
     shares = {
-        column: _rounded(sum(launch[metric] * launch[CYCLES] for launch in launches) / cycles)
-        for column, metric in list(SHARES.items())[:4]
+        column: _rounded(sum((launch[metric] or 0.0) * launch[CYCLES] for launch in launches) / cycles)
+        for column, metric in FEW_SHARES.items()
     }
     return {
         "kernels": " + ".join(launch["kernel"] for launch in launches),
         "us": round(1e-3 * sum(launch[NANOSECONDS] for launch in launches), 1),
         "cycles": round(cycles),
         "computational_efficiency": round(label["macs"] / (cycles * label["macs_per_clock"]), 4),
+        "longest_efficiency": round(label["macs"] / (longest * label["macs_per_clock"]), 4),
         **shares,
     }

@@ -1,10 +1,10 @@
-"""The program under Nsight Compute: the calls of one group of the suite `counters`, each in an NVTX range of its own.
+"""The program under Nsight Compute: the calls of groups of the suite `counters`, each in an NVTX range of its own.
 
-    ncu --nvtx --profile-from-start off ... python profiled_calls.py direct labels.json --dtypes float32
+    ncu --nvtx --profile-from-start off ... python profiled_calls.py labels.json direct=float16,float32
 
 Everything up to a call's second run, cuDNN's search too, lies outside the profiler's marks. A label, which counters.py
-copies into the call's rows, is a dict of columns; labels.json gets the list of them, and the ranges are named by
-`RANGE` and the place in that list.
+copies into the call's rows, is a dict of columns; labels.json gets the list of them, after an error too, and the ranges
+are named by `RANGE` and the place in that list.
 """
 
 import argparse
@@ -12,12 +12,15 @@ import copy
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
+PROCESS_START = time.perf_counter()
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
@@ -122,13 +125,23 @@ GROUPS = {"blocks": blocks, "portable": portable, "direct": direct_forward, "win
 @torch.no_grad()
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("group", choices=GROUPS)
     parser.add_argument("labels", type=Path)
-    parser.add_argument("--select", default="")
-    parser.add_argument("--dtypes", nargs="+", required=True)
+    parser.add_argument("groups", nargs="+", help="group=dtype,dtype")
+    parser.add_argument("--select", default="", help="regular expression over names of blocks or layers")
     options = parser.parse_args(arguments)
     labels: list[dict] = []
-    for label, call in GROUPS[options.group](options.select, options.dtypes):
+    try:
+        for wanted in options.groups:
+            group, _, dtypes = wanted.partition("=")
+            _profile(group, GROUPS[group](options.select, dtypes.split(",")), labels)
+    finally:
+        options.labels.write_text(json.dumps(labels))
+
+
+def _profile(group: str, calls: Iterator[Call], labels: list[dict]) -> None:
+    """Run each call between the profiler's marks, and append its label to ``labels``."""
+    for label, call in calls:
+        start = time.perf_counter()
         for _ in range(2):
             call()
         torch.cuda.synchronize()
@@ -138,8 +151,10 @@ def main(arguments: list[str]) -> None:
         torch.cuda.synchronize()
         torch.cuda.nvtx.range_pop()
         torch.cuda.cudart().cudaProfilerStop()
-        labels.append(label)
-    options.labels.write_text(json.dumps(labels))
+        print(
+            f"{time.perf_counter() - PROCESS_START:.1f} s: {time.perf_counter() - start:.2f} s for {label}", flush=True
+        )
+        labels.append({"group": group, **label})
 
 
 if __name__ == "__main__":

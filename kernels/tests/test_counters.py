@@ -28,8 +28,8 @@ METRICS = """
     smsp__average_warps_issue_stalled_wait_per_issue_active.ratio,inst,1.53,1.59
 """
 LABELS = [
-    {"block": "convfirst-c64", "batch": 128, "dtype": "float16", "path": "sm90"},
-    {"block": "convfirst-c512", "batch": 128, "dtype": "float16", "path": "sm90"},
+    {"group": "blocks", "block": "convfirst-c64", "batch": 128, "dtype": "float16", "path": "sm90"},
+    {"group": "portable", "block": "convfirst-c512", "batch": 128, "dtype": "float16", "path": "sm90"},
 ]
 
 
@@ -55,9 +55,8 @@ def report() -> str:
 
 
 def test_launches_become_rows(counters):
-    first, second = counters.reduce("blocks", LABELS, counters.parse(report()))
+    first, second = counters.reduce(LABELS, counters.parse(report()))
     assert first == {
-        "group": "blocks",
         **LABELS[0],
         "kernel": "conv_first_block_fwd_sm90",
         "us": 94.6,
@@ -71,13 +70,13 @@ def test_launches_become_rows(counters):
         "l2_tbps": 2.16,
         "stalls": "wait 32 %, short scoreboard 20 %, long scoreboard 15 %",
     }
-    assert (second["block"], second["kernel"], second["us"]) == ("convfirst-c512", "linear_fwd_sm90", 24.7)
+    assert (second["group"], second["kernel"], second["us"]) == ("portable", "linear_fwd_sm90", 24.7)
     assert second["tensor_pipe_percent"] is None
     assert second["stalls"].startswith("barrier 40 %, long scoreboard 21 %")
 
 
 def test_efficiency_is_of_the_calls_launches_and_the_fastest_peer(counters):
-    about = {"layer": "conv", "N": 1, "dtype": "float32", "macs": 10_000_000, "macs_per_clock": 100}
+    about = {"group": "direct", "layer": "conv", "N": 1, "dtype": "float32", "macs": 10_000_000, "macs_per_clock": 100}
     sides = ("ours", "cudnn-nhwc", "cudnn-nchw")
     labels = [about | {"side": side, "variant": "v"} for side in sides]
     (one, _), (two, _) = (counters.parse(report()) for _ in range(2))
@@ -90,8 +89,9 @@ def test_efficiency_is_of_the_calls_launches_and_the_fastest_peer(counters):
             (one, 2, 250_000, 40.0),
         )
     ]
-    (row,) = counters.reduce("direct", labels, launches)
+    (row,) = counters.reduce(labels, launches)
     assert (row["computational_efficiency"], row["cycles"], row["fma_pipe_percent"]) == (0.5, 200_000, 60.0)
+    assert row["longest_efficiency"] == pytest.approx(2 / 3, abs=1e-4)
     assert row["kernels"] == "conv_first_block_fwd_sm90 + conv_first_block_fwd_sm90"
     assert (row["peer"], row["peer_computational_efficiency"], row["peer_us"]) == ("cudnn-nchw", 0.4, 94.6)
 
@@ -117,7 +117,7 @@ def test_a_launch_without_a_call_is_refused(counters):
         counters.parse("==WARNING== No kernels were profiled.\n")
 
 
-def fake_ncu(folder, monkeypatch, csv="", status=0, printed=""):
+def fake_ncu(folder, monkeypatch, csv="", labels=(), status=0, printed=""):
     """A stand-in on PATH that writes its arguments, the CSV to --log-file, and the labels that the program would."""
     program = f"""#!{sys.executable}
 import json, pathlib, sys
@@ -125,8 +125,7 @@ arguments = sys.argv[1:]
 pathlib.Path({str(folder / "arguments.json")!r}).write_text(json.dumps(arguments))
 pathlib.Path(arguments[arguments.index("--log-file") + 1]).write_text({csv!r})
 print({printed!r}, file=sys.stderr)
-if {status} == 0:
-    pathlib.Path(arguments[arguments.index("--select") - 1]).write_text({json.dumps(LABELS)!r})
+pathlib.Path(next(a for a in arguments if a.endswith("labels.json"))).write_text({json.dumps(labels)!r})
 sys.exit({status})
 """
     (folder / "ncu").write_text(program)
@@ -134,15 +133,15 @@ sys.exit({status})
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
 
-def test_a_group_is_profiled_in_one_start(counters, tmp_path, monkeypatch):
-    fake_ncu(tmp_path, monkeypatch, report())
+def test_groups_of_the_same_counters_are_profiled_in_one_start(counters, tmp_path, monkeypatch):
+    fake_ncu(tmp_path, monkeypatch, report(), LABELS)
     kept = tmp_path / "kept"
-    rows = list(counters.counters(groups=["blocks"], select="c64", dtypes=["float16"], keep=str(kept)))
+    rows = list(counters.counters(groups=["blocks", "portable"], select="c64", dtypes=["float16"], keep=str(kept)))
     assert [row["block"] for row in rows] == ["convfirst-c64", "convfirst-c512"]
     arguments = json.loads((tmp_path / "arguments.json").read_text())
     assert arguments[:2] == ["--clock-control", "none"]
-    assert arguments[-4:] == ["--select", "c64", "--dtypes", "float16"]
-    assert (kept / "blocks.csv").read_text() == report()
+    assert arguments[-4:] == ["blocks=float16", "portable=float16", "--select", "c64"]
+    assert (kept / "blocks-portable.csv").read_text() == report()
 
 
 def test_what_keeps_counters_away_is_one_line(counters, tmp_path, monkeypatch):
@@ -150,11 +149,24 @@ def test_what_keeps_counters_away_is_one_line(counters, tmp_path, monkeypatch):
     fake_ncu(tmp_path, monkeypatch, denied, status=1)
     with pytest.raises(ValueError, match="may not read the GPU's performance counters"):
         list(counters.counters(groups=["blocks"]))
-    fake_ncu(tmp_path, monkeypatch, "==ERROR== The application returned an error code (1).\n", 1, "RuntimeError: wrong")
-    with pytest.raises(ValueError, match="^ncu, group direct: RuntimeError: wrong$"):
-        list(counters.counters(groups=["direct"]))
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="no ncu on PATH"):
         list(counters.counters(groups=["blocks"]))
     with pytest.raises(ValueError, match="accepted: blocks, portable, direct, winograd"):
         list(counters.counters(groups=["networks"]))
+
+
+def test_what_ran_before_an_error_is_kept(counters, tmp_path, monkeypatch):
+    failed = report() + "==ERROR== The application returned an error code (1).\n"
+    fake_ncu(tmp_path, monkeypatch, failed, LABELS[:1], 1, "RuntimeError: wrong result")
+    rows = []
+    with pytest.raises(ValueError, match="^ncu, blocks, portable: RuntimeError: wrong result$"):
+        for row in counters.counters(groups=["blocks", "portable"]):
+            rows.append(row)
+    assert [row["block"] for row in rows] == ["convfirst-c64"]
+
+
+def test_a_selection_of_nothing_is_said(counters, tmp_path, monkeypatch):
+    fake_ncu(tmp_path, monkeypatch, "==WARNING== No kernels were profiled.\n")
+    with pytest.raises(ValueError, match="select='x' matches nothing of direct"):
+        list(counters.counters(groups=["direct"], select="x"))
