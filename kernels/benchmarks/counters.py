@@ -6,7 +6,7 @@ launch, in one start for groups of the same counters; its CSV is reduced here. G
     blocks      each launch of the blocks of ConvFirst-T and ConvNeXt-T at batch 128
     portable    the same on the portable path
     direct      forward passes of AlexNet's and Overfeat's layers, ours and cuDNN's, one row for each layer and dtype
-    winograd    each launch of our Winograd kernels on layers of VGG-E
+    winograd    each kernel of our Winograd convolution on layers of VGG-E, all its launches in a call together
 
 `computational_efficiency` is useful multiply-adds over elapsed clocks of the multiprocessors (sm__cycles_elapsed.max,
 summed over the call's launches) times the multiply-adds a clock of the unit that ours uses; the peer's goes beyond 1
@@ -169,10 +169,26 @@ def kernel_name(signature: str) -> str:
 
 
 def reduce(labels: Sequence[dict], launches: Sequence[dict]) -> list[dict]:
-    """The rows: one a launch, and in the group direct one a layer and dtype."""
-    labelled = [(labels[launch["call"]], launch) for launch in launches if launch["call"] < len(labels)]
-    rows = [{**label, **_launch_columns(launch)} for label, launch in labelled if label["group"] != "direct"]
+    """The rows: one a launch; in the group winograd one a call and kernel, in direct one a layer and dtype."""
+    rows = []
+    for i, label in enumerate(labels):
+        own = [launch for launch in launches if launch["call"] == i]
+        if label["group"] == "winograd":
+            for kernel in dict.fromkeys(launch["kernel"] for launch in own):
+                same = [launch for launch in own if launch["kernel"] == kernel]
+                rows.append({**label, "launches": len(same), **_launch_columns(_together(same))})
+        elif label["group"] != "direct":
+            rows += [{**label, **_launch_columns(launch)} for launch in own]
     return rows + _efficiencies(labels, launches)
+
+
+def _together(launches: Sequence[dict]) -> dict:
+    """Launches as one: sums of clocks and time, and the rest weighted by the clocks."""
+    cycles = _cycles(launches)
+    numbers = [metric for metric, value in launches[0].items() if isinstance(value, float)]
+    weighted = {m: sum((launch[m] or 0.0) * launch[CYCLES] for launch in launches) / cycles for m in numbers}
+    sums = {metric: sum(launch[metric] for launch in launches) for metric in (CYCLES, NANOSECONDS)}
+    return {**launches[0], **weighted, **sums}
 
 
 def _launch_columns(launch: dict) -> dict:
@@ -227,16 +243,12 @@ def _cycles(launches: Sequence[dict]) -> float:
 
 def _call_columns(label: dict, launches: Sequence[dict]) -> dict:
     """A call's launches together: sums, and shares weighted by their clocks."""
-    cycles, longest = _cycles(launches), max(launch[CYCLES] for launch in launches)
-    shares = {
-        column: _rounded(sum((launch[metric] or 0.0) * launch[CYCLES] for launch in launches) / cycles)
-        for column, metric in FEW_SHARES.items()
-    }
+    call, longest = _together(launches), max(launch[CYCLES] for launch in launches)
     return {
         "kernels": " + ".join(launch["kernel"] for launch in launches),
-        "us": round(1e-3 * sum(launch[NANOSECONDS] for launch in launches), 1),
-        "cycles": round(cycles),
-        "computational_efficiency": round(label["macs"] / (cycles * label["macs_per_clock"]), 4),
+        "us": round(1e-3 * call[NANOSECONDS], 1),
+        "cycles": round(call[CYCLES]),
+        "computational_efficiency": round(label["macs"] / (call[CYCLES] * label["macs_per_clock"]), 4),
         "longest_efficiency": round(label["macs"] / (longest * label["macs_per_clock"]), 4),
-        **shares,
+        **{column: _rounded(call[metric]) for column, metric in FEW_SHARES.items()},
     }

@@ -96,6 +96,13 @@ def test_efficiency_is_of_the_calls_launches_and_the_fastest_peer(counters):
     assert (row["peer"], row["peer_computational_efficiency"], row["peer_us"]) == ("cudnn-nchw", 0.4, 94.6)
 
 
+def test_a_winograd_kernels_launches_are_one_row(counters):
+    launches = [dict(launch, call=0, kernel="products") for launch in counters.parse(report())]
+    (row,) = counters.reduce([{"group": "winograd", "layer": "5"}], launches)
+    assert (row["launches"], row["us"], row["cycles"]) == (2, 119.3, 210_895)
+    assert row["issue_slots_percent"] == pytest.approx((167_395 * 41.82 + 43_500 * 18.85) / 210_895, abs=0.06)
+
+
 @pytest.mark.parametrize(
     ("signature", "name"),
     [
