@@ -71,6 +71,7 @@ def counters(
     unknown = set(groups) - set(GROUPS)
     if unknown:
         raise ValueError(f"groups={sorted(unknown)}; accepted: {', '.join(GROUPS)}")
+    errors, profiled = [], 0
     for options in (FULL, FEW):
         wanted = {}
         for group in groups:
@@ -79,20 +80,17 @@ def counters(
             if chosen and group_options is options:
                 wanted[group] = chosen
         if wanted:
-            yield from _profiled_rows(wanted, options, select, keep)
-
-
-def _profiled_rows(
-    groups: dict[str, list[str]], options: Sequence[str], select: str, keep: str | None
-) -> Iterator[dict]:
-    labels, report, error = profile(groups, options, select, keep)
-    launches = parse(report) if labels and (not error or '"ID"' in report) else []
-    for row in reduce(labels, launches):
-        print(json.dumps(row), flush=True)
-        yield row
-    if error:
-        raise ValueError(f"ncu, {', '.join(groups)}: {error}")
-    if not labels:
+            labels, report, error = profile(wanted, options, select, keep)
+            launches = parse(report) if labels and (not error or '"ID"' in report) else []
+            for row in reduce(labels, launches):
+                print(json.dumps(row), flush=True)
+                yield row
+            profiled += len(labels)
+            if error:
+                errors.append(f"{', '.join(wanted)}: {error}")
+    if errors:
+        raise ValueError(f"ncu, {'; '.join(errors)}")
+    if not profiled:
         raise ValueError(f"select={select!r} matches nothing of {', '.join(groups)}")
 
 

@@ -13,6 +13,7 @@ import json
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -130,12 +131,16 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--select", default="", help="regular expression over names of blocks or layers")
     options = parser.parse_args(arguments)
     labels: list[dict] = []
-    try:
-        for wanted in options.groups:
-            group, _, dtypes = wanted.partition("=")
+    failed = False
+    for wanted in options.groups:
+        group, _, dtypes = wanted.partition("=")
+        try:
             _profile(group, GROUPS[group](options.select, dtypes.split(",")), labels)
-    finally:
+        except Exception:  # the other groups' calls are worth their time all the same
+            traceback.print_exc()
+            failed = True
         options.labels.write_text(json.dumps(labels))
+    sys.exit(failed)
 
 
 def _profile(group: str, calls: Iterator[Call], labels: list[dict]) -> None:
