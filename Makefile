@@ -51,6 +51,7 @@ bench: $(FULL)
 	$(PYTHON) scripts/benchmark.py suite=models $(ARGS)
 	$(PYTHON) scripts/benchmark.py suite=winograd $(ARGS)
 	$(PYTHON) scripts/benchmark.py suite=direct $(ARGS)
+	-$(PYTHON) scripts/benchmark.py suite=counters $(ARGS)  # needs Nsight Compute's ncu; the others don't
 	$(PYTHON) scripts/benchmark.py suite=training $(ARGS)
 	$(PYTHON) scripts/benchmark.py suite=kernels_agreement $(ARGS)
 	$(PYTHON) scripts/benchmark.py suite=training_throughput $(ARGS)

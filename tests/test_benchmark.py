@@ -218,7 +218,7 @@ def test_commit_of_the_environment_wins_and_its_lack_is_said(monkeypatch, tmp_pa
         (
             ["suite=speed"],
             "suite='speed' is unknown; accepted: throughput, latency, cost, training_throughput, blocks, models, "
-            "winograd, direct, training, kernels_agreement",
+            "winograd, direct, counters, training, kernels_agreement",
         ),
         (["suite=blocks"], "suite=blocks times CUDA kernels, but there is no CUDA device here"),
         (["dtype=int8"], "dtype='int8' is unknown; accepted: float32, float16, bfloat16"),

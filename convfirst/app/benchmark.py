@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MODES = ("eager", "eager+graph", "inductor", "inductor+graph")
-PER_GPU = ("blocks", "models", "winograd", "direct", "training")  # suites whose result files name the GPU
+PER_GPU = ("blocks", "models", "winograd", "direct", "counters", "training")  # suites whose result files name the GPU
 
 
 def benchmark(config: DictConfig) -> list[dict]:
@@ -97,6 +97,11 @@ def winograd(config: DictConfig) -> Iterator[dict]:
 def direct(config: DictConfig) -> Iterator[dict]:
     """Direct convolution of maxDNN's and VGG-E's layers against cuDNN, and its gradients."""
     return _kernel_suite("direct")(**config.direct)
+
+
+def counters(config: DictConfig) -> Iterator[dict]:
+    """Hardware counters of the kernels' launches, and maxDNN's computational efficiency; needs Nsight Compute."""
+    return _kernel_suite("counters")(**config.counters)
 
 
 def _kernel_suite(name: str) -> Callable[..., Iterator[dict]]:
@@ -194,6 +199,7 @@ SUITES: Mapping[str, Callable[[DictConfig], Iterable[dict]]] = {
     "models": networks,
     "winograd": winograd,
     "direct": direct,
+    "counters": counters,
     "training": training_step,
     "kernels_agreement": kernels_agreement,
 }

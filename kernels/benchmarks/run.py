@@ -5,12 +5,14 @@ python kernels/benchmarks/run.py blocks --peer none              # ours alone: n
 python kernels/benchmarks/run.py mbconv
 python kernels/benchmarks/run.py winograd --batches 1 8 64
 python kernels/benchmarks/run.py direct --select alexnet
+python kernels/benchmarks/run.py counters --groups direct --dtypes float32     # under Nsight Compute
 python kernels/benchmarks/run.py models --batches 1 128 --reuse results/models-h100.json
 """
 
 import argparse
 import inspect
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,6 +35,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--path", help="sm80, sm90 or a variant's name")
     parser.add_argument("--iterations", type=int)
     parser.add_argument("--eager-outside", action="store_true", help="models: nothing of ours goes through Inductor")
+    parser.add_argument("--groups", nargs="+", help="counters: blocks portable direct winograd")
+    parser.add_argument("--keep", help="counters: a folder for the profiler's CSV files")
     parser.add_argument("--output", type=Path, help="default: results/<suite>-<device>.json")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -60,11 +64,20 @@ def main(arguments: list[str]) -> None:
 
 
 def print_table(rows: list[dict]) -> None:
+    if "group" in rows[0]:
+        for group in dict.fromkeys(row["group"] for row in rows):
+            same = [row for row in rows if row["group"] == group]
+            print_columns([column for column in same[0] if column != "group"], same)
+        return
     columns = ("name", "batch", "dtype", "path", "ours_ms", "peer", "peer_ms", "speedup", "tflops", "efficiency")
     if "algorithm" in rows[0]:
         columns = ("layer", "N", "dtype", "algorithm", "plan", *columns[4:8], "effective_tflops", "max_error")
     if "direction" in rows[0]:
         columns = ("layer", "N", "dtype", "direction", "variant", *columns[4:9], "computational_efficiency")
+    print_columns(columns, rows)
+
+
+def print_columns(columns: Sequence[str], rows: list[dict]) -> None:
     lines = [[str(row[column]) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *lines, strict=True)]
     for line in (columns, *lines):
@@ -72,4 +85,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")

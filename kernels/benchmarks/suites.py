@@ -16,6 +16,7 @@ from pathlib import Path
 import convfirst.models  # noqa: F401  registers ConvFirst with timm
 import timm
 import torch
+from counters import counters
 from direct import direct
 from graph_timing import copy_tbps, graph_ms, matmul_tflops, rotating_inputs
 from torch import Tensor, nn
@@ -363,6 +364,7 @@ def _network_flops(name: str, batch: int, image_size: int) -> int:
 
 SUITES: dict[str, Callable[..., list[dict]]] = {
     "blocks": blocks,
+    "counters": counters,
     "direct": direct,
     "mbconv": mbconv,
     "models": models,
