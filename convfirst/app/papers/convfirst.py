@@ -168,7 +168,7 @@ def _efficiency_gap(findings: Findings, slug: str, trained: dict[str, Score | st
     peak = _peak(device)
     points = _points(findings, slug, peak, trained)
     picture = findings.figures / f"efficiency-gap-{slug}.png"
-    page = findings.reports / f"efficiency-gap-{slug}.html"
+    page = findings.reports / f"efficiency-gap-{slug}{findings.suffix}.html"
     title = f"Efficiency gap on {device.name}: peak {peak.flops / 1e12:.0f} TFLOP/s (float16, {_kind(peak)})"
     draw_efficiency_gap(points, title, picture)
     write_efficiency_gap_page(points, title, page)
