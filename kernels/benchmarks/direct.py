@@ -109,7 +109,7 @@ def _layer_rows(
         options = {"direction": direction, "dtype": dtype, "device": "cuda", "path": path}
         variant = plan_direct(shape, weight_shape, layer.stride, layer.padding, **options)["chosen"]
         with convfirst_kernels.force_path(path):
-            _check_agreement(ours[direction](inputs[0]), theirs[direction](inputs[0]))
+            check_agreement(ours[direction](inputs[0]), theirs[direction](inputs[0]))
             ours_ms = graph_ms(ours[direction], inputs, iterations, calls=4)
             clock_mhz = _clock_mhz(ours[direction], inputs)
         peer, peer_ms = _fastest_peer(layer, direction, inputs, weight, bias.to(torch_dtype), grad, iterations)
@@ -191,14 +191,14 @@ def _fastest_peer(layer, direction, inputs, weight, bias, grad, iterations) -> t
     for name, layout in (("nhwc", torch.channels_last), ("nchw", torch.contiguous_format)):
         converted = [x.contiguous(memory_format=layout) for x in inputs]
         theirs = _theirs(layer, weight.contiguous(memory_format=layout), bias, grad.contiguous(memory_format=layout))
-        with _cudnn_searches():
+        with cudnn_searches():
             times[name] = graph_ms(theirs[direction], converted, iterations, calls=4)
         del converted
     fastest = min(times, key=times.__getitem__)
     return fastest, times[fastest]
 
 
-def _check_agreement(ours: Tensor, theirs: Tensor) -> None:
+def check_agreement(ours: Tensor, theirs: Tensor) -> None:
     """A benchmark of wrong results is worth nothing: a coarse comparison (the tests have the fine one)."""
     difference, scale = (ours.float() - theirs.float()).abs().max(), theirs.float().abs().max()
     if not difference <= 0.03 * scale:
@@ -206,7 +206,7 @@ def _check_agreement(ours: Tensor, theirs: Tensor) -> None:
 
 
 @contextmanager
-def _cudnn_searches():
+def cudnn_searches():
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False):
         yield
 

@@ -3,6 +3,7 @@
 python kernels/benchmarks/run.py blocks --select convfirst-c --dtypes float16 bfloat16
 python kernels/benchmarks/run.py blocks --peer none              # ours alone: no compilation
 python kernels/benchmarks/run.py mbconv
+python kernels/benchmarks/run.py grouped                         # the grouped convolution alone, beside cuDNN and spio
 python kernels/benchmarks/run.py winograd --batches 1 8 64
 python kernels/benchmarks/run.py direct --select alexnet
 python kernels/benchmarks/run.py models --batches 1 128 --reuse results/models-h100.json

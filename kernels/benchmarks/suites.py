@@ -1,8 +1,8 @@
 """Benchmark suites: fused blocks, and networks with fused blocks, against Inductor in the same run.
 
 Every suite yields its rows as it measures them: {name, batch, dtype, path, ours_ms, peer, peer_ms, speedup, tflops,
-ceiling_tflops, efficiency} and a few columns more; those of direct and winograd are in direct.py and winograd.py. Both
-sides run in channels_last inside CUDA graphs on rotating inputs; times are medians.
+ceiling_tflops, efficiency} and a few columns more. Those of direct, grouped and winograd are in files of their names.
+Both sides run in channels_last inside CUDA graphs on rotating inputs; times are medians.
 `SUITES` names them; `python kernels/benchmarks/run.py` runs them.
 """
 
@@ -19,6 +19,7 @@ import timm
 import torch
 from direct import direct
 from graph_timing import capture, copy_tbps, matmul_tflops, rotating_inputs
+from grouped import GROUPED, grouped
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from turns import measured
@@ -103,7 +104,7 @@ MODELS = {
 }
 
 # The order of results.
-NAMES = [*(block.name for block in BLOCKS), *(shape.name for shape in MBCONVS), *MODELS]
+NAMES = [*(shape.name for shapes in (BLOCKS, MBCONVS, GROUPED) for shape in shapes), *MODELS]
 
 
 def blocks(
@@ -393,6 +394,7 @@ def _network_flops(name: str, batch: int, image_size: int) -> int:
 SUITES: dict[str, Callable[..., list[dict]]] = {
     "blocks": blocks,
     "direct": direct,
+    "grouped": grouped,
     "mbconv": mbconv,
     "models": models,
     "winograd": winograd,
