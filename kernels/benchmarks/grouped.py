@@ -15,9 +15,10 @@ import convfirst.models
 import torch
 import torch.nn.functional as F
 from direct import check_agreement, cudnn_searches
-from graph_timing import copy_tbps, graph_ms, matmul_tflops, rotating_inputs
-from spio_peer import spio_ms
+from graph_timing import Captured, capture, copy_tbps, matmul_tflops, rotating_inputs
+from spio_peer import prepare_spio
 from torch import Tensor
+from turns import measured
 
 import convfirst_kernels
 from convfirst_kernels import (
@@ -46,6 +47,7 @@ def grouped(
     dtypes: Sequence[str] = ("float16",),
     batches: Sequence[int] = (128,),
     iterations: int = 15,
+    turn: str | None = None,
 ) -> Iterator[dict]:
     """One row for each convolution, batch size and dtype.
 
@@ -54,20 +56,17 @@ def grouped(
         dtypes: "float16", "bfloat16"; spio has the former alone.
         batches: images in a batch.
         iterations: replays of each graph, of which the median counts.
+        turn: a file by which processes that share the GPU take turns; see `turns.measured`.
     """
     chosen = [shape for shape in GROUPED if re.search(select, shape.name)]
     if not chosen:
         raise ValueError(f"select={select!r} matches none of {', '.join(shape.name for shape in GROUPED)}")
-    for dtype in dtypes:
-        for shape in chosen:
-            for batch in batches:
-                row = _row(shape, dtype, batch, iterations)
-                print(json.dumps(row), flush=True)
-                yield row
+    jobs = (_rows(shape, dtype, batch, iterations) for dtype in dtypes for shape in chosen for batch in batches)
+    yield from measured(jobs, turn)
 
 
 @torch.no_grad()
-def _row(shape: GroupedConv, dtype: str, batch: int, iterations: int) -> dict:
+def _rows(shape: GroupedConv, dtype: str, batch: int, iterations: int) -> Iterator[dict | None]:
     torch_dtype, channels = getattr(torch, dtype), shape.channels
     torch.manual_seed(0)
     inputs = rotating_inputs(lambda: _images((batch, channels, shape.side, shape.side), torch_dtype))
@@ -81,13 +80,18 @@ def _row(shape: GroupedConv, dtype: str, batch: int, iterations: int) -> dict:
 
     groups = channels // GROUP_WIDTH
     check_agreement(ours(inputs[0]), F.conv2d(inputs[0], weight, bias.to(torch_dtype), padding=1, groups=groups))
-    ours_ms = graph_ms(ours, inputs, iterations)
+    graph, block, time_spio = (
+        capture(ours, inputs),
+        _block(shape, torch_dtype, inputs),
+        prepare_spio(inputs, weight, bias),
+    )
+    yield None
+    ours_ms, (spio_ms, how) = graph.ms(iterations), time_spio()
     peer, peer_ms = _fastest_peer(inputs, weight, bias.to(torch_dtype), groups, iterations)
-    theirs_ms, how = spio_ms(inputs, weight, bias)
     flops = 2 * batch * shape.side**2 * channels * 9 * GROUP_WIDTH
     traffic = 2 * inputs[0].numel() * inputs[0].element_size()
     tflops, ceiling = 1e-9 * flops / ours_ms, matmul_tflops(torch_dtype)
-    return {
+    row = {
         "name": shape.name,
         "batch": batch,
         "dtype": dtype,
@@ -96,15 +100,17 @@ def _row(shape: GroupedConv, dtype: str, batch: int, iterations: int) -> dict:
         "peer": f"cudnn-{peer}",
         "peer_ms": round(peer_ms, 5),
         "speedup": round(peer_ms / ours_ms, 3),
-        "spio_ms": theirs_ms and round(theirs_ms, 5),
-        "spio_speedup": theirs_ms and round(theirs_ms / ours_ms, 3),
+        "spio_ms": spio_ms and round(spio_ms, 5),
+        "spio_speedup": spio_ms and round(spio_ms / ours_ms, 3),
         "spio": how,
         "tflops": round(tflops, 1),
         "ceiling_tflops": round(ceiling, 1),
         "efficiency": round(tflops / ceiling, 4),
         "floor_memory_ms": round(1e-9 * traffic / copy_tbps(), 5),
-        "block_ms": round(_block_ms(shape, torch_dtype, inputs, iterations), 5),
+        "block_ms": round(block.ms(iterations), 5),
     }
+    print(json.dumps(row), flush=True)
+    yield row
 
 
 def _fastest_peer(inputs, weight: Tensor, bias: Tensor, groups: int, iterations: int) -> tuple[str, float]:
@@ -115,19 +121,18 @@ def _fastest_peer(inputs, weight: Tensor, bias: Tensor, groups: int, iterations:
             weight.contiguous(memory_format=layout),
         )
         with cudnn_searches():
-            times[name] = graph_ms(
-                lambda x, w=theirs: F.conv2d(x, w, bias, padding=1, groups=groups), converted, iterations
-            )
-        del converted
+            graph = capture(lambda x, w=theirs: F.conv2d(x, w, bias, padding=1, groups=groups), converted)
+        times[name] = graph.ms(iterations)
+        del converted, graph
     fastest = min(times, key=times.__getitem__)
     return fastest, times[fastest]
 
 
-def _block_ms(shape: GroupedConv, dtype: torch.dtype, inputs: Sequence[Tensor], iterations: int) -> float:
+def _block(shape: GroupedConv, dtype: torch.dtype, inputs: Sequence[Tensor]) -> Captured:
     block = convfirst.models.ConvFirstBlock(shape.channels, layer_scale=0.5).eval()
     block.to("cuda", dtype, memory_format=torch.channels_last)
     convfirst_kernels.accelerate(block, kernels="required", frozen=True)
-    return graph_ms(block, inputs, iterations)
+    return capture(block, inputs)
 
 
 def _images(shape: tuple, dtype: torch.dtype) -> Tensor:

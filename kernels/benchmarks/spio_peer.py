@@ -15,37 +15,42 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LAUNCHES = 60
-SPIN = 40_000_000  # clocks of a kernel that keeps the GPU busy while launches queue up
+SPIN = 6_000_000  # clocks of a kernel that keeps the GPU busy while launches queue up
 
 
-def spio_ms(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor) -> tuple[float | None, str]:
-    """Milliseconds of a call of ``conv2d(x, weight, bias, padding=1, groups=C // 8)`` and how it ran.
+def prepare_spio(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Callable[[], tuple[float | None, str]]:
+    """Compile ``conv2d(x, weight, bias, padding=1, groups=C // 8)``; what comes back times it.
 
     Args:
         inputs: [N, C, H, W] each, channels_last; the calls take them in turn.
         weight: [C, 8, 3, 3], channels_last; bias: [C], float32.
 
     Returns:
-        None and the reason where it doesn't run.
+        A function that gives milliseconds of a call and how it ran, or None and why it didn't.
     """
     if weight.dtype != torch.float16:
-        return None, f"not run: spio has no {weight.dtype}"
+        return lambda: (None, f"not run: spio has no {weight.dtype}")
     spio, reason = _imported()
     if spio is None:
-        return None, f"not run: {reason}"
+        return lambda: (None, f"not run: {reason}")
     major, minor = torch.cuda.get_device_capability()
-    architecture, supported = f"sm_{major}{minor}", ", ".join(spio.supported_arch)
+    supported = f"sm_{major}{minor}" in spio.supported_arch
     try:
-        kernels = _kernels(inputs[0], weight, bias, architecture in spio.supported_arch)
+        kernels = _kernels(inputs[0], weight, bias, supported)
     except Exception as error:  # its own errors, NVRTC's, and the network's, from which it takes its models
-        return None, f"not run: {type(error).__name__}: {error}"
-    times = [_time(kernel, inputs, weight, bias) for kernel in kernels]
-    right = [ms for ms in times if ms is not None]
-    if not right:
-        return None, f"not run: no result of {len(times)} configurations is right on {architecture}"
-    if architecture in spio.supported_arch:
-        return min(right), f"spio {spio.__version__}, the configuration of its own model"
-    return min(right), f"spio {spio.__version__}, the fastest of {len(right)} configurations; it supports {supported}"
+        reason = f"not run: {type(error).__name__}: {error}"
+        return lambda: (None, reason)
+    return lambda: _fastest(spio, kernels, supported, inputs, weight, bias)
+
+
+def _fastest(spio, kernels: list, supported: bool, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor) -> tuple:
+    times = [ms for ms in (_time(kernel, inputs, weight, bias) for kernel in kernels) if ms is not None]
+    if not times:
+        return None, f"not run: no result of {len(kernels)} configurations is right here"
+    if supported:
+        return min(times), f"spio {spio.__version__}, the configuration of its own model"
+    names = ", ".join(spio.supported_arch)
+    return min(times), f"spio {spio.__version__}, the fastest of {len(times)} configurations; it supports {names}"
 
 
 @cache
