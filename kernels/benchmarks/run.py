@@ -73,7 +73,7 @@ def _in_order(rows: list[dict]) -> list[dict]:
 
 
 def _place(row: dict) -> tuple:
-    return (NAMES.index(row["name"]) if row["name"] in NAMES else len(NAMES), row["batch"])
+    return (NAMES.index(row["name"]), row["batch"]) if row["name"] in NAMES else (len(NAMES),)
 
 
 def print_table(rows: list[dict]) -> None:
