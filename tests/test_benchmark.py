@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hydra
@@ -291,10 +293,38 @@ def test_the_kernels_own_script_writes_rows_as_they_come(monkeypatch, tmp_path):
     monkeypatch.setitem(run.SUITES, "blocks", suite)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90000)
     with pytest.raises(ValueError, match="interrupted"):
         run.main(["blocks", "--output", str(path), "--iterations", "2"])
     written = json.loads(path.read_text())
     assert (written["suite"], written["device"], written["rows"]) == ("blocks", "GPU", [row])
+
+
+def test_nothing_is_timed_before_all_are_prepared_nor_beside_another(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(Path(CONFIGS).parent / "kernels/benchmarks")
+    turns = importlib.import_module("turns")
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+    events, both = [], threading.Barrier(2)
+
+    def job(name):
+        both.wait(timeout=60)  # two jobs of two processes
+        events.append("prepared")
+        yield None
+        for _ in range(3):
+            events.append(name)
+            time.sleep(0.01)
+            yield {"name": name}
+
+    def process(name):
+        rows = list(turns.measured((job(name) for _ in range(2)), str(tmp_path / "turn")))
+        assert rows == [{"name": name}] * 6
+
+    with ThreadPoolExecutor() as pool:
+        for future in [pool.submit(process, name) for name in "ab"]:
+            future.result(timeout=60)
+    assert events[:4] == ["prepared"] * 4
+    assert "".join(events[4:]) in ("aaaaaabbbbbb", "bbbbbbaaaaaa")
+    assert list(turns.measured(iter([iter([None, 1]), iter([None, 2])]), None)) == [1, 2]
 
 
 @pytest.mark.gpu

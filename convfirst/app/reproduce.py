@@ -48,10 +48,10 @@ def reproduce(config: DictConfig) -> Path:
         reports=REPOSITORY / config.reports,
         runs={recipe: REPOSITORY / config.run_root / recipe for recipe in config.recipes},
         slug=slug,
+        suffix="-quick" if config.quick else "",
     )
-    name = f"{paper}-quick" if config.quick else paper
     header = _header(read_paper(paper), config, skipped)
-    path = write_report([*header, *PAPERS[paper].sections(findings)], findings.reports, name)
+    path = write_report([*header, *PAPERS[paper].sections(findings)], findings.reports, paper + findings.suffix)
     log.info("wrote %s and %s", path, path.with_suffix(".html"))
     return path
 

@@ -1,4 +1,6 @@
-"""Benchmark suite of direct convolution and its gradients: maxDNN's layers and VGG-E's against cuDNN in the same run.
+"""Benchmark suite of direct convolution and its gradients, against cuDNN in the same run.
+
+The layers are maxDNN's, VGG-E's, and the stems and downsampling layers of ConvFirst-T and ConvNeXt-T.
 
 The peer is the faster of cuDNN's NHWC and NCHW convolutions with its own search on (torch.backends.cudnn.benchmark),
 without TF32, in a CUDA graph as ours is, on the same inputs. `computational_efficiency` is what maxDNN's paper defines:
@@ -35,9 +37,26 @@ def _papers_layers(paper: str) -> list[dict]:
     return json.loads((folder / f"{paper}.json").read_text())["layers"]
 
 
-# Each with the batch sizes that its paper measures.
-LAYERS = [(ConvLayer(**layer), (128,)) for layer in _papers_layers("maxdnn")] + [
-    (ConvLayer(**{**layer, "name": f"vgg_{layer['name']}"}), (1, 8, 64)) for layer in _papers_layers("winograd")
+def _outside_blocks(network: str, widths: Sequence[int]) -> list[ConvLayer]:
+    """A network's stem and downsampling layers for 224 x 224 images."""
+    stem = [ConvLayer(f"{network}_stem", 3, 224, 224, widths[0], kernel_size=4, stride=4, padding=0)]
+    if network.startswith("convfirst"):
+        half = widths[0] // 2
+        stem = [ConvLayer(f"{network}_stem1", 3, 224, 224, half, stride=2)]
+        stem += [ConvLayer(f"{network}_stem2", half, 112, 112, widths[0], stride=2)]
+    pairs = enumerate(zip(widths, widths[1:], strict=False))
+    return stem + [
+        ConvLayer(f"{network}_downsample{i + 1}", before, 56 >> i, 56 >> i, after, kernel_size=2, stride=2, padding=0)
+        for i, (before, after) in pairs
+    ]
+
+
+# Each with its batch sizes: those that its paper measures.
+LAYERS = [
+    *((ConvLayer(**layer), (128,)) for layer in _papers_layers("maxdnn")),
+    *((ConvLayer(**{**layer, "name": f"vgg_{layer['name']}"}), (1, 8, 64)) for layer in _papers_layers("winograd")),
+    *((layer, (128,)) for layer in _outside_blocks("convfirst_tiny", (64, 128, 256, 512))),
+    *((layer, (128,)) for layer in _outside_blocks("convnext_tiny", (96, 192, 384, 768))),
 ]
 
 
@@ -90,7 +109,7 @@ def _layer_rows(
         options = {"direction": direction, "dtype": dtype, "device": "cuda", "path": path}
         variant = plan_direct(shape, weight_shape, layer.stride, layer.padding, **options)["chosen"]
         with convfirst_kernels.force_path(path):
-            _check_agreement(ours[direction](inputs[0]), theirs[direction](inputs[0]))
+            check_agreement(ours[direction](inputs[0]), theirs[direction](inputs[0]))
             ours_ms = graph_ms(ours[direction], inputs, iterations, calls=4)
             clock_mhz = _clock_mhz(ours[direction], inputs)
         peer, peer_ms = _fastest_peer(layer, direction, inputs, weight, bias.to(torch_dtype), grad, iterations)
@@ -172,14 +191,14 @@ def _fastest_peer(layer, direction, inputs, weight, bias, grad, iterations) -> t
     for name, layout in (("nhwc", torch.channels_last), ("nchw", torch.contiguous_format)):
         converted = [x.contiguous(memory_format=layout) for x in inputs]
         theirs = _theirs(layer, weight.contiguous(memory_format=layout), bias, grad.contiguous(memory_format=layout))
-        with _cudnn_searches():
+        with cudnn_searches():
             times[name] = graph_ms(theirs[direction], converted, iterations, calls=4)
         del converted
     fastest = min(times, key=times.__getitem__)
     return fastest, times[fastest]
 
 
-def _check_agreement(ours: Tensor, theirs: Tensor) -> None:
+def check_agreement(ours: Tensor, theirs: Tensor) -> None:
     """A benchmark of wrong results is worth nothing: a coarse comparison (the tests have the fine one)."""
     difference, scale = (ours.float() - theirs.float()).abs().max(), theirs.float().abs().max()
     if not difference <= 0.03 * scale:
@@ -187,7 +206,7 @@ def _check_agreement(ours: Tensor, theirs: Tensor) -> None:
 
 
 @contextmanager
-def _cudnn_searches():
+def cudnn_searches():
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False):
         yield
 

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -20,15 +21,22 @@ def rotating_inputs(make: Callable[[], Tensor]) -> list[Tensor]:
     return [first, *(make() for _ in range(min(MAX_INPUTS, max(2, count)) - 1))]
 
 
+@dataclass(frozen=True)
+class Captured:
+    """Calls of a function in one CUDA graph: compiled, tuned and captured, ready to be timed."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: int
+    inputs: Sequence[Tensor]  # the graph reads them, so they must live as long
+
+    def ms(self, iterations: int = 15, warmup: int = 3) -> float:
+        """Median milliseconds of a call."""
+        return replay_ms(self.graph, iterations, warmup) / self.calls
+
+
 @torch.no_grad()
-def graph_ms(
-    function: Callable[[Tensor], Tensor],
-    inputs: Sequence[Tensor],
-    iterations: int = 15,
-    calls: int = 8,
-    warmup: int = 3,
-) -> float:
-    """Median milliseconds of a call inside one CUDA graph of at least ``calls`` calls that take the inputs in turn."""
+def capture(function: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], calls: int = 8) -> Captured:
+    """A graph of at least ``calls`` calls that take the inputs in turn."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles, tunes, and fills the allocator outside the capture
@@ -40,7 +48,18 @@ def graph_ms(
     with torch.cuda.graph(graph):
         for x in rotation:
             function(x)
-    return replay_ms(graph, iterations, warmup) / len(rotation)
+    return Captured(graph, len(rotation), inputs)
+
+
+def graph_ms(
+    function: Callable[[Tensor], Tensor],
+    inputs: Sequence[Tensor],
+    iterations: int = 15,
+    calls: int = 8,
+    warmup: int = 3,
+) -> float:
+    """Median milliseconds of a call inside one CUDA graph of at least ``calls`` calls that take the inputs in turn."""
+    return capture(function, inputs, calls).ms(iterations, warmup)
 
 
 def replay_ms(graph: torch.cuda.CUDAGraph, iterations: int, warmup: int = 3) -> float:

@@ -1,8 +1,8 @@
 """Benchmark suites: fused blocks, and networks with fused blocks, against Inductor in the same run.
 
 Every suite yields its rows as it measures them: {name, batch, dtype, path, ours_ms, peer, peer_ms, speedup, tflops,
-ceiling_tflops, efficiency} and a few columns more; those of direct and winograd are in direct.py and winograd.py. Both
-sides run in channels_last inside CUDA graphs on rotating inputs; times are medians.
+ceiling_tflops, efficiency} and a few columns more. Those of direct, grouped and winograd are in files of their names.
+Both sides run in channels_last inside CUDA graphs on rotating inputs; times are medians.
 `SUITES` names them; `python kernels/benchmarks/run.py` runs them.
 """
 
@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import convfirst.models  # noqa: F401  registers ConvFirst with timm
@@ -18,9 +19,11 @@ import timm
 import torch
 from counters import counters
 from direct import direct
-from graph_timing import copy_tbps, graph_ms, matmul_tflops, rotating_inputs
+from graph_timing import capture, copy_tbps, matmul_tflops, rotating_inputs
+from grouped import GROUPED, grouped
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from turns import measured
 from winograd import winograd
 
 import convfirst_kernels
@@ -101,6 +104,9 @@ MODELS = {
     "convnext_base": None,
 }
 
+# The order of results.
+NAMES = [*(shape.name for shapes in (BLOCKS, MBCONVS, GROUPED) for shape in shapes), *MODELS]
+
 
 def blocks(
     select: str = "^conv(first|next)-c",
@@ -110,6 +116,7 @@ def blocks(
     reuse: str | None = None,
     path: str = "",
     iterations: int = 15,
+    turn: str | None = None,
 ) -> Iterator[dict]:
     """One fused block against the same plain modules compiled by Inductor.
 
@@ -120,20 +127,25 @@ def blocks(
         peer: "inductor", "inductor-max-autotune", or None to time ours alone, which needs no compilation.
         reuse: a result file whose peer times to take, instead of timing peers again; its rows say so.
         path: restricts the planner to a path or variant.
+        turn: a file by which processes that share the GPU take turns; see `turns.measured`.
     """
     chosen = [block for block in BLOCKS if re.search(select, block.name)]
     if not chosen:
         raise ValueError(f"select={select!r} matches none of {', '.join(block.name for block in BLOCKS)}")
     known = _peer_times(reuse)
-    for dtype in dtypes:
-        for block in chosen:
-            for batch in batches:
-                yield _printed(_block_row(block, dtype, batch, peer, known, path, iterations))
-                torch.compiler.reset()
+    jobs = (
+        _block_row(block, dtype, batch, peer, known, path, iterations)
+        for dtype in dtypes
+        for block in chosen
+        for batch in batches
+    )
+    yield from measured(jobs, turn)
 
 
 @torch.no_grad()
-def _block_row(block: Block, dtype: str, batch: int, peer: str | None, known: dict, path: str, iterations: int) -> dict:
+def _block_row(
+    block: Block, dtype: str, batch: int, peer: str | None, known: dict, path: str, iterations: int
+) -> Iterator[dict | None]:
     torch_dtype = getattr(torch, dtype)
     torch.manual_seed(0)
     plain = block.build().eval().to("cuda", torch_dtype, memory_format=torch.channels_last)
@@ -145,18 +157,21 @@ def _block_row(block: Block, dtype: str, batch: int, peer: str | None, known: di
     with convfirst_kernels.force_path(path):
         _check_agreement(fused, plain, inputs[0])
         variant = plan(problem, Device.of(inputs[0].device.index))["chosen"]
-        ours = graph_ms(fused, inputs, iterations)
-    peer_ms, peer = _time_peer(plain, inputs, peer, known.get((block.name, batch, dtype)), iterations)
+        graph = capture(fused, inputs)
+    time_peer, peer = _prepare_peer(plain, inputs, peer, known.get((block.name, batch, dtype)))
+    yield None
+    ours, peer_ms = graph.ms(iterations), time_peer(iterations)
     flops = _block_flops(problem)
     traffic = 2 * inputs[0].numel() * inputs[0].element_size()
     ceiling = matmul_tflops(torch_dtype)
-    return {
+    row = {
         **_row(block.name, batch, dtype, variant.split("_")[0], ours, peer, peer_ms, flops, ceiling),
         "variant": variant,
         "floor_tensor_ms": round(1e-9 * flops / ceiling, 5),
         "floor_memory_ms": round(1e-9 * traffic / copy_tbps(), 5),
         "copy_tbps": round(copy_tbps(), 3),
     }
+    yield _printed(row)
 
 
 def mbconv(
@@ -167,23 +182,26 @@ def mbconv(
     reuse: str | None = None,
     path: str = "sm80",
     iterations: int = 15,
+    turn: str | None = None,
 ) -> Iterator[dict]:
     """One fused MBConv block against the same plain modules compiled by Inductor; arguments as of `blocks`."""
     chosen = [shape for shape in MBCONVS if re.search(select, shape.name)]
     if not chosen:
         raise ValueError(f"select={select!r} matches none of {', '.join(shape.name for shape in MBCONVS)}")
     known = _peer_times(reuse)
-    for dtype in dtypes:
-        for shape in chosen:
-            for batch in batches:
-                yield _printed(_mbconv_row(shape, dtype, batch, peer, known, path, iterations))
-                torch.compiler.reset()
+    jobs = (
+        _mbconv_row(shape, dtype, batch, peer, known, path, iterations)
+        for dtype in dtypes
+        for shape in chosen
+        for batch in batches
+    )
+    yield from measured(jobs, turn)
 
 
 @torch.no_grad()
 def _mbconv_row(
     shape: MBConvShape, dtype: str, batch: int, peer: str | None, known: dict, path: str, iterations: int
-) -> dict:
+) -> Iterator[dict | None]:
     torch_dtype = getattr(torch, dtype)
     torch.manual_seed(0)
     plain = shape.build().eval().to("cuda", torch_dtype, memory_format=torch.channels_last)
@@ -202,11 +220,13 @@ def _mbconv_row(
     with convfirst_kernels.force_path(path):
         _check_agreement(fused, plain, inputs[0])
         variant = plan(problem, Device.of(inputs[0].device.index))["chosen"]
-        ours = graph_ms(fused, inputs, iterations)
-    peer_ms, peer = _time_peer(plain, inputs, peer, known.get((shape.name, batch, dtype)), iterations)
+        graph = capture(fused, inputs)
+    time_peer, peer = _prepare_peer(plain, inputs, peer, known.get((shape.name, batch, dtype)))
+    yield None
+    ours, peer_ms = graph.ms(iterations), time_peer(iterations)
     flops = 2 * batch * shape.side**2 * shape.hidden * (2 * shape.channels + 9 * shape.group_width)
     row = _row(shape.name, batch, dtype, variant.split("_")[0], ours, peer, peer_ms, flops, matmul_tflops(torch_dtype))
-    return {**row, "variant": variant}
+    yield _printed({**row, "variant": variant})
 
 
 def models(
@@ -219,35 +239,41 @@ def models(
     iterations: int = 15,
     compiled: bool = True,
     image_size: int = 224,
+    turn: str | None = None,
 ) -> Iterator[dict]:
     """Whole networks: accelerated, in a CUDA graph, against the plain network and its counterpart in Inductor.
 
     Arguments as of `blocks`, and ``compiled``: what lies outside the blocks goes through Inductor on our side too.
-    Rows have ``images_per_s``, and ``peak_mib`` and ``peer_peak_mib``, memory beyond weights and inputs.
+    Rows have ``images_per_s``, and ``peak_mib`` and ``peer_peak_mib``, memory beyond weights and inputs, and its ratio.
     """
     chosen = [name for name in MODELS if re.search(select, name)]
     if not chosen:
         raise ValueError(f"select={select!r} matches none of {', '.join(MODELS)}")
     known = _peer_times(reuse)
-    for dtype in dtypes:
-        for batch in batches:
-            peers: dict[str, tuple] = {}
-            for name in chosen:
-                yield from _model_rows(name, dtype, batch, peer, known, path, iterations, compiled, image_size, peers)
-                torch.compiler.reset()
+    peers: dict[tuple, tuple] = {}
+    jobs = (
+        _model_rows(name, dtype, batch, peer, known, path, iterations, compiled, image_size, peers)
+        for dtype in dtypes
+        for batch in batches
+        for name in chosen
+    )
+    yield from measured(jobs, turn)
 
 
 @torch.no_grad()
-def _model_rows(name, dtype, batch, peer, known, path, iterations, compiled, image_size, peers) -> Iterator[dict]:
+def _model_rows(
+    name, dtype, batch, peer, known, path, iterations, compiled, image_size, peers
+) -> Iterator[dict | None]:
     torch_dtype = getattr(torch, dtype)
     inputs = [_images((batch, 3, image_size, image_size), torch_dtype) for _ in range(2)]
 
-    def time_peer(other: str) -> tuple:
-        if other not in peers:
-            network = _network(other, torch_dtype)
-            reused = known.get((other, batch, dtype))
-            peers[other] = _with_peak(lambda: _time_peer(network, inputs, peer, reused, iterations, calls=2))
-        return peers[other]
+    def prepare_peer(other: str) -> tuple:
+        """(function that times it, its name), and its memory; once for all networks that are held against it."""
+        key = other, dtype, batch
+        if key not in peers:
+            network, reused = _network(other, torch_dtype), known.get(key)
+            peers[key] = _with_peak(lambda: _prepare_peer(network, inputs, peer, reused, calls=2))
+        return peers[key]
 
     network = _network(name, torch_dtype)
     (problem, *_) = problems_of(network, (batch, 3, image_size, image_size), dtype)
@@ -256,18 +282,21 @@ def _model_rows(name, dtype, batch, peer, known, path, iterations, compiled, ima
     with convfirst_kernels.force_path(path):
         _check_agreement(fused, network, inputs[0])
         variant = plan(problem, Device.of(inputs[0].device.index))["chosen"]
-        function = torch.compile(fused) if compiled else fused
-        ours, peak = _with_peak(lambda: graph_ms(function, inputs, iterations, calls=2))
+        function = torch.compile(fused, dynamic=False) if compiled else fused
+        graph, peak = _with_peak(lambda: capture(function, inputs, calls=2))
     flops = _network_flops(name, batch, image_size)
-    for other in filter(None, (name, MODELS[name] if peer else None)):
-        (peer_ms, peer_name), peer_peak = time_peer(other)
-        label = peer_name and f"{other} {peer_name}"
+    others = {other: prepare_peer(other) for other in filter(None, (name, MODELS[name] if peer else None))}
+    yield None
+    ours = graph.ms(iterations)
+    for other, ((time_peer, peer_name), peer_peak) in others.items():
+        label, peer_ms = peer_name and f"{other} {peer_name}", time_peer(iterations)
         row = _row(name, batch, dtype, variant.split("_")[0], ours, label, peer_ms, flops, matmul_tflops(torch_dtype))
         row |= {
             "images_per_s": round(1e3 * batch / ours, 1),
             "outside_blocks": "inductor" if compiled else "eager",
             "peak_mib": peak,
             "peer_peak_mib": peer_peak,
+            "memory_ratio": round(peak / peer_peak, 3) if peer_peak else None,
         }
         yield _printed(row)
 
@@ -294,17 +323,18 @@ def _row(name, batch, dtype, path, ours, peer, peer_ms, flops, ceiling) -> dict:
     }
 
 
-def _time_peer(
-    plain: nn.Module, inputs: list[Tensor], peer: str | None, reused: float | None, iterations: int, calls: int = 8
-) -> tuple[float | None, str | None]:
+def _prepare_peer(
+    plain: nn.Module, inputs: list[Tensor], peer: str | None, reused: float | None, calls: int = 8
+) -> tuple[Callable[[int], float | None], str | None]:
+    """What times the peer, given a number of iterations, and its name."""
     if reused is not None:
-        return reused, f"{peer or 'inductor'} (reused)"
+        return lambda iterations: reused, f"{peer or 'inductor'} (reused)"
     if peer is None:
-        return None, None
+        return lambda iterations: None, None
     if peer not in PEERS:
         raise ValueError(f"peer={peer!r}; accepted: {', '.join(PEERS)} or none")
     compiled = torch.compile(plain, mode=PEERS[peer], dynamic=False)
-    return graph_ms(compiled, inputs, iterations, calls), peer
+    return cache(capture(compiled, inputs, calls).ms), peer
 
 
 def _peer_times(file: str | None) -> dict[tuple, float]:
@@ -366,6 +396,7 @@ SUITES: dict[str, Callable[..., list[dict]]] = {
     "blocks": blocks,
     "counters": counters,
     "direct": direct,
+    "grouped": grouped,
     "mbconv": mbconv,
     "models": models,
     "winograd": winograd,

@@ -50,7 +50,7 @@ def test_fusing_a_sequence_lifts_it_above_the_water():
 
 
 def test_latency_equation():
-    # ConvNeXt-T's 4.456 GMACs, 128 images, 989.4 TFLOP/s, in the 7.42166 ms of results/models-h200.json
+    # ConvNeXt-T's 4.456 GMACs, 128 images, 989.4 TFLOP/s, in the 7.42166 ms of results/models-h200.json beside this
     assert ideal_latency(4.456e9, 989.4e12, 128) == pytest.approx(1.15296e-3, rel=1e-5)
     assert efficiency(4.456e9, 989.4e12, 7.42166e-3, 128) == pytest.approx(0.15535, rel=1e-4)
 

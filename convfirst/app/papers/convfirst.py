@@ -58,9 +58,9 @@ def _throughputs(folder: Path, slug: str, quick: bool) -> list[list[str]]:
     if quick:
         sizes = {224: ["resnet50"]}
     common = ["suite=throughput", f"output={folder / f'throughput-{slug}.json'}", f"throughput.batches=[{BATCH}]"]
+    common += [f"throughput.modes=[{'eager' if quick else 'inductor'}+graph]"]  # a compilation takes longest
     return [
-        [*common, "throughput.modes=[inductor+graph]", f"models=[{','.join(models)}]", f"image_size={size}"]
-        + [f"append={str(i > 0).lower()}"]
+        [*common, f"models=[{','.join(models)}]", f"image_size={size}"] + [f"append={str(i > 0).lower()}"]
         for i, (size, models) in enumerate(sizes.items())
     ]
 
@@ -168,7 +168,7 @@ def _efficiency_gap(findings: Findings, slug: str, trained: dict[str, Score | st
     peak = _peak(device)
     points = _points(findings, slug, peak, trained)
     picture = findings.figures / f"efficiency-gap-{slug}.png"
-    page = findings.reports / f"efficiency-gap-{slug}.html"
+    page = findings.reports / f"efficiency-gap-{slug}{findings.suffix}.html"
     title = f"Efficiency gap on {device.name}: peak {peak.flops / 1e12:.0f} TFLOP/s (float16, {_kind(peak)})"
     draw_efficiency_gap(points, title, picture)
     write_efficiency_gap_page(points, title, page)

@@ -28,6 +28,7 @@ class Findings:
         reports: folder for the report and for web pages.
         runs: run directory of each recipe.
         slug: short name of the GPU at hand, None without one.
+        suffix: of the names of pages, so that a quick run's don't take the place of others.
     """
 
     folders: tuple[Path, ...]
@@ -35,6 +36,7 @@ class Findings:
     reports: Path
     runs: Mapping[str, Path]
     slug: str | None
+    suffix: str = ""
 
     def files(self, suite: str) -> list[Path]:
         """Result files ``<suite>-<device>.json`` and ``<suite>.json``, those of the GPU at hand first."""
