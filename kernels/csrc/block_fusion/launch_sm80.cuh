@@ -57,8 +57,13 @@ int Linear<kType, kTile, kProject>::launch(const LinearParams& p, cudaStream_t s
 template <DType kType, int kTile, bool kProject>
 int PersistentLinear<kType, kTile, kProject>::launch(const LinearParams& p, cudaStream_t stream) {
   constexpr PersistentTile tile = persistent_tile(kTile);
-  return start_kernel(linear_persistent_fwd_sm80<typename detail::Element<kType>::type, kTile, kProject>, p.grid, tile.threads(),
-                       tile.shared_bytes(kProject), stream, p);
+  using T = typename detail::Element<kType>::type;
+  constexpr bool kSilu = !kProject && tile.has_silu();
+  if (kSilu && p.activation == static_cast<int>(Activation::kSilu))
+    return start_kernel(linear_persistent_fwd_sm80<T, kTile, kProject, kSilu>, p.grid, tile.threads(), tile.shared_bytes(kProject, kSilu),
+                        stream, p);
+  return start_kernel(linear_persistent_fwd_sm80<T, kTile, kProject, false>, p.grid, tile.threads(), tile.shared_bytes(kProject, false),
+                      stream, p);
 }
 
 }  // namespace convfirst::block_fusion::sm80

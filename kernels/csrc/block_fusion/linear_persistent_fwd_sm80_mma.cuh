@@ -13,6 +13,9 @@
 //   result                   registers, fp32           a warp's rows x columns
 //   fragments                registers                 two m16 blocks of A, every column of W
 //
+// The expansion with SiLU has a kernel of its own (kSilu): its last slice is multiplied two row blocks at a time, and what is finished is
+// activated and stored between the next two's products. For GELU and for the projection that measured no faster or slower (NOTES.md).
+//
 // With warps_k = 2 two groups of warps each hold the whole tile and half of every slice's k: large warp tiles read shared
 // memory less often, and a tile of 128 columns still has two warps a scheduler. Their sums meet in the ring.
 #pragma once
@@ -148,6 +151,39 @@ struct WarpProduct {
       }
     return stage;
   }
+
+  // The tile's last slice, two row blocks at a time, so that these are complete one after another: share(m, i) runs the i-th of kShares shares
+  // of what is left to do with row block m, under the products of the next two, the last two's alone. W is read once more for every two row
+  // blocks: shared memory is then as busy as the tensor cores.
+  static constexpr int kShares = 2 * kColumns;
+  template <typename Copies, typename Turn, typename Share>
+  __device__ __forceinline__ uint32_t last_slice(float (&acc)[kRows][kColumns][4], uint32_t stage, Copies copies, Turn turn, Share share) {
+    static_assert(kSteps * kColumns == 2 * kShares, "a share every two products");
+#pragma unroll
+    for (int rows = 0; rows < kRows / 2; ++rows) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int m = 2 * rows + half, next_step = (step + half) % kSteps;
+          const bool turns = half == 1 && step == kSteps - 1, ends = turns && rows == kRows / 2 - 1;
+          copies((rows * kSteps + step) * 2 + half, kSteps * kRows);
+          if (ends) stage = turn();
+          load_a(stage, next_step, ends ? 0 : turns ? m + 1 : 2 * rows + 1 - half);
+#pragma unroll
+          for (int n = 0; n < kColumns / 2; ++n) {
+            ptx::mma_16816<T>(acc[m][2 * n], a[half], w[n][0], w[n][1]);
+            ptx::mma_16816<T>(acc[m][2 * n + 1], a[half], w[n][2], w[n][3]);
+            if (half == 1) load_w(stage, next_step, n);
+            const int i = (step * 2 + half) * (kColumns / 2) + n;
+            if (rows > 0) share(2 * (rows - 1) + i / kShares, i % kShares);
+          }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kShares; ++i) share(kRows - 2 + i / kShares, i % kShares);
+    return stage;
+  }
 };
 
 // The two halves of k: each warp keeps half of its row blocks, moved to the first places, and adds what its partner has of them.
@@ -183,11 +219,26 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[kRows][kColumns][4], uns
     }
 }
 
+// Two channels' SiLU in two parts: the tanh between them is under way while the warp does other things.
+struct SiluWord {
+  float low, high, tanh_low, tanh_high;
+
+  __device__ __forceinline__ void begin(float first, float second) {
+    low = 0.5f * first, high = 0.5f * second;
+    tanh_low = ptx::tanh_approx(low), tanh_high = ptx::tanh_approx(high);
+  }
+
+  template <typename T>
+  __device__ __forceinline__ uint32_t value() const {
+    return ptx::pack2<T>(fmaf(low, tanh_low, low), fmaf(high, tanh_high, high));
+  }
+};
+
 // 16 rows of a warp's result by 8 * kColumns channels, in shared memory of its own. `lane` is read where the block is used: kept
 // across the main loop, the addresses made from it cost registers that the accumulators need.
 template <typename T, int kColumns>
 struct ResultBlock {
-  static constexpr int kPitch = row_bytes(kColumns * 8);
+  static constexpr int kPitch = row_bytes(kColumns * 8), kChunks = kColumns / 2;
   unsigned char* slot;
   int lane;
   int row, rows;  // its first, and the tensor's
@@ -197,11 +248,15 @@ struct ResultBlock {
   template <typename Visit>
   __device__ __forceinline__ void each_chunk(Visit visit) const {
 #pragma unroll
-    for (int i = 0; i < kColumns / 2; ++i) {
-      const int chunk = lane + i * 32, r = chunk / kColumns, c = chunk % kColumns * 8;
-      const bool exists = row + r < rows && channel + c < channels;
-      visit(slot + r * kPitch + c * 2, static_cast<size_t>(row + r) * channels + channel + c, exists);
-    }
+    for (int i = 0; i < kChunks; ++i) this_chunk(i, visit);
+  }
+
+  // This lane's i-th of them.
+  template <typename Visit>
+  __device__ __forceinline__ void this_chunk(int i, Visit visit) const {
+    const int chunk = lane + i * 32, r = chunk / kColumns, c = chunk % kColumns * 8;
+    const bool exists = row + r < rows && channel + c < channels;
+    visit(slot + r * kPitch + c * 2, static_cast<size_t>(row + r) * channels + channel + c, exists);
   }
 
   // Starts copying x into the slot; the caller commits.
@@ -215,6 +270,17 @@ struct ResultBlock {
     each_chunk([y](unsigned char* from, size_t offset, bool exists) {
       if (exists) *reinterpret_cast<uint4*>(y + offset) = *reinterpret_cast<const uint4*>(from);
     });
+  }
+
+  // The two halves of a chunk's store.
+  __device__ __forceinline__ uint4 read_chunk(int i) const {
+    uint4 v;
+    this_chunk(i, [&](unsigned char* from, size_t, bool) { v = *reinterpret_cast<const uint4*>(from); });
+    return v;
+  }
+
+  __device__ __forceinline__ void write_chunk(T* y, int i, const uint4& v) const {
+    this_chunk(i, [&](unsigned char*, size_t offset, bool exists) { again::store_128_if(y + offset, v, exists); });
   }
 
   // The word of the slot that holds this lane's two channels of n8 block n, row lane / 4 (+ 8).
@@ -274,18 +340,30 @@ __device__ __forceinline__ void add_bias(float (&acc)[kColumns][4], const float*
   }
 }
 
-template <typename T, int kTile, bool kProject>
+// kSilu: the expansion with SiLU, whose sums begin with the bias and whose epilogue runs under its last slice, but for the last rows'.
+template <typename T, int kTile, bool kProject, bool kSilu>
 __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
     linear_persistent_fwd_sm80(const __grid_constant__ LinearParams p) {
   constexpr PersistentTile kShape = persistent_tile(kTile);
   constexpr int kRows = kShape.row_blocks(), kColumns = kShape.column_blocks(), kThreads = kShape.threads();
   constexpr int kFinished = kRows / kShape.warps_k;  // row blocks whose result this warp stores
-  constexpr int kSlots = kShape.result_slots(kProject);
+  constexpr int kSlots = kShape.result_slots(kProject, kSilu);
   using Result = ResultBlock<T, kColumns>;
   extern __shared__ __align__(128) unsigned char smem[];
   const int tiles_n = (p.columns + kShape.n - 1) / kShape.n, tiles = (p.rows + kShape.m - 1) / kShape.m * tiles_n;
   const int slices = (p.depth + kShape.depth - 1) / kShape.depth;
   const uint32_t ring = ptx::smem_address(smem);
+  const auto vectors_of = [&](int side) {
+    return reinterpret_cast<float*>(smem + kShape.vectors_offset(kProject, kSilu)) + side * kShape.n * (kProject ? 2 : 1);
+  };
+  auto load_bias = [&](int tile, float* to) {
+    for (int c = threadIdx.x; c < kShape.n; c += kThreads) {
+      const int column = tile % tiles_n * kShape.n + c;
+      const bool inside = p.bias != nullptr && column < p.columns;
+      ptx::cp_async4(ptx::smem_address(to + c), inside ? static_cast<const void*>(p.bias + column) : p.a, inside);
+    }
+  };
+  if constexpr (kSilu) load_bias(blockIdx.x, vectors_of(0));  // and from then on a tile ahead
 
   SliceLoader<T, kTile> loader(p);
   uint32_t write = ring, read = ring;
@@ -325,32 +403,56 @@ __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
 
   int side = 0;  // of the vectors: a fast warp fills the next tile's while a slow one reads this one's
   for (int tile = blockIdx.x; tile < tiles; tile += p.grid, side ^= 1) {
-    float* vectors = reinterpret_cast<float*>(smem + kShape.vectors_offset(kProject)) + side * kShape.n * (kProject ? 2 : 1);
+    float* vectors = vectors_of(side);
     if constexpr (kProject) {
       project_scale<kThreads>(p.t, tile % tiles_n * kShape.n, kShape.n, p.columns, vectors, vectors + kShape.n);
 #pragma unroll
       for (int m = 0; m < kSlots && m < kFinished; ++m) result(tile, m).load(static_cast<const T*>(p.t.x));
     } else {
-      for (int c = threadIdx.x; c < kShape.n; c += kThreads) {
-        const int column = tile % tiles_n * kShape.n + c;
-        const bool inside = p.bias != nullptr && column < p.columns;
-        ptx::cp_async4(ptx::smem_address(vectors + c), inside ? static_cast<const void*>(p.bias + column) : p.a, inside);
-      }
+      load_bias(kSilu ? tile + p.grid : tile, vectors_of(kSilu ? side ^ 1 : side));
     }
 
     float acc[kRows][kColumns][4];
+    const int at = again::thread_index();
 #pragma unroll
     for (int m = 0; m < kRows; ++m)
 #pragma unroll
-      for (int n = 0; n < kColumns; ++n)
+      for (int n = 0; n < kColumns; ++n) {
+        const float* bias = vectors + (kShape.warp_n(at / 32) * kColumns + n) * 8 + at % 4 * 2;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.f;
+        for (int i = 0; i < 4; ++i) acc[m][n][i] = kSilu ? bias[i % 2] : 0.f;
+      }
 #pragma unroll 1
-    for (int s = 0; s < slices; ++s) read = product.slice(acc, read, copies, turn);
+    for (int s = kSilu ? 1 : 0; s < slices; ++s) read = product.slice(acc, read, copies, turn);
 
     if (slices < kShape.stages - 1) {  // what the tile began with came with its first slice's copies, which may not be there yet
+      ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
       __syncthreads();
+    }
+    if constexpr (kSilu) {
+      constexpr int kLag = 2, kLast = WarpProduct<T, kTile>::kShares - 1;  // words under way
+      SiluWord word[kLag + 1];
+      uint4 chunk;
+      // The i-th of a row block's words begins, the one kLag before it is finished. Rows are stored under the next ones' words: a chunk is
+      // read from shared memory two words before it is written.
+      auto share = [&](int m, int i) {
+        const Result block = result(tile, m);
+        auto finish = [&](int i) { *block.word(i / 2, i % 2) = word[i % (kLag + 1)].template value<T>(); };
+        if (i >= kLag) finish(i - kLag);
+        word[i % (kLag + 1)].begin(acc[m][i / 2][i % 2 * 2], acc[m][i / 2][i % 2 * 2 + 1]);
+        if (m > 0 && i % 4 == 1) chunk = result(tile, m - 1).read_chunk(i / 4);
+        if (m > 0 && i % 4 == 3) result(tile, m - 1).write_chunk(static_cast<T*>(p.output), i / 4, chunk);
+        if (i < kLast) return;
+#pragma unroll
+        for (int rest = kLast - kLag + 1; rest <= kLast; ++rest) finish(rest);
+        __syncwarp();
+        if (m < kFinished - 1) return;
+        block.store(static_cast<T*>(p.output));
+        __syncwarp();  // before the slot is filled again
+      };
+      read = product.last_slice(acc, read, copies, turn, share);
+      continue;
     }
     const int thread = again::thread_index();
     if constexpr (kShape.warps_k == 2) sum_over_k<kThreads>(acc, smem, thread);

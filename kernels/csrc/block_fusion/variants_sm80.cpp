@@ -204,6 +204,7 @@ struct SplitRow {
 // outside it, microseconds of a launch, and bytes a microsecond of the device's memory.
 constexpr double kPersistentRate = 1150;
 constexpr double kPersistentTileClocks = 8000;
+constexpr double kPersistentSiluClocks = 6300;  // of the expansion's kernel for SiLU, whose epilogue is partly within it
 constexpr double kPersistentLaunch = 2.5;
 constexpr double kPersistentBytes = 2.6e6;
 
@@ -214,14 +215,15 @@ struct PersistentSplitRow {
 
   static int64_t tiles(const PersistentTile& t, int64_t rows, int columns) { return ceil_div(rows, t.m) * ceil_div(columns, t.n); }
 
-  static double linear_cost(int multiprocessors, const PersistentTile& t, int64_t rows, int columns, int depth) {
+  static double linear_cost(int multiprocessors, const PersistentTile& t, int64_t rows, int columns, int depth, bool silu) {
+    const double outside = silu && t.has_silu() ? kPersistentSiluClocks : kPersistentTileClocks;
     const int64_t waves = ceil_div(tiles(t, rows, columns), multiprocessors);
     const double loop = static_cast<double>(t.m) * t.n * (ceil_div(depth, t.depth) * t.depth) / kPersistentRate;
-    return kPersistentLaunch + std::max(waves * (loop + kPersistentTileClocks) / kClockMhz, 2.0 * rows * (columns + depth) / kPersistentBytes);
+    return kPersistentLaunch + std::max(waves * (loop + outside) / kClockMhz, 2.0 * rows * (columns + depth) / kPersistentBytes);
   }
 
-  static int best_tile(int multiprocessors, int64_t rows, int columns, int depth) {
-    auto cost = [&](int i) { return linear_cost(multiprocessors, persistent_tile(i), rows, columns, depth); };
+  static int best_tile(int multiprocessors, int64_t rows, int columns, int depth, bool silu) {
+    auto cost = [&](int i) { return linear_cost(multiprocessors, persistent_tile(i), rows, columns, depth, silu); };
     int best = 0;
     for (int i = 1; i < kPersistentTiles; ++i)
       if (cost(i) < cost(best)) best = i;
@@ -229,12 +231,14 @@ struct PersistentSplitRow {
   }
 
   static int64_t pixels(const Problem& p) { return p.batch * p.height * p.width; }
-  static int expand_tile(const Problem& p, int multiprocessors) { return best_tile(multiprocessors, pixels(p), p.hidden, p.channels); }
-  static int project_tile(const Problem& p, int multiprocessors) { return best_tile(multiprocessors, pixels(p), p.channels, p.hidden); }
+  static bool silu(const Problem& p) { return p.activation == Activation::kSilu; }
+  static int expand_tile(const Problem& p, int multiprocessors) { return best_tile(multiprocessors, pixels(p), p.hidden, p.channels, silu(p)); }
+  static int project_tile(const Problem& p, int multiprocessors) { return best_tile(multiprocessors, pixels(p), p.channels, p.hidden, false); }
 
   static int linear_shared_memory(const Problem& p, int multiprocessors) {
-    return std::max(persistent_tile(expand_tile(p, multiprocessors)).shared_bytes(false),
-                    persistent_tile(project_tile(p, multiprocessors)).shared_bytes(true));
+    const PersistentTile expand = persistent_tile(expand_tile(p, multiprocessors));
+    return std::max(expand.shared_bytes(false, expand.has_silu() && silu(p)),
+                    persistent_tile(project_tile(p, multiprocessors)).shared_bytes(true, false));
   }
 
   static bool supports(const Problem& p, const Device& d) {
@@ -254,8 +258,8 @@ struct PersistentSplitRow {
 
   static double cost(const Problem& p, const Device& d, const Config&) {
     const int expand = expand_tile(p, d.multiprocessors), project = project_tile(p, d.multiprocessors);
-    return first_plan(p, d).cost + linear_cost(d.multiprocessors, persistent_tile(expand), pixels(p), p.hidden, p.channels) +
-           linear_cost(d.multiprocessors, persistent_tile(project), pixels(p), p.channels, p.hidden);
+    return first_plan(p, d).cost + linear_cost(d.multiprocessors, persistent_tile(expand), pixels(p), p.hidden, p.channels, silu(p)) +
+           linear_cost(d.multiprocessors, persistent_tile(project), pixels(p), p.channels, p.hidden, false);
   }
 
   template <DType kType, bool kProject>

@@ -30,6 +30,16 @@ __device__ __forceinline__ uint32_t load_32(const void* from) {
   return v;
 }
 
+// 16 bytes to device memory where `valid`, without a branch, which products on either side of it could not cross.
+__device__ __forceinline__ void store_128_if(void* to, const uint4& v, bool valid) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.b32 p, %5, 0;\n"
+      "@p st.global.v4.b32 [%0], {%1, %2, %3, %4};\n}" ::"l"(to),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(static_cast<int>(valid))
+      : "memory");
+}
+
 // threadIdx.x
 __device__ __forceinline__ int thread_index() {
   int v;

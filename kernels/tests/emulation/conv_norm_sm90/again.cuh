@@ -22,4 +22,8 @@ inline uint16_t load_16(const void* from) { return *static_cast<const uint16_t*>
 inline uint32_t load_32(const void* from) { return *static_cast<const uint32_t*>(from); }
 inline int thread_index() { return threadIdx.x; }
 
+inline void store_128_if(void* to, const uint4& v, bool valid) {
+  if (valid) *static_cast<uint4*>(to) = v;
+}
+
 }  // namespace convfirst::again
