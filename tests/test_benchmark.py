@@ -16,7 +16,7 @@ from convfirst.app import training_step as training_step_module
 from convfirst.app import training_throughput as training_throughput_module
 from convfirst.app.bare_loop import bare_loop
 from convfirst.app.benchmark import SUITES, benchmark
-from convfirst.app.kernels_agreement import compare
+from convfirst.app.kernels_agreement import compare, pairs_of
 from convfirst.app.results import REPOSITORY, environment, git_object, kept_rows, write_results
 from convfirst.app.timing import median_ms
 
@@ -155,6 +155,19 @@ def test_runs_with_and_without_kernels_are_compared(tmp_path):
         assert a == pytest.approx(b, rel=1e-3)
     assert compared["top1_difference"] == pytest.approx(0, abs=0.3)
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_do_not_end_in_time_are_left_out(tmp_path):
+    options = [f"kernels_agreement.{option}" for option in ("workloads={}", "tree.train_images=1", "seconds=0")]
+    config = compose("suite=kernels_agreement", f"output={tmp_path / 'out.json'}", *options)
+    config.kernels_agreement.workloads = {"digits": {"recipe": "digits", "overrides": [], "seeds": [0]}}
+    assert benchmark(config) == []
+
+
+def test_seeds_with_both_runs_are_compared():
+    ended = [("a", 0, "off"), ("a", 1, "off"), ("a", 1, "required"), ("b", 0, "off")]
+    rows = [{"workload": workload, "seed": seed, "kernels": kernels} for workload, seed, kernels in ended]
+    assert pairs_of(rows) == rows[1:3]
 
 
 def test_a_difference_is_judged_by_the_spread_over_seeds():
