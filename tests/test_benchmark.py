@@ -1,4 +1,4 @@
-import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -181,6 +181,22 @@ def test_a_difference_is_judged_by_the_spread_over_seeds():
     assert not far["agree"] and far["loss_noise"] == pytest.approx(2 * (2 * 1e-4 / 3) ** 0.5, rel=0.01)
 
 
+def test_sources_are_measured_on_the_same_images(tmp_path):
+    options = ["tree={num_classes: 2, train_images: 3, val_images: 1, min_side: 40, max_side: 60}", "links=1"]
+    options += ["seconds=0.1", "warmup_seconds=0", f"folder={tmp_path}"]
+    config = compose("suite=data_loading", f"output={tmp_path / 'out.json'}", *(f"data_loading.{o}" for o in options))
+    config.data_loading.overrides = ["data.num_workers=1", "data.image_size=32"]
+    for source in config.data_loading.sources.values():
+        source.overrides.append("data.batch_size=4")
+    if importlib.util.find_spec("ffcv") is None:
+        config.data_loading.sources = {"image_folder": config.data_loading.sources.image_folder}
+    rows = {row["name"]: row for row in benchmark(config)}
+    assert list(rows) == list(config.data_loading.sources)
+    assert all(row["images_per_s"] > 0 and row["workers"] == 1 and row["processor"] for row in rows.values())
+    assert 500 < rows["image_folder"]["bytes_per_image"] < 5000
+    assert not list(tmp_path.glob("tmp*"))
+
+
 def test_bare_loop_measures_any_timm_model():
     short = dict(steps=2, warmup_steps=1, interval=1)
     result = bare_loop("convfirst_atto", {}, batch=2, image_size=32, precision="32-true", compile=False, **short)
@@ -231,7 +247,7 @@ def test_commit_of_the_environment_wins_and_its_lack_is_said(monkeypatch, tmp_pa
         (
             ["suite=speed"],
             "suite='speed' is unknown; accepted: throughput, latency, cost, training_throughput, blocks, models, "
-            "winograd, direct, training, kernels_agreement",
+            "winograd, direct, training, kernels_agreement, data_loading",
         ),
         (["suite=blocks"], "suite=blocks times CUDA kernels, but there is no CUDA device here"),
         (["dtype=int8"], "dtype='int8' is unknown; accepted: float32, float16, bfloat16"),
