@@ -93,12 +93,21 @@ def _run_all(commands: Iterator[tuple[dict, list[str]]], jobs: int, end: float) 
             elif time.monotonic() < end:
                 time.sleep(0.1)
             else:
-                log.warning("out of time: %d runs stopped, %d not begun", len(running), len(waiting))
+                log.warning("out of time: %d runs not begun, stopped: %s", len(waiting), _progress(running))
                 return
     finally:
         for process in running:
             process.kill()
             process.wait()  # it writes into the folder that is removed next
+
+
+def _progress(running: dict) -> str:
+    steps = {}
+    for about in running.values():
+        metrics = Path(about["run"]) / "metrics.csv"
+        rows = read_rows(metrics) if metrics.exists() else []
+        steps[Path(about["run"]).name] = max((int(row["step"]) for row in rows if row.get("step")), default=0)
+    return ", ".join(f"{run} after update {step}" for run, step in steps.items()) or "none"
 
 
 def _row(about: dict, returncode: int) -> dict:
@@ -124,7 +133,7 @@ def compare(rows: list[dict]) -> dict:
     """One row from the runs of a workload, with and without kernels.
 
     ``top1_noise`` and ``loss_noise`` are two standard errors of the difference of means, from the spread over seeds;
-    top-1's is at least one image. ``agree`` says whether both differences are within them.
+    top-1's is at least one image. ``agree`` says whether both differences are within them; None for a single seed.
     """
     first = rows[0]
     row = {key: first[key] for key in ("workload", "model", "precision", "updates")} | {"kernels": OURS}
@@ -136,8 +145,8 @@ def compare(rows: list[dict]) -> dict:
         row[metric], row[f"plain_{metric}"] = (round(statistics.mean(values), 4) for values in (ours, plain))
         row[f"{metric}_difference"] = round(statistics.mean(ours) - statistics.mean(plain), 4)
         row[f"{metric}_noise"] = round(max(least, 2 * sum(spread) ** 0.5), 4)
-    row["agree"] = all(abs(row[f"{metric}_difference"]) <= row[f"{metric}_noise"] for metric in ("top1", "loss"))
-    return row
+    within = all(abs(row[f"{metric}_difference"]) <= row[f"{metric}_noise"] for metric in ("top1", "loss"))
+    return row | {"agree": within if row["seeds"] > 1 else None}
 
 
 def plot(rows: list[dict], target: Path) -> None:

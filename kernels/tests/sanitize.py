@@ -88,24 +88,32 @@ def forced(path: str, function: Callable, *arguments) -> tuple[Tensor, ...]:
 
 
 def block_backward(path: str) -> Iterator[Run]:
-    """All gradients of the block, beside the forward that keeps the normalised convolution for them.
-
-    The backward has kernels for Hopper alone, whose feed-forward half takes up to 256 channels; what takes wider blocks
-    there, products over chunks of pixels with portable kernels between them, runs on the narrow ones as well.
-    """
-    portable = backward.stages()._replace(feed_forward_backward=feed_forward_backward._chunked)
-    for case in backward_small_cases():
-        arguments = moved(inputs(case, 0, device="cpu", guard=0))
-        if backward.refusal_of(arguments) is not None:
-            continue
-        grad = image(*arguments[0].shape).to(arguments[0].dtype).cuda()
-        mask = [i < kept.TENSORS - 1 for i in range(kept.TENSORS)]  # drop path's factors, the last, have PyTorch's
-        if path != "sm80":
+    """All gradients of the block, beside the forward that keeps the normalised convolution for them."""
+    if path == "sm80":
+        return
+    for case, grad, arguments, mask in backward_arguments():
+        if case.problem.channels <= feed_forward_backward.SM90_CHANNELS:
             yield f"{case}, kept", partial(kept_and_backward, grad, arguments, mask)
             yield f"{case}, recomputed", partial(operators.conv_first_block_backward, grad, *arguments, mask)
-        if path != "sm90" and case.problem.channels <= feed_forward_backward.SM90_CHANNELS:
-            chunked = partial(backward.staged_backward, portable, grad, *arguments, mask)
-            yield f"{case}, portable feed-forward half", chunked
+
+
+def chunked_backward(path: str) -> Iterator[Run]:
+    """The same where the feed-forward half is products over chunks of pixels, with portable kernels between them.
+
+    That is what blocks of more than 256 channels take; here the narrower ones do too.
+    """
+    chunked = backward.stages()._replace(feed_forward_backward=feed_forward_backward._chunked)
+    for case, grad, arguments, mask in backward_arguments():
+        yield str(case), partial(backward.staged_backward, chunked, grad, *arguments, mask)
+
+
+def backward_arguments() -> Iterator[tuple[Case, Tensor, list, list[bool]]]:
+    """Cases that the device has kernels for; the mask leaves out drop path's factors, whose gradient is PyTorch's."""
+    for case in backward_small_cases():
+        arguments = moved(inputs(case, 0, device="cpu", guard=0))
+        if backward.refusal_of(arguments) is None:
+            grad = image(*arguments[0].shape).to(arguments[0].dtype).cuda()
+            yield case, grad, arguments, [i < kept.TENSORS - 1 for i in range(kept.TENSORS)]
 
 
 def kept_and_backward(grad: Tensor, arguments: list, mask: list[bool]) -> tuple[Tensor, ...]:
@@ -229,6 +237,7 @@ def few_pixels(path: str) -> Iterator[Run]:
 PARTS: dict[str, Callable[[str], Iterator[Run]]] = {
     "blocks": blocks,
     "backward": block_backward,
+    "chunked_backward": chunked_backward,
     "stages": stages,
     "mbconv": mbconv,
     "patches": patches,
