@@ -58,6 +58,7 @@ bench: $(FULL)
 	$(PYTHON) scripts/benchmark.py suite=training $(ARGS)
 	$(PYTHON) scripts/benchmark.py suite=kernels_agreement $(ARGS)
 	$(PYTHON) scripts/benchmark.py suite=training_throughput $(ARGS)
+	$(PYTHON) scripts/benchmark.py suite=data_loading $(ARGS)
 	$(PYTHON) scripts/render_results.py
 	$(PYTHON) scripts/plan_cluster.py
 	$(PYTHON) scripts/reproduce.py paper=convfirst measure=off

@@ -40,6 +40,8 @@ def render(text: str, root: Path, draw: bool = True) -> str:
         results = json.loads(path.read_text())
         request, _, condition = request.partition(" where ")
         rows = [row for row in results.get("rows", [results]) if _matches(row, condition)]
+        if not rows:
+            return start + MISSING + end
         body = _table(rows, request.split()) if kind == "table" else _plot(rows, request, path, draw)
         return start + body + "\n" + _provenance(results) + "\n" + end
 

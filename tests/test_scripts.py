@@ -60,7 +60,9 @@ def test_plot_is_drawn_and_linked(render, tmp_path):
 
 
 def test_what_was_not_measured_is_said(render, tmp_path):
-    assert "\nNot measured yet.\n<!-- end -->" in render(readme("table missing.json name"), tmp_path)
+    (tmp_path / "r.json").write_text(json.dumps(RESULTS))
+    for request in ("table missing.json name", "table r.json name where path=other"):
+        assert "\nNot measured yet.\n<!-- end -->" in render(readme(request), tmp_path)
 
 
 def test_the_readme_is_up_to_date():

@@ -22,9 +22,9 @@ def data_loading(config: DictConfig) -> Iterator[dict]:
     """One row for each source of ``config.data_loading``, all of which read the same generated images.
 
     A source is overrides of train.py and, for FFCV, the preset that its file is written with. Its training batches are
-    taken as fast as they come, epoch after epoch, for ``seconds`` after ``warmup_seconds``, from the system's file
-    cache. ``bytes_per_image`` is what a training image takes on disk. Each image has ``links`` more names, so that an
-    epoch is long and its images are soon drawn; FFCV's file holds every one of them.
+    taken as fast as they come, epoch after epoch, for ``seconds`` that begin ``warmup_seconds`` after the first of them,
+    from the system's file cache. ``bytes_per_image`` is what a training image takes on disk. Each image has ``links``
+    more names, so that an epoch is long and its images are soon drawn; FFCV's file holds every one of them.
 
     Raises:
         ImportError: a source has a preset, and FFCV is not installed.
@@ -78,8 +78,9 @@ def _data(overrides: list[str]) -> ImageDataModule:
 
 
 def _rate(data: ImageDataModule, warmup_seconds: float, seconds: float) -> float:
-    """Images/s of the training batches, after a time in which workers start, decoders compile and caches fill."""
+    """Images/s of the training batches, from some time after the first on, before which decoders compile."""
     batches = _endless(data)
+    next(batches)
     begin = time.perf_counter() + warmup_seconds
     while time.perf_counter() < begin:
         next(batches)
