@@ -32,8 +32,12 @@ PARTS = ("backward", "chunked_backward", "direct", "winograd", "blocks", "patche
 OURS = ["--kernel-name", "kns=convfirst"]
 BRIEF = ["--show-backtrace", "no", "--print-limit", "10000"]  # a report with the host's frames takes half a second
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: \d+ hazards? displayed \()(\d+) errors?(?:, (\d+) warn)?")
-KINDS = "Invalid|Error|Warning|Uninitialized|Barrier|Divergent|Race|Potential|Program hit"  # how a finding begins
-FOUND = re.compile(rf"^========= ((?:{KINDS}).*)")
+# initcheck takes what bulk copies (TMA) wrote for uninitialised: of the block it checks the portable kernels alone, and
+# not the backward, between whose launches tensors pass that were written so.
+PATHS = {("initcheck", "blocks"): "sm80"}
+LEFT_OUT = {("initcheck", "backward"), ("initcheck", "chunked_backward")}
+KINDS = "Host API|Invalid|Error|Warning|Uninitialized|Barrier|Divergent|Race|Potential|Program hit"
+FOUND = re.compile(rf"^========= ((?:{KINDS}).*)")  # a line that begins a report
 
 
 def main(arguments: list[str]) -> int:
@@ -78,7 +82,8 @@ def check_all(options: argparse.Namespace, logs: Path) -> Iterator[dict]:
     """Rows as the processes end; those of a part are started together."""
     logs.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    waiting = [Check(tool, part, logs / f"{tool}-{part}.log") for part in options.parts for tool in options.tools]
+    pairs = [(tool, part) for part in options.parts for tool in options.tools if (tool, part) not in LEFT_OUT]
+    waiting = [Check(tool, part, logs / f"{tool}-{part}.log") for tool, part in pairs]
     running: list[Check] = []
     try:
         while waiting or running:
@@ -106,7 +111,7 @@ class Check:
 
     def begin(self) -> None:
         command = ["compute-sanitizer", "--tool", self.tool, *BRIEF, *([] if self.tool == "initcheck" else OURS)]
-        command += [sys.executable, str(PROGRAM), "--part", self.part]
+        command += [sys.executable, str(PROGRAM), "--part", self.part, "--path", PATHS.get((self.tool, self.part), "")]
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.start = time.monotonic()
         with self.log.open("w") as output:

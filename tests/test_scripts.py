@@ -183,7 +183,8 @@ def test_parts_not_begun_in_time_are_recorded(sanitize, tmp_path):
     options = ["--tools", "initcheck", "--jobs", "1", "--seconds", "1", "--output", str(output)]
     assert sanitize.main(options) == 1
     rows = json.loads(output.read_text())["rows"]
-    assert [row["part"] for row in rows] == [*sanitize.PARTS, "all"]
+    parts = [part for part in sanitize.PARTS if ("initcheck", part) not in sanitize.LEFT_OUT]
+    assert [row["part"] for row in rows] == [*parts, "all"]
     assert [row["cases"] for row in rows] == [1, *[0] * (len(rows) - 2), 1]
 
 

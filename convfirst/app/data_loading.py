@@ -22,7 +22,7 @@ def data_loading(config: DictConfig) -> Iterator[dict]:
     """One row for each source of ``config.data_loading``, all of which read the same generated images.
 
     A source is overrides of train.py and, for FFCV, the preset that its file is written with. Its training batches are
-    taken as fast as they come, epoch after epoch, for ``seconds`` that begin ``warmup_seconds`` after the first of them,
+    taken as fast as they come, epoch after epoch, for ``seconds`` that begin ``warmup_seconds`` after the first batch,
     from the system's file cache. ``bytes_per_image`` is what a training image takes on disk. Each image has ``links``
     more names, so that an epoch is long and its images are soon drawn; FFCV's file holds every one of them.
 
