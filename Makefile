@@ -1,6 +1,7 @@
 # make train     install into .venv and train a small ConvFirst on the embedded digits; ARGS="..." adds Hydra overrides
 # make test      install everything into .venv, check the style and run all CPU tests
 # make gpu-test  run the tests marked gpu on this machine's GPU; writes results/gpu-tests.json
+# make sanitize  run compute-sanitizer over the kernels; writes results/sanitizers.json
 # make bench     run the benchmarks on this machine's GPU and redraw README's tables from results/
 #
 # PYTHON=python3 uses an interpreter that has the packages already, instead of .venv.
@@ -28,7 +29,7 @@ endif
 # Scripts find the package where it isn't installed.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: train test style gpu-test bench system-packages clean
+.PHONY: train test style gpu-test sanitize bench system-packages clean
 
 train: $(BASE)
 	$(PYTHON) train.py $(ARGS)
@@ -43,6 +44,9 @@ style: $(EXTRAS)
 gpu-test: $(FULL)
 	$(PYTHON) scripts/gpu_test.py $(ARGS)
 
+sanitize: $(FULL)
+	$(PYTHON) scripts/sanitize.py $(ARGS)
+
 bench: $(FULL)
 	$(PYTHON) scripts/benchmark.py suite=cost
 	$(PYTHON) scripts/benchmark.py suite=throughput $(ARGS)
@@ -55,6 +59,7 @@ bench: $(FULL)
 	$(PYTHON) scripts/benchmark.py suite=training $(ARGS)
 	$(PYTHON) scripts/benchmark.py suite=kernels_agreement $(ARGS)
 	$(PYTHON) scripts/benchmark.py suite=training_throughput $(ARGS)
+	$(PYTHON) scripts/benchmark.py suite=data_loading $(ARGS)
 	$(PYTHON) scripts/render_results.py
 	$(PYTHON) scripts/plan_cluster.py
 	$(PYTHON) scripts/reproduce.py paper=convfirst measure=off

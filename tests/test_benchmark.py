@@ -1,4 +1,4 @@
-import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -18,7 +18,7 @@ from convfirst.app import training_step as training_step_module
 from convfirst.app import training_throughput as training_throughput_module
 from convfirst.app.bare_loop import bare_loop
 from convfirst.app.benchmark import SUITES, benchmark
-from convfirst.app.kernels_agreement import compare
+from convfirst.app.kernels_agreement import compare, pairs_of
 from convfirst.app.results import REPOSITORY, environment, git_object, kept_rows, write_results
 from convfirst.app.timing import median_ms
 
@@ -159,6 +159,19 @@ def test_runs_with_and_without_kernels_are_compared(tmp_path):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_that_do_not_end_in_time_are_left_out(tmp_path):
+    options = [f"kernels_agreement.{option}" for option in ("workloads={}", "tree.train_images=1", "seconds=0")]
+    config = compose("suite=kernels_agreement", f"output={tmp_path / 'out.json'}", *options)
+    config.kernels_agreement.workloads = {"digits": {"recipe": "digits", "overrides": [], "seeds": [0]}}
+    assert benchmark(config) == []
+
+
+def test_seeds_with_both_runs_are_compared():
+    ended = [("a", 0, "off"), ("a", 1, "off"), ("a", 1, "required"), ("b", 0, "off")]
+    rows = [{"workload": workload, "seed": seed, "kernels": kernels} for workload, seed, kernels in ended]
+    assert pairs_of(rows) == rows[1:3]
+
+
 def test_a_difference_is_judged_by_the_spread_over_seeds():
     def runs(kernels, losses):
         about = {"workload": "w", "model": "m", "precision": "p", "updates": 1, "test_images": 100, "kernels": kernels}
@@ -168,6 +181,22 @@ def test_a_difference_is_judged_by_the_spread_over_seeds():
     assert near["agree"] and near["loss_difference"] == pytest.approx(0.0333, abs=1e-4)
     far = compare(runs("off", [1.0, 1.02, 1.01]) + runs("required", [1.15, 1.14, 1.16]))
     assert not far["agree"] and far["loss_noise"] == pytest.approx(2 * (2 * 1e-4 / 3) ** 0.5, rel=0.01)
+
+
+def test_sources_are_measured_on_the_same_images(tmp_path):
+    options = ["tree={num_classes: 2, train_images: 3, val_images: 1, min_side: 40, max_side: 60}", "links=1"]
+    options += ["seconds=0.1", "warmup_seconds=0", f"folder={tmp_path}"]
+    config = compose("suite=data_loading", f"output={tmp_path / 'out.json'}", *(f"data_loading.{o}" for o in options))
+    config.data_loading.overrides = ["data.num_workers=1", "data.image_size=32"]
+    for source in config.data_loading.sources.values():
+        source.overrides.append("data.batch_size=4")
+    if importlib.util.find_spec("ffcv") is None:
+        config.data_loading.sources = {"image_folder": config.data_loading.sources.image_folder}
+    rows = {row["name"]: row for row in benchmark(config)}
+    assert list(rows) == list(config.data_loading.sources)
+    assert all(row["images_per_s"] > 0 and row["workers"] == 1 and row["processor"] for row in rows.values())
+    assert 500 < rows["image_folder"]["bytes_per_image"] < 5000
+    assert not list(tmp_path.glob("tmp*"))
 
 
 def test_bare_loop_measures_any_timm_model():
@@ -220,7 +249,7 @@ def test_commit_of_the_environment_wins_and_its_lack_is_said(monkeypatch, tmp_pa
         (
             ["suite=speed"],
             "suite='speed' is unknown; accepted: throughput, latency, cost, training_throughput, blocks, models, "
-            "winograd, direct, counters, training, kernels_agreement",
+            "winograd, direct, counters, training, kernels_agreement, data_loading",
         ),
         (["suite=blocks"], "suite=blocks times CUDA kernels, but there is no CUDA device here"),
         (["dtype=int8"], "dtype='int8' is unknown; accepted: float32, float16, bfloat16"),

@@ -1,6 +1,7 @@
 """The scripts around results/: README's figures are those measured, and the GPU tests are counted right."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -73,9 +74,9 @@ def test_plot_is_drawn_and_linked(render, tmp_path):
 
 
 def test_what_was_not_measured_is_said(render, tmp_path):
-    assert "\nNot measured yet.\n<!-- end -->" in render(readme("table missing.json name"), tmp_path)
     (tmp_path / "r.json").write_text(json.dumps(RESULTS))
-    assert "\nNot measured yet.\n<!-- end -->" in render(readme("table r.json name where path=other"), tmp_path)
+    for request in ("table missing.json name", "table r.json name where path=other"):
+        assert "\nNot measured yet.\n<!-- end -->" in render(readme(request), tmp_path)
 
 
 def test_the_readme_is_up_to_date():
@@ -146,3 +147,61 @@ def test_scripts_say_what_they_take(script, monkeypatch, capsys):
         runpy.run_path(str(REPOSITORY / "scripts" / script), run_name="__main__")
     assert ended.value.code == 0
     assert "--workers" in capsys.readouterr().out
+
+
+@pytest.fixture
+def sanitize(tmp_path, monkeypatch):
+    """scripts/sanitize.py with a compute-sanitizer that finds what each tool might find."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("""#!/bin/sh
+echo "   0.0 s  part case"
+case $2 in
+  memcheck) echo "========= Invalid __global__ read of size 4 bytes"; echo "========= ERROR SUMMARY: 2 errors" ;;
+  racecheck) echo "========= Warning: Race reported between Write access and Read access"
+    echo "========= RACECHECK SUMMARY: 2 hazards displayed (0 errors, 2 warnings)" ;;
+  initcheck) echo "========= Uninitialized __global__ memory read of size 4 bytes"; exec sleep 60 ;;
+  synccheck) echo "AssertionError: not finite" ; exit 1 ;;
+esac
+echo "   1.0 s  done"
+""")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("KERNELS_TREE", "cafe")
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+    import sanitize
+
+    return sanitize
+
+
+def test_what_each_sanitizer_finds_is_counted(sanitize, tmp_path):
+    output = tmp_path / "sanitizers.json"
+    options = ["--parts", "blocks", "--jobs", "4", "--seconds", "2", "--output", str(output)]
+    assert sanitize.main(options) == 1
+    result = json.loads(output.read_text())
+    rows, totals = result["rows"][:4], result["rows"][4:]
+    found = {row["tool"]: (row["errors"], row["warnings"], row["cases"], row["finished"]) for row in rows}
+    assert found == {
+        "memcheck": (2, 0, 1, True),
+        "racecheck": (0, 2, 1, True),
+        "initcheck": (1, 0, 1, False),
+        "synccheck": (0, 0, 1, False),
+    }
+    assert [row["errors"] for row in totals] == [2, 0, 1, 0] and {row["part"] for row in totals} == {"all"}
+    assert rows[0]["first"] == "Invalid __global__ read of size 4 bytes"
+    assert rows[3]["first"] == "AssertionError: not finite"
+    assert result["kernels_tree"] == "cafe"
+
+
+def test_parts_not_begun_in_time_are_recorded(sanitize, tmp_path):
+    output = tmp_path / "sanitizers.json"
+    options = ["--tools", "initcheck", "--jobs", "1", "--seconds", "1", "--output", str(output)]
+    assert sanitize.main(options) == 1
+    rows = json.loads(output.read_text())["rows"]
+    parts = [part for part in sanitize.PARTS if ("initcheck", part) not in sanitize.LEFT_OUT]
+    assert [row["part"] for row in rows] == [*parts, "all"]
+    assert [row["cases"] for row in rows] == [1, *[0] * (len(rows) - 2), 1]
+
+
+def test_the_parts_are_those_of_the_program(sanitize):
+    program = (REPOSITORY / "kernels/tests/sanitize.py").read_text()
+    assert sorted(sanitize.PARTS) == sorted(re.findall(r'^    "(\w+)": \w+,$', program, re.MULTILINE))

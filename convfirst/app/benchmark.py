@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from convfirst.app.data_loading import data_loading
 from convfirst.app.kernels import accelerate, check_kernels
 from convfirst.app.kernels_agreement import kernels_agreement
 from convfirst.app.results import REPOSITORY, environment, gpu_slug, kept_rows, write_results
@@ -202,4 +203,5 @@ SUITES: Mapping[str, Callable[[DictConfig], Iterable[dict]]] = {
     "counters": counters,
     "training": training_step,
     "kernels_agreement": kernels_agreement,
+    "data_loading": data_loading,
 }

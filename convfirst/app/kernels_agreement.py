@@ -2,12 +2,14 @@
 
 import json
 import logging
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,23 +30,33 @@ def kernels_agreement(config: DictConfig) -> Iterator[dict]:
     The runs of ``config.kernels_agreement`` share the device, ``jobs`` at a time. A run's row has its test top1 (%),
     test loss and curve [[update, training loss], ...]; a comparison's row has means over seeds, their difference, and
     the noise that seeds alone explain (`compare`). The curves and ends are drawn beside the output file, as a PNG.
+    After ``seconds`` (null: never) runs still going are stopped; then those seeds count whose both runs have ended.
 
     Raises:
         RuntimeError: a run failed; the message ends with what it printed.
     """
     suite = config.kernels_agreement
+    end = time.monotonic() + (math.inf if suite.seconds is None else suite.seconds)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         SampleTree(**suite.tree).write(tree, os.cpu_count())
-        for row in _run_all(_commands(suite, tree, Path(folder)), suite.jobs):
+        for row in _run_all(_commands(suite, tree, Path(folder)), suite.jobs, end):
             log.info("%s", json.dumps({key: value for key, value in row.items() if key != "curve"}))
             rows.append(row)
             yield row
-    for workload in suite.workloads:
-        yield compare([row for row in rows if row["workload"] == workload])
-    output = REPOSITORY / Path(config.output or "results/kernels-agreement.json")
-    plot(rows, output.with_suffix(".png"))
+    pairs = pairs_of(rows)
+    for workload in dict.fromkeys(row["workload"] for row in pairs):
+        yield compare([row for row in pairs if row["workload"] == workload])
+    if pairs:
+        output = REPOSITORY / Path(config.output or "results/kernels-agreement.json")
+        plot(pairs, output.with_suffix(".png"))
+
+
+def pairs_of(rows: list[dict]) -> list[dict]:
+    """Rows of those workloads and seeds that have a run with kernels and one without."""
+    ended = Counter((row["workload"], row["seed"]) for row in rows)
+    return [row for row in rows if ended[row["workload"], row["seed"]] == 2]
 
 
 def _commands(suite: DictConfig, tree: Path, folder: Path) -> Iterator[tuple[dict, list[str]]]:
@@ -61,7 +73,8 @@ def _commands(suite: DictConfig, tree: Path, folder: Path) -> Iterator[tuple[dic
                 yield about | {"run": str(folder / run_id)}, [*overrides, *common]
 
 
-def _run_all(commands: Iterator[tuple[dict, list[str]]], jobs: int) -> Iterator[dict]:
+def _run_all(commands: Iterator[tuple[dict, list[str]]], jobs: int, end: float) -> Iterator[dict]:
+    """Rows of the runs that end before ``end``, of `time.monotonic`."""
     waiting, running = list(commands), {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     try:
@@ -75,14 +88,26 @@ def _run_all(commands: Iterator[tuple[dict, list[str]]], jobs: int) -> Iterator[
                     )
                 running[process] = about
             ended = next((process for process in running if process.poll() is not None), None)
-            if ended is None:
+            if ended is not None:
+                yield _row(running.pop(ended), ended.returncode)
+            elif time.monotonic() < end:
                 time.sleep(0.1)
             else:
-                yield _row(running.pop(ended), ended.returncode)
+                log.warning("out of time: %d runs not begun, stopped: %s", len(waiting), _progress(running))
+                return
     finally:
         for process in running:
             process.kill()
             process.wait()  # it writes into the folder that is removed next
+
+
+def _progress(running: dict) -> str:
+    steps = {}
+    for about in running.values():
+        metrics = Path(about["run"]) / "metrics.csv"
+        rows = read_rows(metrics) if metrics.exists() else []
+        steps[Path(about["run"]).name] = max((int(row["step"]) for row in rows if row.get("step")), default=0)
+    return ", ".join(f"{run} after update {step}" for run, step in steps.items()) or "none"
 
 
 def _row(about: dict, returncode: int) -> dict:
@@ -108,7 +133,7 @@ def compare(rows: list[dict]) -> dict:
     """One row from the runs of a workload, with and without kernels.
 
     ``top1_noise`` and ``loss_noise`` are two standard errors of the difference of means, from the spread over seeds;
-    top-1's is at least one image. ``agree`` says whether both differences are within them.
+    top-1's is at least one image. ``agree`` says whether both differences are within them; None for a single seed.
     """
     first = rows[0]
     row = {key: first[key] for key in ("workload", "model", "precision", "updates")} | {"kernels": OURS}
@@ -120,8 +145,8 @@ def compare(rows: list[dict]) -> dict:
         row[metric], row[f"plain_{metric}"] = (round(statistics.mean(values), 4) for values in (ours, plain))
         row[f"{metric}_difference"] = round(statistics.mean(ours) - statistics.mean(plain), 4)
         row[f"{metric}_noise"] = round(max(least, 2 * sum(spread) ** 0.5), 4)
-    row["agree"] = all(abs(row[f"{metric}_difference"]) <= row[f"{metric}_noise"] for metric in ("top1", "loss"))
-    return row
+    within = all(abs(row[f"{metric}_difference"]) <= row[f"{metric}_noise"] for metric in ("top1", "loss"))
+    return row | {"agree": within if row["seeds"] > 1 else None}
 
 
 def plot(rows: list[dict], target: Path) -> None:

@@ -151,6 +151,23 @@ def small_cases() -> list[Case]:
     return cases
 
 
+def backward_small_cases() -> list[Case]:
+    """Blocks in both dtypes, of widths on either side of 256 channels, for the sanitizers to differentiate."""
+    cases = []
+    for dtype in ("float16", "bfloat16"):
+        for height, width, channels, side, group_width, activation, norm in (
+            (9, 17, 64, 3, 8, "silu", True),
+            (5, 6, 128, 5, 16, "relu", False),
+            (7, 7, 256, 3, 8, "silu", True),
+            (7, 7, 512, 3, 8, "silu", True),
+            (9, 17, 96, 7, 1, "gelu", True),
+            (7, 7, 384, 7, 1, "gelu", True),
+        ):
+            problem = Problem(2, height, width, channels, 4 * channels, side, group_width, dtype, activation, norm)
+            cases.append(Case(problem, affine=norm, sample_scale=True))
+    return cases
+
+
 def inputs(case: Case, seed: int, device: str = "cuda", guard: int = 4096) -> tuple:
     """Random arguments of ``torch.ops.convfirst.conv_first_block``, every value exact in the problem's dtype.
 
