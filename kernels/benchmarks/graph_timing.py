@@ -27,7 +27,9 @@ class Captured:
 
     graph: torch.cuda.CUDAGraph
     calls: int
-    inputs: Sequence[Tensor]  # the graph reads them, so they must live as long
+    # The graph reads inputs and weights: they must live as long.
+    inputs: Sequence[Tensor]
+    function: Callable[[Tensor], Tensor]
 
     def ms(self, iterations: int = 15, warmup: int = 3) -> float:
         """Median milliseconds of a call."""
@@ -48,7 +50,7 @@ def capture(function: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], call
     with torch.cuda.graph(graph):
         for x in rotation:
             function(x)
-    return Captured(graph, len(rotation), inputs)
+    return Captured(graph, len(rotation), inputs, function)
 
 
 def graph_ms(

@@ -96,8 +96,8 @@ def _direct_layer(layer, dtype: str) -> Iterator[Call]:
     for name, layout in (("nhwc", torch.channels_last), ("nchw", torch.contiguous_format)):
         images, filters = (tensor.contiguous(memory_format=layout) for tensor in (x, weight))
         theirs = partial(direct._theirs(layer, filters, bias.to(torch_dtype), None)["forward"], images)
-        with direct._cudnn_searches():
-            direct._check_agreement(result, theirs())
+        with direct.cudnn_searches():
+            direct.check_agreement(result, theirs())
             yield label | {"side": f"cudnn-{name}"}, theirs
 
 
@@ -115,7 +115,7 @@ def winograd_forward(select: str, dtypes: Sequence[str]) -> Iterator[Call]:
                     # Winograd's kernels of 16 bits run where their path is asked for.
                     with convfirst_kernels.force_path("sm80"):
                         call, _, chosen = winograd._ours(x, reference.weight, reference.bias, algorithm)
-                        direct._check_agreement(call(x)[:1], reference.exact)
+                        direct.check_agreement(call(x)[:1], reference.exact)
                         label = {"layer": layer.name, "N": batch, "dtype": dtype, "algorithm": algorithm}
                         yield label | {"plan": chosen}, partial(call, x)
 

@@ -93,7 +93,10 @@ def test_logits(name, dtype, seed, monkeypatch):
     assert not report.skipped
     fused = logits(model, images)
     report.undo()
-    assert torch.equal(logits(model, images[:128]), eager[:128])
+    torch.testing.assert_close(logits(model, images[:128]), eager[:128], rtol=0, atol=0, equal_nan=True)
+    finite = eager.isfinite().all(1)  # an image in thousands overflows float16 in PyTorch, whose error is the bound
+    assert finite.float().mean() >= 0.999
+    fused, truth, eager = fused[finite], truth[finite], eager[finite]
     error, eager_error = (fused - truth).abs().max(), (eager - truth).abs().max()
     assert error <= 2 * eager_error, f"logits off by {error:.4g}, eager by {eager_error:.4g}"
     same, eager_same = (float((y.argmax(1) == truth.argmax(1)).float().mean()) for y in (fused, eager))

@@ -1,6 +1,8 @@
 """The suite `counters`: what it makes of Nsight Compute's CSV, and what it says where there are no counters."""
 
+import ast
 import csv
+import importlib
 import io
 import json
 import os
@@ -177,3 +179,13 @@ def test_a_selection_of_nothing_is_said(counters, tmp_path, monkeypatch):
     fake_ncu(tmp_path, monkeypatch, "==WARNING== No kernels were profiled.\n")
     with pytest.raises(ValueError, match="select='x' matches nothing of direct"):
         list(counters.counters(groups=["direct"], select="x"))
+
+
+def test_the_profiled_process_names_what_its_suites_have(monkeypatch):
+    """It runs on a GPU alone, so a function renamed beside it would be found there."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    tree = ast.parse((BENCHMARKS / "profiled_calls.py").read_text())
+    used = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    used = [(node.value.id, node.attr) for node in used if node.value.id in ("direct", "suites", "winograd")]
+    assert len(used) > 10
+    assert [name for name in used if not hasattr(importlib.import_module(name[0]), name[1])] == []

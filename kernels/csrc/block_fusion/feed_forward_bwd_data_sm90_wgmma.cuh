@@ -126,6 +126,7 @@ struct BackwardDataConsumer {
     return chunks + slot * Traits::kTileBytes;
   }
   __device__ __forceinline__ void release_chunk(int slot) const {
+    __syncwarp();  // the biases that lie behind a chunk are read by all lanes
     if (lane == 0) arrive_barrier(bar.empty(slot));
   }
 
