@@ -144,11 +144,11 @@ def test_maxdnn_with_and_without_results(folders, tmp_path):
     assert "| convnet_benchmarks_L1 | 3x128x128 | 96x11x11, stride 1 | 96x118x118 | 124 | 0.75 |" in text
     assert "96.3 %" in text and text.endswith("Not measured.\n")
     row = {"layer": "alexnet_conv2", "N": 128, "dtype": "float16", "ours_ms": 0.1, "efficiency": 0.9, "peer": "cudnn"}
-    results = {**ABOUT, "rows": [{**row, "peer_ms": 0.12, "speedup": 1.2}]}
-    (tmp_path / "results/direct-h100.json").write_text(json.dumps(results))
-    assert "| alexnet_conv2 | forward | 128 | float16 | 0.1 | 0.9 | cudnn | 0.12 | 0.75 | 1.2 |" in run(
-        "paper=maxdnn", *folders
-    )
+    rows = [{**row, "peer_ms": 0.12, "speedup": 1.2}, {**row, "direction": "dgrad", "efficiency": 0.95}]
+    (tmp_path / "results/direct-h100.json").write_text(json.dumps({**ABOUT, "rows": rows}))
+    text = run("paper=maxdnn", *folders)
+    assert "| alexnet_conv2 | forward | 128 | float16 | 0.1 | 0.9 | cudnn | 0.12 | 0.75 | 1.2 |" in text
+    assert "| 96.3 %, forward pass | seen | abstract | 90.0%: alexnet_conv2, float16 (NVIDIA H100 80GB HBM3" in text
 
 
 def test_suites_run_on_a_gpu_and_what_is_missing_is_said(folders, tmp_path, monkeypatch, without_pictures):

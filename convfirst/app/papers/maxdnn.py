@@ -67,7 +67,8 @@ def _waterlines(findings: Findings) -> str:
 def _best(findings: Findings) -> dict[str, str]:
     best = []
     for path, results in findings.results("direct"):
-        rows = [row for row in results["rows"] if _efficiency(row) is not None]
+        # The paper's claim is of the forward pass.
+        rows = [row for row in results["rows"] if row.get("direction", "forward") == "forward" and _efficiency(row)]
         if rows:
             row = max(rows, key=_efficiency)
             layer = row.get("layer", row.get("name"))
