@@ -97,7 +97,9 @@ def test_stopping_the_suite_ends_the_workers_of_torchrun(tmp_path):
     worker = "import os, pathlib, time; pathlib.Path(os.sys.argv[1]).write_text(str(os.getpid())); time.sleep(600)"
     (tmp_path / "worker.py").write_text(worker)
     arguments = ["-m", "torch.distributed.run", "--standalone", str(tmp_path / "worker.py"), str(tmp_path / "pid")]
-    code = "from convfirst.app.training_throughput import _run; import sys; _run(sys.argv[1:])"
+    # A shell that starts tests in the background lets them ignore SIGINT, and their children inherit that.
+    heed = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = heed + "from convfirst.app.training_throughput import _run; _run(sys.argv[1:])"
     suite = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=REPOSITORY, start_new_session=True)
     deadline = time.monotonic() + 120
     while not (pid := tmp_path / "pid").exists() or not pid.read_text():
