@@ -3,22 +3,19 @@
 They say what to show in comments, and this script fills in what stands between them and their end:
 
     <!-- table results/throughput.json name:model batch images_per_s:images/s where path=inductor -->
-    <!-- pivot results/models-h200.json name:model peer by batch show ours_ms peer_ms speedup -->
     <!-- plot results/models-h100.json efficiency by name over path -->
     <!-- end -->
 
-`table` lists columns of the file's rows, each with its heading after a colon; `pivot` does so with the columns that are
-named first, a line for each of their values, and beside them the columns after `show` for each value of `by`; `plot`
-draws bars of one column, a group for each value of `by` and a colour for each value of `over`. `where column=value`
-keeps only such rows. A file without rows, as gpu-tests.json, is one row itself. With --check nothing is written, and
-the exit status is 1 if their tables differ from the measurements.
+`table` lists columns of the file's rows, each with its heading after a colon; `plot` draws bars of one column, a group
+for each value of `by` and a colour for each value of `over`. `where column=value` keeps only such rows. A file without
+rows, as gpu-tests.json, is one row itself. With --check nothing is written, and the exit status is 1 if their tables
+differ from the measurements.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -27,7 +24,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 REPOSITORY = Path(__file__).parents[1]
-SECTION = re.compile(r"(<!-- (table|pivot|plot) (\S+) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- (table|plot) (\S+) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 DOCUMENTS = ("README.md", "kernels/NOTES.md")
 MISSING = "Not measured yet.\n"
 
@@ -45,10 +42,7 @@ def render(text: str, root: Path, draw: bool = True) -> str:
         rows = [row for row in results.get("rows", [results]) if _matches(row, condition)]
         if not rows:
             return start + MISSING + end
-        if kind == "plot":
-            body = _plot(rows, request, path, draw)
-        else:
-            body = _table(rows, request.split()) if kind == "table" else _pivot(rows, request)
+        body = _table(rows, request.split()) if kind == "table" else _plot(rows, request, path, draw)
         return start + body + "\n" + _provenance(results) + "\n" + end
 
     return SECTION.sub(section, text)
@@ -60,31 +54,11 @@ def _matches(row: dict, condition: str) -> bool:
 
 
 def _table(rows: list[dict], columns: list[str]) -> str:
-    keys, headings = _columns(columns)
-    return _lines(headings, ([_shown(row.get(key)) for key in keys] for row in rows))
-
-
-def _pivot(rows: list[dict], request: str) -> str:
-    first, by, shown = re.fullmatch(r"(.+) by (\S+) show (.+)", request).groups()
-    (keys, headings), (values, names) = _columns(first.split()), _columns(shown.split())
-    (by,), (label,) = _columns([by])
-    places = sorted({row[by] for row in rows})
-    lines: dict[tuple, dict] = {}
-    for row in rows:
-        cell = " / ".join(_shown(row.get(value)) for value in values)
-        lines.setdefault(tuple(_shown(row.get(key)) for key in keys), {})[row[by]] = cell
-    headings = [*headings, *(f"{label} {place}: {' / '.join(names)}" for place in places)]
-    return _lines(headings, ([*line, *(cells.get(place, "–") for place in places)] for line, cells in lines.items()))
-
-
-def _columns(columns: list[str]) -> tuple[list[str], list[str]]:
-    """Keys and headings of columns written as key or key:heading."""
-    pairs = [(column.partition(":")[0], column.partition(":")[2] or column) for column in columns]
-    return [key for key, _ in pairs], [heading for _, heading in pairs]
-
-
-def _lines(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in [headings, ["---"] * len(headings), *rows])
+    keys, headings = zip(
+        *((column.partition(":")[0], column.partition(":")[2] or column) for column in columns), strict=True
+    )
+    lines = [headings, ["---"] * len(keys), *([_shown(row.get(key)) for key in keys] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _shown(value) -> str:

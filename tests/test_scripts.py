@@ -43,20 +43,6 @@ def test_table_shows_the_chosen_columns_and_rows(render, tmp_path):
     assert render(text, tmp_path) == text
 
 
-def test_pivot_puts_the_values_of_a_column_side_by_side(render, tmp_path):
-    rows = [
-        {"name": "a", "peer": "b", "batch": 8, "ms": 2.0, "speedup": 1.5},
-        {"name": "a", "peer": "b", "batch": 1, "ms": 1.0, "speedup": 3.0},
-        {"name": "c", "peer": None, "batch": 8, "ms": 4.0, "speedup": None},
-    ]
-    (tmp_path / "r.json").write_text(json.dumps({**RESULTS, "rows": rows}))
-    text = render(readme("pivot r.json name:model peer by batch:N show ms speedup:x"), tmp_path)
-    lines = ["| model | peer | N 1: ms / x | N 8: ms / x |", "| --- | --- | --- | --- |"]
-    lines += ["| a | b | 1 / 3 | 2 / 1.5 |", "| c | – | – | 4 / – |"]
-    assert "\n".join(lines) + "\n" in text
-    assert render(text, tmp_path) == text
-
-
 def test_a_file_without_rows_is_one_row(render, tmp_path):
     (tmp_path / "r.json").write_text(
         json.dumps({key: RESULTS[key] for key in RESULTS if key != "rows"} | {"failed": 3})
