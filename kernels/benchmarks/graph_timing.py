@@ -1,6 +1,7 @@
 """Times of kernels without their launches, and the rates that they can be held against."""
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +11,11 @@ from torch import Tensor
 
 CACHE_MULTIPLE = 3  # rotating inputs fill the L2 cache this many times over
 MAX_INPUTS = 16
+# An H200 lowers its clocks when matrix products have kept it at its power limit (700 W) for some tenths of a second. A
+# rest before each timing gives every row the same start, whatever was timed before it: `Captured.sustained_ms` is for
+# the other state.
+REST_SECONDS = 0.25
+SUSTAINED_SECONDS = 0.5
 
 
 def rotating_inputs(make: Callable[[], Tensor]) -> list[Tensor]:
@@ -32,8 +38,13 @@ class Captured:
     function: Callable[[Tensor], Tensor]
 
     def ms(self, iterations: int = 15, warmup: int = 3) -> float:
-        """Median milliseconds of a call."""
-        return replay_ms(self.graph, iterations, warmup) / self.calls
+        """Median milliseconds of a call on a rested device."""
+        return replay_ms(self.graph, iterations, warmup, REST_SECONDS) / self.calls
+
+    def sustained_ms(self, iterations: int = 15) -> float:
+        """Median milliseconds of a call once the device has done nothing else for half a second."""
+        replays = 1e3 * SUSTAINED_SECONDS / replay_ms(self.graph, 3)
+        return replay_ms(self.graph, iterations, warmup=round(replays)) / self.calls
 
 
 @torch.no_grad()
@@ -59,13 +70,17 @@ def graph_ms(
     iterations: int = 15,
     calls: int = 8,
     warmup: int = 3,
+    rest: float = 0.0,
 ) -> float:
     """Median milliseconds of a call inside one CUDA graph of at least ``calls`` calls that take the inputs in turn."""
-    return capture(function, inputs, calls).ms(iterations, warmup)
+    captured = capture(function, inputs, calls)
+    return replay_ms(captured.graph, iterations, warmup, rest) / captured.calls
 
 
-def replay_ms(graph: torch.cuda.CUDAGraph, iterations: int, warmup: int = 3) -> float:
-    """Median milliseconds of a replay."""
+def replay_ms(graph: torch.cuda.CUDAGraph, iterations: int, warmup: int = 3, rest: float = 0.0) -> float:
+    """Median milliseconds of a replay, after ``rest`` seconds in which the device does nothing."""
+    torch.cuda.synchronize()
+    time.sleep(rest)
     for _ in range(warmup):
         graph.replay()
     times = []
@@ -84,7 +99,7 @@ def matmul_tflops(dtype: torch.dtype) -> float:
     """TFLOP/s of an 8192 x 8192 x 8192 product of normal random numbers: the tensor cores' ceiling in practice."""
     size = 8192
     a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
-    return 2e-9 * size**3 / graph_ms(lambda x: x @ b, [a], calls=4)
+    return 2e-9 * size**3 / graph_ms(lambda x: x @ b, [a], calls=4, rest=REST_SECONDS)
 
 
 @cache

@@ -2,7 +2,9 @@
 
 Every suite yields its rows as it measures them: {name, batch, dtype, path, ours_ms, peer, peer_ms, speedup, tflops,
 ceiling_tflops, efficiency} and a few columns more. Those of direct, grouped and winograd are in files of their names.
-Both sides run in channels_last inside CUDA graphs on rotating inputs; times are medians.
+Both sides run in channels_last inside CUDA graphs on rotating inputs; times are medians, each taken on a rested device.
+sustained_ms and peer_sustained_ms are the same after half a second of that work alone, when the clocks have fallen to
+what the power limit allows.
 `SUITES` names them; `python kernels/benchmarks/run.py` runs them.
 """
 
@@ -13,13 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import convfirst.models  # noqa: F401  registers ConvFirst with timm
 import timm
 import torch
 from counters import counters
 from direct import direct
-from graph_timing import capture, copy_tbps, matmul_tflops, rotating_inputs
+from graph_timing import Captured, capture, copy_tbps, matmul_tflops, rotating_inputs
 from grouped import GROUPED, grouped
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -160,12 +163,12 @@ def _block_row(
         graph = capture(fused, inputs)
     time_peer, peer = _prepare_peer(plain, inputs, peer, known.get((block.name, batch, dtype)))
     yield None
-    ours, peer_ms = graph.ms(iterations), time_peer(iterations)
+    ours, theirs = _times(graph, iterations), time_peer(iterations)
     flops = _block_flops(problem)
     traffic = 2 * inputs[0].numel() * inputs[0].element_size()
     ceiling = matmul_tflops(torch_dtype)
     row = {
-        **_row(block.name, batch, dtype, variant.split("_")[0], ours, peer, peer_ms, flops, ceiling),
+        **_row(block.name, batch, dtype, variant.split("_")[0], ours, peer, theirs, flops, ceiling),
         "variant": variant,
         "floor_tensor_ms": round(1e-9 * flops / ceiling, 5),
         "floor_memory_ms": round(1e-9 * traffic / copy_tbps(), 5),
@@ -223,9 +226,9 @@ def _mbconv_row(
         graph = capture(fused, inputs)
     time_peer, peer = _prepare_peer(plain, inputs, peer, known.get((shape.name, batch, dtype)))
     yield None
-    ours, peer_ms = graph.ms(iterations), time_peer(iterations)
+    ours, theirs = _times(graph, iterations), time_peer(iterations)
     flops = 2 * batch * shape.side**2 * shape.hidden * (2 * shape.channels + 9 * shape.group_width)
-    row = _row(shape.name, batch, dtype, variant.split("_")[0], ours, peer, peer_ms, flops, matmul_tflops(torch_dtype))
+    row = _row(shape.name, batch, dtype, variant.split("_")[0], ours, peer, theirs, flops, matmul_tflops(torch_dtype))
     yield _printed({**row, "variant": variant})
 
 
@@ -287,12 +290,12 @@ def _model_rows(
     flops = _network_flops(name, batch, image_size)
     others = {other: prepare_peer(other) for other in filter(None, (name, MODELS[name] if peer else None))}
     yield None
-    ours = graph.ms(iterations)
+    ours = _times(graph, iterations)
     for other, ((time_peer, peer_name), peer_peak) in others.items():
-        label, peer_ms = peer_name and f"{other} {peer_name}", time_peer(iterations)
-        row = _row(name, batch, dtype, variant.split("_")[0], ours, label, peer_ms, flops, matmul_tflops(torch_dtype))
+        label, theirs = peer_name and f"{other} {peer_name}", time_peer(iterations)
+        row = _row(name, batch, dtype, variant.split("_")[0], ours, label, theirs, flops, matmul_tflops(torch_dtype))
         row |= {
-            "images_per_s": round(1e3 * batch / ours, 1),
+            "images_per_s": round(1e3 * batch / ours.ms, 1),
             "outside_blocks": "inductor" if compiled else "eager",
             "peak_mib": peak,
             "peer_peak_mib": peer_peak,
@@ -306,17 +309,30 @@ def _printed(row: dict) -> dict:
     return row
 
 
-def _row(name, batch, dtype, path, ours, peer, peer_ms, flops, ceiling) -> dict:
-    tflops = 1e-9 * flops / ours
+class Times(NamedTuple):
+    """Milliseconds of a call, on a rested device and after half a second of such calls."""
+
+    ms: float | None = None
+    sustained_ms: float | None = None
+
+
+def _times(graph: Captured, iterations: int) -> Times:
+    return Times(graph.ms(iterations), graph.sustained_ms(iterations))
+
+
+def _row(name, batch, dtype, path, ours: Times, peer, theirs: Times, flops, ceiling) -> dict:
+    tflops = 1e-9 * flops / ours.ms
     return {
         "name": name,
         "batch": batch,
         "dtype": dtype,
         "path": path,
-        "ours_ms": round(ours, 5),
+        "ours_ms": round(ours.ms, 5),
         "peer": peer,
-        "peer_ms": round(peer_ms, 5) if peer_ms else None,
-        "speedup": round(peer_ms / ours, 3) if peer_ms else None,
+        "peer_ms": theirs.ms and round(theirs.ms, 5),
+        "speedup": theirs.ms and round(theirs.ms / ours.ms, 3),
+        "sustained_ms": round(ours.sustained_ms, 5),
+        "peer_sustained_ms": theirs.sustained_ms and round(theirs.sustained_ms, 5),
         "tflops": round(tflops, 1),
         "ceiling_tflops": round(ceiling, 1),
         "efficiency": round(tflops / ceiling, 4),
@@ -325,16 +341,17 @@ def _row(name, batch, dtype, path, ours, peer, peer_ms, flops, ceiling) -> dict:
 
 def _prepare_peer(
     plain: nn.Module, inputs: list[Tensor], peer: str | None, reused: float | None, calls: int = 8
-) -> tuple[Callable[[int], float | None], str | None]:
+) -> tuple[Callable[[int], Times], str | None]:
     """What times the peer, given a number of iterations, and its name."""
     if reused is not None:
-        return lambda iterations: reused, f"{peer or 'inductor'} (reused)"
+        return lambda iterations: Times(reused), f"{peer or 'inductor'} (reused)"
     if peer is None:
-        return lambda iterations: None, None
+        return lambda iterations: Times(), None
     if peer not in PEERS:
         raise ValueError(f"peer={peer!r}; accepted: {', '.join(PEERS)} or none")
     compiled = torch.compile(plain, mode=PEERS[peer], dynamic=False)
-    return cache(capture(compiled, inputs, calls).ms), peer
+    graph = capture(compiled, inputs, calls)
+    return cache(lambda iterations: _times(graph, iterations)), peer
 
 
 def _peer_times(file: str | None) -> dict[tuple, float]:
