@@ -159,6 +159,11 @@ def test_runs_with_and_without_kernels_are_compared(tmp_path):
         assert a == pytest.approx(b, rel=1e-3)
     assert compared["top1_difference"] == pytest.approx(0, abs=0.3)
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    config.append, config.kernels_agreement.jobs = True, 0  # no run may start
+    assert benchmark(config) == [plain, fused, compared]
+    config.kernels_agreement.workloads.digits.overrides.append("optimizer.lr=1e-4")
+    config.kernels_agreement.seconds = 0  # others would start, and have no time
+    assert benchmark(config) == []
 
 
 def test_runs_that_do_not_end_in_time_are_left_out(tmp_path):

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MODES = ("eager", "eager+graph", "inductor", "inductor+graph")
 PER_GPU = ("blocks", "models", "winograd", "direct", "counters", "training")  # suites whose result files name the GPU
+RESUMED = ("kernels_agreement",)  # suites that read the rows kept by append=true themselves, to go on from them
 
 
 def benchmark(config: DictConfig) -> list[dict]:
@@ -44,7 +45,7 @@ def benchmark(config: DictConfig) -> list[dict]:
     gpu = f"-{gpu_slug()}" if config.suite in PER_GPU and torch.cuda.is_available() else ""
     output = REPOSITORY / Path(config.output or f"results/{config.suite.replace('_', '-')}{gpu}.json")
     here = environment()  # a commit made while a suite measures is not the one that it measures
-    kept = kept_rows(output, here) if config.append else []
+    kept = kept_rows(output, here) if config.append and config.suite not in RESUMED else []
     rows: list[dict] = []
     written = None
     try:

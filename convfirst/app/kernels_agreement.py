@@ -15,7 +15,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from convfirst.app.results import REPOSITORY
+from convfirst.app.results import REPOSITORY, environment, kept_rows
 from convfirst.data.sample_tree import SampleTree
 from convfirst.training.csv_log import read_rows
 
@@ -31,17 +31,22 @@ def kernels_agreement(config: DictConfig) -> Iterator[dict]:
     test loss and curve [[update, training loss], ...]; a comparison's row has means over seeds, their difference, and
     the noise that seeds alone explain (`compare`). The curves and ends are drawn beside the output file, as a PNG.
     After ``seconds`` (null: never) runs still going are stopped; then those seeds count whose both runs have ended.
+    With ``config.append`` runs that the output file has already, of the same overrides, are not made again; rows of
+    other runs are dropped.
 
     Raises:
         RuntimeError: a run failed; the message ends with what it printed.
     """
-    suite = config.kernels_agreement
+    suite, output = config.kernels_agreement, REPOSITORY / Path(config.output or "results/kernels-agreement.json")
     end = time.monotonic() + (math.inf if suite.seconds is None else suite.seconds)
-    rows = []
+    rows = _made(config, output)
+    yield from rows
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         SampleTree(**suite.tree).write(tree, os.cpu_count())
-        for row in _run_all(_commands(suite, tree, Path(folder)), suite.jobs, end):
+        made = {_identity(row) for row in rows}
+        missing = [run for run in _commands(suite, tree, Path(folder)) if _identity(run[0]) not in made]
+        for row in _run_all(missing, suite.jobs, end):
             log.info("%s", json.dumps({key: value for key, value in row.items() if key != "curve"}))
             rows.append(row)
             yield row
@@ -49,7 +54,6 @@ def kernels_agreement(config: DictConfig) -> Iterator[dict]:
     for workload in dict.fromkeys(row["workload"] for row in pairs):
         yield compare([row for row in pairs if row["workload"] == workload])
     if pairs:
-        output = REPOSITORY / Path(config.output or "results/kernels-agreement.json")
         plot(pairs, output.with_suffix(".png"))
 
 
@@ -70,13 +74,27 @@ def _commands(suite: DictConfig, tree: Path, folder: Path) -> Iterator[tuple[dic
                 common += [f"kernels={kernels}", f"trainer.precision={suite.precision}", "logger=csv"]
                 common += ["callbacks.checkpoint.every_n_steps=null"]
                 about = {"workload": workload, "kernels": kernels, "seed": seed, "precision": suite.precision}
+                about["overrides"] = [f"recipe={options.recipe}", *options.overrides]
                 yield about | {"run": str(folder / run_id)}, [*overrides, *common]
 
 
-def _run_all(commands: Iterator[tuple[dict, list[str]]], jobs: int, end: float) -> Iterator[dict]:
+def _made(config: DictConfig, output: Path) -> list[dict]:
+    """Rows of runs that the suite asks for and the output file has."""
+    if not config.append:
+        return []
+    asked = {_identity(run) for run, _ in _commands(config.kernels_agreement, Path(), Path())}
+    return [row for row in kept_rows(output, environment()) if "curve" in row and _identity(row) in asked]
+
+
+def _identity(run: dict) -> tuple:
+    """What tells a run from others."""
+    return tuple(str(run[key]) for key in ("workload", "kernels", "seed", "precision", "overrides"))
+
+
+def _run_all(commands: list[tuple[dict, list[str]]], jobs: int, end: float) -> Iterator[dict]:
     """Rows of the runs that end before ``end``, of `time.monotonic`."""
     waiting, running = list(commands), {}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -84,7 +102,7 @@ def _run_all(commands: Iterator[tuple[dict, list[str]]], jobs: int, end: float) 
                 command = [sys.executable, str(REPOSITORY / "train.py"), *overrides]
                 with open(f"{about['run']}.log", "w") as output:
                     process = subprocess.Popen(
-                        command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT
+                        command, cwd=REPOSITORY, env=variables, stdout=output, stderr=subprocess.STDOUT
                     )
                 running[process] = about
             ended = next((process for process in running if process.poll() is not None), None)
