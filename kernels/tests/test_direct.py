@@ -183,7 +183,7 @@ PLANS = [
     ((8, 64, 14, 14), (128, 64, 1, 1), {}, "sm90_gemm"),
     ((128, 3, 227, 227), (64, 3, 11, 11), {"stride": 4}, "sm90_first_layer"),
     ((128, 3, 224, 224), (96, 3, 4, 4), {"stride": 4}, "sm90_first_layer"),
-    ((128, 3, 128, 128), (96, 3, 11, 11), {}, "sm80_forward"),  # its Hopper kernel is taken by name
+    ((128, 3, 128, 128), (96, 3, 11, 11), {}, "sm90_first_layer"),
     ((8, 20, 14, 14), (30, 20, 3, 3), {}, "sm80_forward"),
     ((8, 64, 14, 14), (30, 64, 3, 3), {}, "sm80_forward"),
     ((8, 64, 400, 400), (32, 64, 3, 3), {"dilation": 150}, "sm80_forward"),
@@ -220,7 +220,7 @@ def test_plan(shape, weight, options, variant):
 @pytest.mark.parametrize(
     ("shape", "weight", "options", "variant"),
     [
-        ((128, 3, 128, 128), (96, 3, 11, 11), {}, "sm90_first_layer_any"),
+        ((128, 4, 128, 128), (96, 4, 11, 11), {}, "sm90_first_layer_any"),
         ((8, 1, 64, 64), (32, 1, 5, 5), {"stride": 2}, "sm90_first_layer_any"),
     ],
     ids=str,

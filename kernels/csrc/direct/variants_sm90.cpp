@@ -167,11 +167,12 @@ struct FloatRow {
   static constexpr Variant row(const char* name) { return {name, 90, 90, supports, configure, cost, launch, kernel}; }
 };
 
-// kRgb: three channels and stride 2 or 4, which was timed at its layers; else whatever more the kernel takes, by name alone.
+// kRgb: three channels and the strides that were timed at their layers, 2, 4, and 1 where the filter is more than a few taps;
+// else whatever more the kernel takes, by name alone.
 template <bool kRgb>
 struct FirstRow {
   static bool supports(const Problem& q, const Device& d) {
-    const bool rgb = q.channels == 3 && (q.stride_w == 2 || q.stride_w == 4);
+    const bool rgb = q.channels == 3 && (q.stride_w == 2 || q.stride_w == 4 || (q.stride_w == 1 && !few_supports(q)));
     return rgb == kRgb && first_supports(q, d);
   }
   static Config configure(const Problem& q, const Device& d) {
