@@ -10,6 +10,7 @@ constexpr int kFirstWgradRows = 12;      // of a filter
 constexpr int kFirstWgradColumns = 8 * kFirstWgradRows;
 constexpr int kFirstWgradPositions = 3;  // chunks of a window's row that one warpgroup makes
 constexpr int kFirstWgradWarpgroups = 2;
+constexpr int kFirstWgradSection = kFirstWgradPositions * kFirstWgradWarpgroups;  // chunks of a block
 constexpr int kFirstWgradThreads = 128 * (1 + kFirstWgradWarpgroups);
 constexpr int kFirstWgradFilters = 64;   // of a block
 constexpr int kFirstWgradYBytes = 64 * kFirstWgradFilters * 2;
@@ -19,7 +20,8 @@ constexpr int kFirstWgradMaxSlots = 8;
 
 struct FirstWgradPlan {
   FirstLayout layout;
-  int groups;           // of 64 filters
+  int sections;         // of a window's row, kFirstWgradSection chunks each
+  int groups;           // of 64 filters and a section
   int strips;           // of 64 output columns
   int steps;            // rows of 64 output pixels
   int sharers;          // blocks of a group, an even share of the steps each
@@ -33,7 +35,8 @@ struct FirstWgradPlan {
 inline FirstWgradPlan plan_first_wgrad(const Problem& q, const Device& device) {
   FirstWgradPlan plan{};
   plan.layout = first_layout(q, 1);
-  plan.groups = (q.filters + kFirstWgradFilters - 1) / kFirstWgradFilters;
+  plan.sections = (plan.layout.row_chunks + kFirstWgradSection - 1) / kFirstWgradSection;
+  plan.groups = (q.filters + kFirstWgradFilters - 1) / kFirstWgradFilters * plan.sections;
   plan.strips = (q.out_w() + 63) / 64;
   plan.steps = static_cast<int>(q.batch * plan.strips * q.out_h());
   plan.sharers = std::max(1, std::min(device.multiprocessors / plan.groups, plan.steps / 4));
@@ -54,11 +57,11 @@ inline bool first_wgrad_supports(const Problem& q, const Device& device) {
   const bool stride = q.stride_w == 1 || q.stride_w == 2 || q.stride_w == 4 || q.stride_w == 8;
   if (q.direction != Direction::kWgrad || q.dtype == DType::kFloat || !stride || q.dilation_h != 1 || q.dilation_w != 1 || q.channels < 1 ||
       q.channels > (q.stride_w == 1 ? 8 : 4) || q.filters % 8 != 0 || q.kernel_h > kFirstWgradRows || q.out_pixels() <= 0 ||
-      q.filters > kFirstWgradFilters * device.multiprocessors || device.max_shared_memory < kWgradSharedMemory) {
+      device.max_shared_memory < kWgradSharedMemory) {
     return false;
   }
   const FirstWgradPlan plan = plan_first_wgrad(q, device);
-  return plan.layout.row_chunks <= kFirstWgradPositions * kFirstWgradWarpgroups && plan.slots >= 2;
+  return plan.groups <= device.multiprocessors && plan.slots >= 2;
 }
 
 }  // namespace convfirst::direct::sm90

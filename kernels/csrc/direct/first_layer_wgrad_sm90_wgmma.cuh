@@ -5,11 +5,11 @@
 //  dy^T  | 64     |   x, rearranged as    |  64 filters x     |
 //        | filters|   the forward pass    |  12 rows x 8, six |   warpgroup 1: chunks 3, 4, 5
 //        +--------+   does it  -------->  |  times            |
-//                                         +-------------------+
+//                                         +-------------------+   (of the block's section of six)
 //
 //   The windows of neighbouring output pixels lie 16 bytes apart (first_layer_sm90_wgmma.cuh), so 8 pixels of a chunk are one 128-byte core
 //   matrix; it is read with the pixels along the depth, the rows of x a stride apart along the columns. One block = a producer warp +
-//   2 consumer warpgroups, with an even share of all output rows; its sums of all filter values stay in registers to the end.
+//   2 consumer warpgroups, with an even share of all output rows; its sums of 64 filters' values in six chunks stay in registers to the end.
 //
 //   what               where                                       written by              released when
 //   x, rearranged      global, workspace                           the first launch        -
@@ -35,7 +35,7 @@ struct FirstWgradParams {
   float4* partials;
   FirstLayout layout;
   int filters, channels, kernel_h, kernel_w, stride_h, out_h, padded_rows;
-  int strips, steps, sharers, slots, slot_bytes;
+  int strips, steps, sections, sharers, slots, slot_bytes;
 };
 
 template <DType kDType>
@@ -51,7 +51,7 @@ struct FirstWgradStep {
 };
 
 __device__ __forceinline__ void produce_first_wgrad(const FirstWgradParams& p, const CUtensorMap& y_map, char* slots, TransactionBarrier* full,
-                                                    Barrier* empty, int group, int begin, int end) {
+                                                    Barrier* empty, int first_filter, int begin, int end) {
   const int bytes = p.layout.buffer_bytes();
   int slot = 0;
   uint32_t phase = 1;  // the slots start empty
@@ -62,7 +62,7 @@ __device__ __forceinline__ void produce_first_wgrad(const FirstWgradParams& p, c
     char* to = slots + slot * p.slot_bytes;
     empty[slot].wait(phase);
     full[slot].arrive_and_expect_tx(kFirstWgradYBytes + bytes);
-    cute::SM90_TMA_LOAD_3D::copy(&y_map, barrier_pointer(full + slot), kEvictNormal, to, group * kFirstWgradFilters, step.strip * 64,
+    cute::SM90_TMA_LOAD_3D::copy(&y_map, barrier_pointer(full + slot), kEvictNormal, to, first_filter, step.strip * 64,
                                  step.n * p.out_h + step.row);
     bulk_load(p.rearranged + row * p.layout.row_bytes(), full + slot, to + kFirstWgradYBytes, bytes);
     if (++slot == p.slots) slot = 0, phase ^= 1;
@@ -77,7 +77,7 @@ struct FirstWgradConsumer {
   uint32_t slots;
   TransactionBarrier* full;
   Barrier* empty;
-  int warpgroup, thread;  // of the consumers
+  int first_chunk, thread;  // of the warpgroup, of the consumers
   int slot = 0, held = -1;
   uint32_t phase = 0;
 
@@ -99,7 +99,7 @@ struct FirstWgradConsumer {
 #pragma unroll
     for (int i = 0; i < kFirstWgradPositions; ++i) {
       // Past the window's last chunk: whatever is there, in columns that nobody reads.
-      const int chunk = min(warpgroup * kFirstWgradPositions + i, p.layout.row_chunks - 1), place = chunk / p.layout.planes;
+      const int chunk = min(first_chunk + i, p.layout.row_chunks - 1), place = chunk / p.layout.planes;
       const uint64_t b_chunk = b + (chunk - place * p.layout.planes) * p.layout.pitch + place;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -149,14 +149,15 @@ __global__ void __launch_bounds__(kFirstWgradThreads, 1)
   __syncthreads();
   wait_for_previous_launch();
   allow_next_launch();
-  const int group = blockIdx.x / p.sharers, sharer = blockIdx.x - group * p.sharers;
+  const int group = blockIdx.x / p.sharers, sharer = blockIdx.x - group * p.sharers, section = group % p.sections;
   const int begin = static_cast<int>(wgrad_share(p.steps, p.sharers, sharer)), end = static_cast<int>(wgrad_share(p.steps, p.sharers, sharer + 1));
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<56>();
-    if (threadIdx.x == 0) produce_first_wgrad(p, y_map, slots, full, empty, group, begin, end);
+    if (threadIdx.x == 0) produce_first_wgrad(p, y_map, slots, full, empty, group / p.sections * kFirstWgradFilters, begin, end);
   } else {
     cutlass::arch::warpgroup_reg_alloc<224>();
-    FirstWgradConsumer<kDType>{p, smem_address(slots), full, empty, warpgroup - 1, static_cast<int>(threadIdx.x) - 128}.run(end - begin);
+    const int first_chunk = section * kFirstWgradSection + (warpgroup - 1) * kFirstWgradPositions;
+    FirstWgradConsumer<kDType>{p, smem_address(slots), full, empty, first_chunk, static_cast<int>(threadIdx.x) - 128}.run(end - begin);
   }
 #endif
 }
@@ -186,8 +187,9 @@ __global__ void __launch_bounds__(256) add_first_layer_wgrad_sm90(const __grid_c
     const float4 v = sums[i][lane];
     sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
   }
-  const int thread = index % kConsumers, quad = index / kConsumers, chunk = thread / 128 * kFirstWgradPositions + quad / kFirstWgradRows;
-  const int r = quad % kFirstWgradRows, k = blockIdx.y * kFirstWgradFilters + thread % 128 / 32 * 16 + thread % 32 / 4;
+  const int group = blockIdx.y / p.sections, section = blockIdx.y - group * p.sections, thread = index % kConsumers, quad = index / kConsumers;
+  const int chunk = section * kFirstWgradSection + thread / 128 * kFirstWgradPositions + quad / kFirstWgradRows;
+  const int r = quad % kFirstWgradRows, k = group * kFirstWgradFilters + thread % 128 / 32 * 16 + thread % 32 / 4;
   const float values[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -215,7 +217,7 @@ int launch_first_wgrad_dtype(const Problem& q, const Tensors& t, const FirstWgra
   p.dw = t.result, p.rearranged = static_cast<const char*>(workspace);
   p.partials = reinterpret_cast<float4*>(static_cast<char*>(workspace) + plan.rearranged), p.layout = plan.layout;
   p.filters = q.filters, p.channels = q.channels, p.kernel_h = q.kernel_h, p.kernel_w = q.kernel_w, p.stride_h = q.stride_h, p.out_h = q.out_h();
-  p.padded_rows = plan.padded_rows, p.strips = plan.strips, p.steps = plan.steps, p.sharers = plan.sharers;
+  p.padded_rows = plan.padded_rows, p.strips = plan.strips, p.steps = plan.steps, p.sections = plan.sections, p.sharers = plan.sharers;
   p.slots = plan.slots, p.slot_bytes = plan.slot_bytes;
   if (const int error = start_dependent_kernel(&first_layer_wgrad_sm90<kDType>, plan.groups * plan.sharers, kFirstWgradThreads, plan.shared_memory,
                                                stream, p, y_map)) {
