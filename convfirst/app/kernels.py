@@ -48,10 +48,10 @@ def accelerate(models: Sequence[nn.Module], device: torch.device, kernels: str) 
 def accelerate_training(models: Sequence[nn.Module], device: torch.device, kernels: str, precision: str) -> None:
     """Swap fused kernels into the model that will be trained, the first of `models`, and into its averages.
 
-    Residual blocks then run as one operator forward and one backward; a block whose batch norms need the batch's
-    statistics runs its own code in training. Stems and downsampling layers with layer norms become products of patches
-    in PyTorch. Parameters and state dicts stay as they are. Call it before compiling and before wrapping for several
-    processes. Moves the models to `device`, so that the report that is logged is of that device.
+    Residual blocks then run as one operator forward and one backward, those with batch norms as a few; a block with
+    synchronised batch norms runs its own code in training. Stems and downsampling layers with layer norms become
+    products of patches in PyTorch. Parameters and state dicts stay as they are. Call it before compiling and before
+    wrapping for several processes. Moves the models to `device`, so that the report that is logged is of that device.
 
     Raises:
         ValueError: as `accelerate`, or, with "required", `precision` or a block that isn't covered in training: the

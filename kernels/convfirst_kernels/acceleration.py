@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from convfirst_kernels import backward, kept, outside, outside_training, stages
+from convfirst_kernels import backward, batch_norms, kept, outside, outside_training, stages
 from convfirst_kernels import block as fused
 from convfirst_kernels.blocks import Parts, Unsupported, check_hooks, read_block
 from convfirst_kernels.winograd.swap import WinogradForward, find_convolutions
@@ -50,6 +50,8 @@ class FusedForward:
                 raise RuntimeError(f"{type(block).__name__}: kernels='required', but {reason}")
             fused.log_once(f"{type(block).__name__} runs its own PyTorch code: {reason}")
             return type(block).forward(block, x)
+        if batch_norms.needs_statistics(parts):
+            return batch_norms.forward(parts, x.to(fused.compute_dtype(x)), sample_scale(parts.drop_path, x))
         weights = self.weights(parts, fused.compute_dtype(x), x.device)
         x = x.contiguous(memory_format=torch.channels_last)
         arguments = fused.operator_arguments(x, weights, sample_scale(parts.drop_path, x))
@@ -196,9 +198,6 @@ class StageForward:
         return {**self.__dict__, "weights": None, "down": None, "workspace": None}
 
 
-_BATCH_STATISTICS = "batch norm in training mode needs the batch's statistics; only evaluation mode folds"
-
-
 def forget(model: nn.Module) -> None:
     """Drop the packed weights that `accelerate` keeps, where weights changed unseen: sharded ones, for instance."""
     for module in model.modules():
@@ -226,15 +225,17 @@ def sample_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
 
 def refusal(parts: Parts, device: torch.device, dtype: torch.dtype, kernels: str = "auto") -> str | None:
     """Why no kernel computes this block on a tensor of this device and dtype, or None where one does."""
-    if _needs_statistics(parts):
-        return _BATCH_STATISTICS
     if kernels == "reference":
-        return None if device.type == "cpu" else f"kernels='reference' computes on a CPU, and x is on {device}"
-    conv = parts.conv
-    return fused.refusal(
-        device, dtype, conv.in_channels, parts.expand.weight.shape[0], conv.kernel_size[0],
-        conv.in_channels // conv.groups, parts.activation, parts.norm is not None,
-    )  # fmt: skip
+        reason = None if device.type == "cpu" else f"kernels='reference' computes on a CPU, and x is on {device}"
+    else:
+        conv = parts.conv
+        reason = fused.refusal(
+            device, dtype, conv.in_channels, parts.expand.weight.shape[0], conv.kernel_size[0],
+            conv.in_channels // conv.groups, parts.activation, parts.norm is not None,
+        )  # fmt: skip
+    if reason is None and batch_norms.needs_statistics(parts):
+        reason = batch_norms.refusal(parts, device, dtype, kernels)
+    return reason
 
 
 @dataclass
@@ -293,8 +294,8 @@ def accelerate(
     So do, in inference, their stems, downsampling layers and, for few images, heads; where a gradient may be asked
     for, stems and downsampling layers become products of patches in PyTorch's operators, made for torch.compile.
     Parameters, buffers, state_dict, hooks on blocks, training, deepcopy and pickle stay as they were. Batch norms fold
-    in evaluation mode; in training mode such blocks run their own code, with exact batch statistics. Put the model in
-    channels_last: a fused block converts its input otherwise.
+    in evaluation mode; in training mode such blocks run as the stages of `batch_norms`, synchronised ones by their own
+    code. Put the model in channels_last: a fused block converts its input otherwise.
 
     Args:
         model: any module that contains such blocks.
@@ -435,20 +436,27 @@ def _examine_outside(
 
 
 def _describe(parts: Parts | outside.OutsideParts) -> str:
-    waits = isinstance(parts, Parts) and _needs_statistics(parts)
-    return parts.describe() + (f"; now its own PyTorch code: {_BATCH_STATISTICS}" if waits else "")
+    reason = _statistics_refusal(parts) if isinstance(parts, Parts) else None
+    return parts.describe() + ("" if reason is None else f"; now its own PyTorch code: {reason}")
 
 
-def _needs_statistics(parts: Parts) -> bool:
-    return any(norm.training for norm in parts.batch_norms)
+def _statistics_refusal(parts: Parts) -> str | None:
+    """Why a block whose batch norms are in training mode can't run on the device that it is on, or None."""
+    if not batch_norms.needs_statistics(parts):
+        return None
+    weight = parts.conv.weight
+    dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16  # as autocast may ask
+    kernels = "auto" if weight.device.type == "cuda" else "reference"  # else the model may move to a GPU yet
+    return batch_norms.refusal(parts, weight.device, dtype, kernels)
 
 
 def _require(found: list) -> None:
-    def reason_now(parts: Parts | None, reason: str | None) -> str | None:
-        return _BATCH_STATISTICS if reason is None and _needs_statistics(parts) else reason
-
-    found = [(name, block, parts, reason_now(parts, reason)) for name, block, parts, reason in found]
-    problems = [f"{name} ({type(block).__name__}): {reason}" for name, block, _, reason in found if reason is not None]
+    reasons = [reason or _statistics_refusal(parts) for _, _, parts, reason in found]
+    problems = [
+        f"{name} ({type(block).__name__}): {reason}"
+        for (name, block, _, _), reason in zip(found, reasons, strict=True)
+        if reason is not None
+    ]
     if not found:
         problems = ["the model has no block of ConvFirst or of timm's ConvNeXt"]
     if not torch.cuda.is_available():

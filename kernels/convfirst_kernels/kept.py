@@ -129,8 +129,25 @@ def keeps(arguments: tuple, kernels: str) -> bool:
         return False
     side = {9: 3, 25: 5, 49: 7}[int(conv_weight.shape[0])]
     shape = x.shape[0], x.shape[2], x.shape[3], x.shape[1], expand_weight.shape[0], side, arguments[11]
-    dtype = str(x.dtype).split(".")[1]
-    return _split(*map(int, shape), dtype, arguments[12], arguments[14], x.device.index or 0)
+    return splits(*shape, x.dtype, arguments[12], arguments[14], x.device)
+
+
+def splits(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    hidden: int,
+    kernel_size: int,
+    group_width: int,
+    dtype: torch.dtype,
+    activation: str,
+    has_norm: bool,
+    device: torch.device,
+) -> bool:
+    """Whether kernels run such a block in two parts, the convolution and the rest, on a CUDA device."""
+    shape = map(int, (batch, height, width, channels, hidden, kernel_size, group_width))
+    return _split(*shape, str(dtype).split(".")[1], activation, has_norm, device.index or 0)
 
 
 @torch.compiler.assume_constant_result

@@ -8,6 +8,7 @@ import timm
 import torch
 from hydra import compose, initialize_config_dir
 from lightning import Callback
+from torch import nn
 
 from convfirst.app.evaluate import evaluate
 from convfirst.app.kernels import accelerate_training
@@ -115,22 +116,29 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, strategy):
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5)
 
 
-def test_batch_norm_trains_in_plain_pytorch(tmp_path, caplog):
-    options = ["+model.norm=batchnorm", *ONE_EPOCH]
-    plain = run(tmp_path / "plain", *options)
+@pytest.mark.parametrize("options", [[], ["grad_checkpointing=true"]], ids=["", "recomputed"])
+def test_batch_norm_trains_as_in_plain_pytorch(tmp_path, options):
+    options = ["+model.norm=batchnorm", *ONE_EPOCH, *options]
+    plain, fused = run(tmp_path / "plain", *options), run(tmp_path / "fused", *options, FUSED)
+    assert curve(fused) == [pytest.approx(row, rel=1e-3, abs=1e-3) for row in curve(plain)]
+    ours, theirs = last_checkpoint(fused)["state_dict"], last_checkpoint(plain)["state_dict"]
+    assert [key for key in theirs if key.endswith("expand_norm.num_batches_tracked")]
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-2, atol=2e-3, msg=key)
+
+
+def test_synchronised_batch_norm_runs_the_blocks_own_code(caplog):
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(timm.create_model("convfirst_atto", norm="batchnorm"))
     with caplog.at_level(logging.INFO):
-        mixed = run(tmp_path / "fused", *options, FUSED)
-    assert_same_weights(last_checkpoint(mixed)["state_dict"], last_checkpoint(plain)["state_dict"])
-    assert "now its own PyTorch code: batch norm in training mode needs the batch's statistics" in caplog.text
-    said = [m for m in caplog.messages if m.startswith("ConvFirstBlock runs its own PyTorch code: batch norm")]
-    assert len(said) <= 1  # once a process
+        accelerate_training([model], CPU, "reference", "32-true")
+    assert "now its own PyTorch code: SyncBatchNorm in training mode needs the statistics of all pro" in caplog.text
 
 
 def test_required_names_the_block_whose_batch_norm_it_cannot_train(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("convfirst.app.kernels._check_device", lambda *_: None)
-    model = timm.create_model("convfirst_atto", norm="batchnorm")
-    with pytest.raises(ValueError, match=r"stages\.0\.blocks\.0 \(ConvFirstBlock\): batch norm in training mode"):
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(timm.create_model("convfirst_atto", norm="batchnorm"))
+    with pytest.raises(ValueError, match=r"stages\.0\.blocks\.0 \(ConvFirstBlock\): SyncBatchNorm in training mode"):
         accelerate_training([model], CPU, "required", "bf16-mixed")
     assert not fused_blocks(model)
 
