@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,29 @@ def test_tiles_of_one_product(pixels, channels, expected):
     plan = json.loads(operators.plan_downsample_gemm(pixels, channels, 2 * channels, 132))
     assert {key: plan[key] for key in expected} == expected and plan["shared_memory"] <= 232448
     assert operators.plan_downsample_gemm(pixels, channels + 8, 256, 132) == ""
+
+
+HOPPER = 90, 232448
+LAYERS = [  # channels, rows of the result, which of the three computes it on Hopper
+    (64, 128 * 28 * 28, "multiplied"),
+    (64, 8 * 28 * 28, "multiplied"),
+    (64, 28 * 28, "gathered"),
+    (128, 128 * 14 * 14, "multiplied"),
+    (256, 8 * 7 * 7, "gathered"),
+    (32, 128 * 28 * 28, "fused"),
+    (32, 28 * 28, "gathered"),
+    (96, 128 * 28 * 28, "fused"),
+    (384, 128 * 7 * 7, "gathered"),
+]
+
+
+@pytest.mark.parametrize(("channels", "rows", "expected"), LAYERS)
+def test_what_computes_a_downsampling_layer(channels, rows, expected, monkeypatch):
+    monkeypatch.setattr(outside, "_uncovered", lambda *shape: operators.patch_refusal(*shape[:3], *HOPPER))
+    parts = outside.read_outside(module(Patch("downsample", channels, 1, 2, 2), 1))
+    x = SimpleNamespace(device=torch.device("cuda", 0), shape=(rows, channels, 2, 2))
+    found = "multiplied" if parts.multiplied(x) else "fused" if parts.fused(x) else "gathered"
+    assert found == expected
 
 
 def head_of(channels: int, classes: int, **more) -> nn.Module:
