@@ -381,6 +381,10 @@ class TestPlanner:
             (4, 64, 56, "sm90_conv_first_c64"),
             (4, 128, 28, "sm90_conv_first_c128"),
             (4, 256, 14, "sm90_split_linear"),
+            # Three tiles of 64 pixels on most multiprocessors, two on the others: the three are what the split path takes.
+            (32, 128, 28, "sm90_conv_first_c128"),
+            (8, 96, 56, "sm90_conv_first_c96"),
+            (8, 128, 56, "sm90_conv_first_c128"),
         ],
     )
     def test_hopper_variant_that_was_measured_fastest(self, batch, channels, side, variant):

@@ -126,17 +126,22 @@ struct SplitRow {
     });
   }
 
-  // Rounds of the warpgroups at 75 % of the tensor cores' rate, each with a fixed part (NOTES.md); a shared one takes somewhat more than half.
+  // The busiest multiprocessor's rounds of tiles at 75 % of the tensor cores' rate, each with a fixed part (NOTES.md); one that blocks share
+  // takes somewhat more than half.
   static double cost(const Problem& q, const Device& device, const Config&) {
     return with_kernel(q, [&](auto traits) {
       using Traits = decltype(traits);
       const int chunks = static_cast<int>(ceil_div(q.hidden, kHiddenChunk));
-      const int64_t tiles = ceil_div(pixels_of(q), kTilePixels);
-      const Rounds share = share_out<Traits>(tiles, chunks, static_cast<int>(std::min<int64_t>(tiles, device.multiprocessors)));
-      // One warpgroup alone leaves the tensor cores idle half of the time.
-      const int busy = static_cast<int>(std::clamp<int64_t>(tiles / device.multiprocessors, 2, Traits::kWarpgroups));
-      const double products = busy * kTilePixels * 2.0 * chunks * kHiddenChunk * kWidth / (2048 * 0.75);
-      return first_cost(q, device) + 2 + (share.full + (share.shared ? 0.6 : 0)) * (products + 2000) / 1600;
+      const int64_t tiles = ceil_div(pixels_of(q), kTilePixels), blocks = std::min<int64_t>(tiles, device.multiprocessors);
+      // One tile alone leaves the tensor cores idle half of the time.
+      const auto round = [&](int64_t at_once) {
+        return std::max<int64_t>(at_once, 2) * kTilePixels * 2.0 * chunks * kHiddenChunk * kWidth / (2048 * 0.75) + 2000;
+      };
+      const Rounds share = share_out<Traits>(tiles, chunks, static_cast<int>(blocks));
+      const int64_t most = ceil_div(tiles, blocks), rest = most % Traits::kWarpgroups;
+      const double last = share.shared ? 0.6 * round(Traits::kWarpgroups) : rest > 0 ? round(rest) : 0;
+      const double clocks = (share.shared ? share.full : most / Traits::kWarpgroups) * round(Traits::kWarpgroups) + last;
+      return first_cost(q, device) + 2 + clocks / 1600;
     });
   }
 
