@@ -30,6 +30,7 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, vo
   if (swizzle != CU_TENSOR_MAP_SWIZZLE_128B) return CUDA_ERROR_INVALID_VALUE;
   emulation::TensorMap* m = start_map(map, rank, data, sizes, strides);
   for (cuuint32_t i = 0; i < rank; ++i) m->box[i] = box[i];
+  m->row_bytes = 128;
   return CUDA_SUCCESS;
 }
 

@@ -33,15 +33,17 @@ struct TensorMap {
   int rank;
   const char* data;
   int64_t sizes[5], strides[5];  // bytes
-  int box[5];                    // tiled
+  int box[5], row_bytes;         // tiled; rows that are swizzled as wholes
   int lower[2], upper[2], channels, pixels, steps[2];  // im2col: width, height
 };
 
 inline const TensorMap& map_of(const void* map) { return **static_cast<const TensorMap* const*>(map); }
 
-// 128-byte rows, swizzled.
-inline void put(uint32_t start, uint32_t offset, const char* from) {
-  const uint32_t at = start + (offset ^ (offset >> 3 & 0x70));
+inline uint32_t swizzled(uint32_t at, int row_bytes) { return at ^ (at >> 3 & (row_bytes == 128 ? 0x70 : 0x30)); }
+
+// Rows of 128 or 64 bytes, swizzled.
+inline void put(uint32_t start, uint32_t offset, const char* from, int row_bytes = 128) {
+  const uint32_t at = swizzled(start + offset, row_bytes);
   check_shared(at, 2);
   std::memset(smem + at, 0, 2);
   if (from != nullptr) std::memcpy(smem + at, from, 2);
@@ -122,13 +124,24 @@ uint64_t mn_descriptor(uint32_t, uint32_t) {
 template <class Element, int N, Major kA, Major kB>
 void wgmma_ss_major(float (&)[N / 2], uint64_t, uint64_t, bool) {}
 
-// An element of a K-major operand of 128-byte rows, of which a descriptor names the first 16 bytes.
+template <int kRowBytes>
+constexpr uint32_t swizzle(uint32_t offset) {
+  return offset ^ (offset >> 3 & (kRowBytes == 128 ? 0x70u : 0x30u));
+}
+
+template <int kRowBytes>
+uint64_t matrix_descriptor(uint32_t address) {
+  return (address & 0x3ffff) >> 4 | uint64_t(kRowBytes / 2) << 32 | uint64_t(kRowBytes == 128 ? 1 : 2) << 62;
+}
+
+// An element of a K-major operand of rows of 128 or 64 bytes, of which a descriptor names the first 16 bytes.
 template <class Element>
 float operand(uint64_t descriptor, int row, int k) {
-  const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4, at = start + row * 128 + k * 2;
-  if (descriptor >> 62 != 1 || (descriptor >> 32 & 0x3fff) != 64) emulation::fail("descriptor of another layout", start);
+  const int row_bytes = descriptor >> 62 == 1 ? 128 : 64;
+  const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4, at = start + row * row_bytes + k * 2;
+  if ((descriptor >> 62 != 1 && descriptor >> 62 != 2) || (descriptor >> 32 & 0x3fff) != row_bytes / 2) emulation::fail("descriptor of another layout", start);
   Element v;
-  std::memcpy(&v, emulation::smem + (at ^ (at >> 3 & 0x70)), 2);
+  std::memcpy(&v, emulation::smem + emulation::swizzled(at, row_bytes), 2);
   return static_cast<float>(v);
 }
 
@@ -144,6 +157,60 @@ void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
     }
   };
   emulation::queues[emulation::current].open.push_back(multiply);
+}
+
+// The left operand as registers, 16 rows a warp.
+template <class Element, int N>
+void wgmma_rs(float (&d)[N / 2], const uint32_t* a, uint64_t b, bool accumulate) {
+  const int lane = emulation::current % 32;
+  std::vector<float> rows(2 * 16);
+  for (int i = 0; i < 4; ++i) {
+    const int side = emulation::collective([&](emulation::Warp& w, int s) { w.word[s][lane] = a[i]; });
+    for (int j = 0; j < 4; ++j) {
+      const float2 pair = unpack2<Element>(emulation::warp().word[side][lane / 4 * 4 + j]);
+      float* to = &rows[i % 2 * 16 + i / 2 * 8 + 2 * j];
+      to[0] = pair.x, to[1] = pair.y;
+    }
+  }
+  const auto multiply = [=, &d] {
+    for (int i = 0; i < N / 2; ++i) {
+      const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      float sum = accumulate ? d[i] : 0.f;
+      for (int k = 0; k < 16; ++k) sum += rows[i / 2 % 2 * 16 + k] * operand<Element>(b, column, k);
+      d[i] = sum;
+    }
+  };
+  emulation::queues[emulation::current].open.push_back(multiply);
+}
+
+using ptx::ldmatrix_x4;
+
+// Returns how many bytes it brought.
+inline int load_tiled(const void* map, uint32_t start, const int* from) {
+  const emulation::TensorMap& m = emulation::map_of(map);
+  if (start % (8 * m.row_bytes) != 0 || m.box[0] * 2 != m.row_bytes) emulation::fail("broken load", start);
+  uint32_t count = 1;
+  for (int j = 0; j < m.rank; ++j) count *= m.box[j];
+  for (uint32_t i = 0; i < count; ++i) {
+    const char* at = m.data;
+    bool inside = true;
+    uint32_t rest = i;
+    for (int j = 0; j < m.rank; ++j) {
+      const int64_t index = from[j] + rest % m.box[j];
+      rest /= m.box[j];
+      inside &= index >= 0 && index < m.sizes[j];
+      at += index * m.strides[j];
+    }
+    emulation::put(start, i * 2, inside ? at : nullptr, m.row_bytes);
+  }
+  return count * 2;
+}
+
+inline void tma_load_4d(const void* map, TransactionBarrier* barrier, void* to, int c0, int c1, int c2, int c3) {
+  const int from[4] = {c0, c1, c2, c3};
+  if (!emulation::waited) emulation::fail("read before the launch before has ended", smem_address(to));
+  if (emulation::map_of(map).rank != 4) emulation::fail("broken load", smem_address(to));
+  barrier->deliver(load_tiled(map, smem_address(to), from));
 }
 
 }  // namespace convfirst::sm90
@@ -175,24 +242,9 @@ struct SM90_TMA_LOAD_3D {
 
 struct SM90_TMA_LOAD_5D {
   static void copy(const void* map, convfirst::sm90::TransactionBarrier* barrier, uint64_t, void* to, int c0, int c1, int c2, int c3, int c4) {
-    const emulation::TensorMap& m = emulation::map_of(map);
     const int from[5] = {c0, c1, c2, c3, c4};
-    const uint32_t start = convfirst::sm90::smem_address(to);
-    if (start % 1024 != 0 || m.rank != 5 || m.box[0] != 64) emulation::fail("broken load", start);
-    uint32_t count = m.box[0] * m.box[1] * m.box[2] * m.box[3] * m.box[4];
-    for (uint32_t i = 0; i < count; ++i) {
-      const char* at = m.data;
-      bool inside = true;
-      uint32_t rest = i;
-      for (int j = 0; j < 5; ++j) {
-        const int64_t index = from[j] + rest % m.box[j];
-        rest /= m.box[j];
-        inside &= index >= 0 && index < m.sizes[j];
-        at += index * m.strides[j];
-      }
-      emulation::put(start, i * 2, inside ? at : nullptr);
-    }
-    barrier->deliver(count * 2);
+    if (emulation::map_of(map).rank != 5) emulation::fail("broken load", convfirst::sm90::smem_address(to));
+    barrier->deliver(convfirst::sm90::load_tiled(map, convfirst::sm90::smem_address(to), from));
   }
 };
 
