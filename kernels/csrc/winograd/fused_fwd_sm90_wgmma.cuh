@@ -220,10 +220,15 @@ struct FusedConsumer {
     filters.next();
   }
 
-  __device__ __forceinline__ float activate(float v) const {
-    if (p.activation == Activation::kNone) return v;
-    if (p.activation == Activation::kRelu) return relu(v);
-    return p.activation == Activation::kSilu ? silu(v) : gelu(v);
+  // Which activation is asked once for all of them.
+  __device__ __forceinline__ void activate(float (&v)[2][8]) const {
+    const auto each = [&](auto function) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) v[i / 8][i % 8] = function(v[i / 8][i % 8]);
+    };
+    if (p.activation == Activation::kRelu) each([](float x) { return relu(x); });
+    if (p.activation == Activation::kSilu) each([](float x) { return silu(x); });
+    if (p.activation == Activation::kGelu) each([](float x) { return gelu(x); });
   }
 
   // This thread has 8 neighbouring filters of a column of y in two tiles.
@@ -256,16 +261,17 @@ struct FusedConsumer {
         mine[round] = make_float4(given[0], given[1], given[2], given[3]);
         patch::team_barrier(1 + warp, 64);
         const float4 taken = theirs[round];
-        result[0][2 * block] = kept[0] + taken.x, result[0][2 * block + 1] = kept[1] + taken.y;
-        result[1][2 * block] = kept[2] + taken.z, result[1][2 * block + 1] = kept[3] + taken.w;
+        result[0][2 * block] = kept[0] + taken.x + bias[2 * block], result[0][2 * block + 1] = kept[1] + taken.y + bias[2 * block + 1];
+        result[1][2 * block] = kept[2] + taken.z + bias[2 * block], result[1][2 * block + 1] = kept[3] + taken.w + bias[2 * block + 1];
       }
+      activate(result);
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
         const int h = strip.row + 2 * tile + row;
+        if (!exists || h >= p.out_height) continue;
         uint32_t v[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) v[i] = pack2<Element>(activate(result[tile][2 * i] + bias[2 * i]), activate(result[tile][2 * i + 1] + bias[2 * i + 1]));
-        if (!exists || h >= p.out_height) continue;
+        for (int i = 0; i < 4; ++i) v[i] = pack2<Element>(result[tile][2 * i], result[tile][2 * i + 1]);
         Element* const to = static_cast<Element*>(p.y) + ((strip.image * p.out_height + h) * p.out_width + w) * p.outputs + filter;
         *reinterpret_cast<uint4*>(to) = make_uint4(v[0], v[1], v[2], v[3]);
       }

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "common/runtime.h"
+#include "winograd/fused_sm90.h"
 #include "winograd/plan.h"
 
 namespace convfirst::winograd {
@@ -68,6 +69,26 @@ Problem check(const Tensor& x, const Tensor& filter, const MaybeTensor& bias, in
   return p;
 }
 
+// Hopper's fused kernel of 16 bits runs where its path is asked for.
+bool takes_hopper() { return has_fused_sm90() && forced_path() == "sm90"; }
+
+void check_fused(const Problem& p, int m, const DeviceInfo& device) {
+  if (p.dtype == DType::kFloat) {
+    if (device.max_shared_memory >= fused_shared_bytes(m)) return;
+    kChecks.refuse("plan 'fused' takes ", fused_shared_bytes(m), " bytes of shared memory; the device has ", device.max_shared_memory);
+  }
+  if (!has_fused_sm90() || device.capability != 90) kChecks.refuse("plan 'fused' in 16 bits is for compute capability 9.0; the device has ", device.capability);
+  if (!sm90::fused_supports(p)) {
+    kChecks.refuse("plan 'fused' in 16 bits takes channels and outputs that are multiples of 8 and images of at least 2 columns; they are ", p.channels, ", ",
+                   p.outputs, " and ", p.width);
+  }
+}
+
+int run(const Problem& p, int m, const Plan& plan, const Tensors& tensors, const Tensor& workspace, int multiprocessors, cudaStream_t stream) {
+  if (!plan.fused) return run_split(m, p, plan.split, tensors, workspace.mutable_data_ptr(), stream);
+  return p.dtype == DType::kFloat ? run_fused(m, p, tensors, stream) : run_fused_sm90(p, tensors, multiprocessors, stream);
+}
+
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like) {
   return torch::stable::empty({sizes.begin(), sizes.size()}, type, std::nullopt, like.device());
 }
@@ -104,11 +125,9 @@ Tensor winograd_conv2d_filtered(const Tensor& x, const Tensor& filter, const May
   kChecks.cuda("x", x);
   const int index = x.get_device_index();
   const DeviceInfo device = device_info(index);
-  const Plan chosen = plan.empty() ? make_plan(problem, m, device.multiprocessors, device.max_shared_memory) : parse_plan(plan);
-  if (chosen.fused && problem.dtype != DType::kFloat) kChecks.refuse("plan 'fused' is for torch.float32");
-  if (chosen.fused && device.max_shared_memory < fused_shared_bytes(m)) {
-    kChecks.refuse("plan 'fused' takes ", fused_shared_bytes(m), " bytes of shared memory; the device has ", device.max_shared_memory);
-  }
+  const bool hopper = takes_hopper() && device.capability == 90;
+  const Plan chosen = plan.empty() ? make_plan(problem, m, device.multiprocessors, device.max_shared_memory, hopper) : parse_plan(plan);
+  if (chosen.fused) check_fused(problem, m, device);
   if (!chosen.fused && problem.output_pitch() % chosen.split.block_columns != 0) kChecks.refuse("plan '", plan, "' does not divide ", problem.output_pitch(), " outputs");
   const torch::stable::accelerator::DeviceGuard guard(index);
   make_current(index);
@@ -118,10 +137,7 @@ Tensor winograd_conv2d_filtered(const Tensor& x, const Tensor& filter, const May
   const Tensor workspace = empty({workspace_bytes(problem, m, chosen)}, ScalarType::Byte, x);
   const Tensors tensors{x.const_data_ptr(), filter.const_data_ptr(), bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
                         y.mutable_data_ptr()};
-  const cudaStream_t stream = current_stream(index);
-  check_cuda(chosen.fused ? run_fused(m, problem, tensors, stream)
-                          : run_split(m, problem, chosen.split, tensors, workspace.mutable_data_ptr(), stream),
-             "winograd_conv2d", "launch");
+  check_cuda(run(problem, m, chosen, tensors, workspace, device.multiprocessors, current_stream(index)), "winograd_conv2d", "launch");
   return y;
 }
 
@@ -152,7 +168,8 @@ std::string plan_winograd(int64_t batch, int64_t height, int64_t width, int64_t 
                           const std::string& dtype, const std::string& algorithm, int64_t multiprocessors, int64_t max_shared_memory) {
   const Problem problem{static_cast<int>(batch), static_cast<int>(height), static_cast<int>(width), static_cast<int>(channels),
                         static_cast<int>(outputs), static_cast<int>(padding), dtype == "float32" ? DType::kFloat : DType::kHalf, Activation::kNone};
-  return describe(make_plan(problem, outputs_of_tile(algorithm), static_cast<int>(multiprocessors), static_cast<int>(max_shared_memory)));
+  return describe(make_plan(problem, outputs_of_tile(algorithm), static_cast<int>(multiprocessors), static_cast<int>(max_shared_memory),
+                            takes_hopper()));
 }
 
 }  // namespace convfirst::winograd

@@ -19,7 +19,8 @@ Tensor winograd_conv2d_filtered(const Tensor& x, const Tensor& filter, const May
 // The gradient of weight [outputs, channels, 3, 3] by F(3x3, 2x2), contiguous; x and grad channels_last.
 Tensor winograd_weight_gradient(const Tensor& x, const Tensor& grad, int64_t padding);
 
-// How a problem would run on a device: "fused" or "split <block_rows> <block_columns> <splits> <chunk>".
+// How a problem would run on a device: "fused" or "split <block_rows> <block_columns> <splits> <chunk>". Under force_path("sm90") a device
+// with as much shared memory as Hopper's is one.
 std::string plan_winograd(int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t outputs, int64_t padding,
                           const std::string& dtype, const std::string& algorithm, int64_t multiprocessors, int64_t max_shared_memory);
 

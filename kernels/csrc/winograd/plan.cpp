@@ -4,6 +4,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "winograd/fused_sm90.h"
+
 namespace convfirst::winograd {
 namespace {
 
@@ -57,7 +59,8 @@ bool prefers_fused(const Problem& p, int m, int multiprocessors, int max_shared_
 
 }  // namespace
 
-Plan make_plan(const Problem& p, int m, int multiprocessors, int max_shared_memory) {
+Plan make_plan(const Problem& p, int m, int multiprocessors, int max_shared_memory, bool hopper) {
+  if (hopper && m == 2 && sm90::fused_supports(p) && max_shared_memory >= sm90::kSharedBytes) return {true, {}};
   if (prefers_fused(p, m, multiprocessors, max_shared_memory)) return {true, {}};
   return {false, plan_split(p, m, multiprocessors)};
 }

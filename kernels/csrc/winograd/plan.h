@@ -7,7 +7,8 @@
 
 namespace convfirst::winograd {
 
-Plan make_plan(const Problem& problem, int m, int multiprocessors, int max_shared_memory);
+// `hopper`: Hopper's fused kernel of 16 bits was asked for and can run on the device; it is taken where it covers the problem.
+Plan make_plan(const Problem& problem, int m, int multiprocessors, int max_shared_memory, bool hopper);
 
 GradientPlan plan_weight_gradient(const Problem& problem, int multiprocessors);
 int64_t workspace_bytes(const Problem& problem, const GradientPlan& plan);

@@ -30,7 +30,7 @@ int emulate_filter(int m, int dtype, const FilterView* view, void* filter) {
 }
 
 int emulate_conv(int m, const Problem* problem, const char* plan, const Tensors* tensors) {
-  const Plan chosen = *plan == 0 ? make_plan(*problem, m, 132, 232448) : parse_plan(plan);
+  const Plan chosen = *plan == 0 ? make_plan(*problem, m, 132, 232448, false) : parse_plan(plan);
   if (chosen.fused) return run_fused(m, *problem, *tensors, nullptr);
   std::vector<unsigned char> workspace(workspace_bytes(*problem, m, chosen) + 256, 0xff);
   return run_split(m, *problem, chosen.split, *tensors, aligned(workspace), nullptr);
