@@ -3,8 +3,9 @@
 The peer is the faster of cuDNN's NHWC and NCHW convolutions with its own search on (torch.backends.cudnn.benchmark),
 without TF32, in a CUDA graph as ours is, on the same inputs. Ours transforms the filters in every call, as cuDNN must;
 `ours_filtered_ms` is the time with transformed filters at hand, which is how an accelerated network runs. In 16 bits
-direct convolution, which transforms nothing, is one of our algorithms: F(2x2, 3x3) is no faster there. Errors are
-those of one image of the batch that is timed, against float64 on the same rounded numbers.
+direct convolution, which transforms nothing, is one of our algorithms, and F(2x2, 3x3) is timed by its portable kernels
+("f2") and by Hopper's fused one ("f2-fused"), both of which run where they are asked for alone. Errors are those of one
+image of the batch that is timed, against float64 on the same rounded numbers.
 """
 
 import json
@@ -25,6 +26,8 @@ from convfirst_kernels.winograd import kernels
 
 Call = Callable[[Tensor], Tensor]
 WARMUP = 1  # replays of a graph before those that count: its calls have run three times before the capture
+# Winograd's kernels of 16 bits run where their path is asked for.
+PATHS = {"f2": "sm80", "f4": "sm80", "f2-fused": "sm90", "direct": ""}
 LONG = 1e11  # operations of a call, a millisecond and more in float32, from which on two calls a graph are enough
 
 
@@ -60,7 +63,7 @@ def winograd(
     select: str = "",
     dtypes: Sequence[str] = ("float32", "float16"),
     batches: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
-    algorithms: Sequence[str] = ("f2", "f4", "direct"),
+    algorithms: Sequence[str] = ("f2", "f4", "f2-fused", "direct"),
     iterations: int = 5,
 ) -> Iterator[dict]:
     """One row for each layer, batch size, dtype and algorithm as it is measured, and one for the sum over VGG-E.
@@ -71,7 +74,8 @@ def winograd(
         select: regular expression that picks from LAYERS by name.
         dtypes: those that the kernels take.
         batches: images in a batch.
-        algorithms: "f2", "f4", and "direct" in 16 bits; "f4" is left out in those.
+        algorithms: "f2"; "f4", in float32 alone; "f2-fused" and "direct", in 16 bits alone, the former on Hopper where
+            channels are multiples of 8.
         iterations: replays of each graph, of which the median counts.
     """
     chosen = [layer for layer in LAYERS if re.search(select, layer.name)]
@@ -100,11 +104,11 @@ def _rows(chosen: Sequence[Layer], dtypes, batches, algorithms, iterations) -> I
 
 
 def _network_row(rows: list[dict]) -> dict:
-    """The sum over VGG-E's sixteen convolutions, the fastest algorithm for each layer."""
+    """The sum over VGG-E's sixteen convolutions, for each layer the fastest algorithm that runs unasked for."""
     sums = dict.fromkeys(("ours_ms", "ours_filtered_ms", "peer_ms"), 0.0)
     flops = 0
     for layer in LAYERS:
-        own = [row for row in rows if row["layer"] == layer.name]
+        own = [row for row in rows if row["layer"] == layer.name and row["algorithm"] != "f2-fused"]
         flops += layer.depth * layer.flops(rows[0]["N"])
         for column in sums:
             sums[column] += layer.depth * min(row[column] for row in own) if layer.depth else 0.0
@@ -135,11 +139,10 @@ def _layer_rows(layer: Layer, batch: int, dtype: str, algorithms: Sequence[str],
     peer, peer_ms = _peer(inputs, weight, bias, iterations, calls)
     rows = []
     for algorithm in algorithms:
-        if algorithm == ("direct" if dtype == "float32" else "f4"):
+        if not _runs(layer, dtype, algorithm):
             continue
-        # Winograd's kernels of 16 bits run where their path is asked for.
-        with convfirst_kernels.force_path("" if algorithm == "direct" else "sm80"):
-            call, filtered, plan = _ours(inputs[0], weight, bias, algorithm)
+        with convfirst_kernels.force_path(PATHS[algorithm]):
+            call, filtered, plan = _ours(inputs[0], weight, bias, algorithm.removesuffix("-fused"))
             error = float((call(inputs[0])[:1].double() - reference.exact).abs().max())
             ours_ms = _ms(call, inputs, iterations, calls)
             filtered_ms = ours_ms if filtered is None else _ms(filtered, inputs, iterations, calls)
@@ -165,6 +168,13 @@ def _layer_rows(layer: Layer, batch: int, dtype: str, algorithms: Sequence[str],
             }
         )
     return rows
+
+
+def _runs(layer: Layer, dtype: str, algorithm: str) -> bool:
+    if algorithm == "f2-fused":
+        on_hopper = torch.cuda.get_device_capability() == (9, 0)
+        return dtype != "float32" and on_hopper and layer.channels % 8 == layer.outputs % 8 == 0
+    return algorithm != ("direct" if dtype == "float32" else "f4")
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,12 @@ def winograd(path: str) -> Iterator[Run]:
             arguments = (x, weight, bias, 1, algorithm, "relu", plan_text)
             yield f"{algorithm} {dtype}: {plan_text}", partial(one, kernels.forward, *arguments)
         yield f"{algorithm} {dtype}: gradients", partial(winograd_gradients, *arguments)
+    if torch.cuda.get_device_capability() != (9, 0):
+        return
+    for channels in (40, 168):  # filters that stay in shared memory, and a ring of slots
+        x, weight = image(2, channels, 13, 11).half(), torch.randn(72, channels, 3, 3).half()
+        arguments = (*moved((x, weight, torch.randn(72))), 1, "f2", "relu", "fused")
+        yield f"f2 {channels} channels: fused on Hopper", partial(one, kernels.forward, *arguments)
 
 
 def winograd_gradients(x: Tensor, weight: Tensor, bias: Tensor, *options) -> tuple[Tensor, ...]:

@@ -76,7 +76,7 @@ def seeds(seed: int, *sizes: tuple[int, ...]) -> range:
 @pytest.mark.parametrize("plan", PLANS, ids=lambda p: p.replace(" ", "-") or "chosen")
 def test_accuracy(shape, dtype, algorithm, plan, seed):
     if plan == "fused" and dtype != torch.float32:
-        pytest.skip("the fused kernel is float32's")
+        pytest.skip("TestFusedHopper has its shapes")
     if "128 128" in plan and -(-shape[4] // 64) % 2:
         pytest.skip("tiles of 128 outputs do not divide these")
     batch, height, width, _, outputs, padding = shape
@@ -184,6 +184,95 @@ def test_16_bits_must_be_asked_for(seed):
     x, weight, bias = inputs(SHAPES[1], torch.float16, seed)
     with ck.force_path(""), pytest.raises(RuntimeError, match="force_path\\('sm80'\\) asks for them"):
         winograd_conv2d(x, weight, bias, algorithm="f2", kernels="required")
+
+
+# Channels and outputs are multiples of 8; of few and of many slices, strips that end in and beyond the image.
+FUSED_SHAPES = [
+    (1, 28, 28, 64, 64, 1),
+    (2, 13, 17, 24, 72, 0),
+    (3, 9, 31, 40, 8, 2),
+    (1, 3, 2, 8, 16, 1),
+    (64, 7, 7, 24, 72, 1),
+    (5, 14, 14, 512, 512, 1),
+    (1, 1, 35, 136, 40, 2),
+    (9, 33, 50, 264, 256, 1),
+    (2, 112, 112, 128, 128, 1),
+]
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
+)
+class TestFusedHopper:
+    """F(2x2, 3x3) in one kernel on tensor cores."""
+
+    @pytest.fixture(autouse=True)
+    def its_path(self):
+        with ck.force_path("sm90"):
+            yield
+
+    @pytest.mark.parametrize("shape", FUSED_SHAPES, ids=lambda s: "-".join(map(str, s)))
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("activation", ["none", "silu"])
+    def test_accuracy(self, shape, dtype, activation, seed):
+        batch, height, width, _, outputs, padding = shape
+        draws = []
+        for drawn in seeds(seed, (batch, outputs, height + 2 * padding - 2, width + 2 * padding - 2)):
+            x, weight, bias = inputs(shape, dtype, drawn)
+            assert kernels.plan(x, outputs, padding, "f2") == "fused"
+            bias = bias if activation == "silu" else None
+            wide = None if bias is None else bias.double()
+            exact = ACTIVATE[activation](F.conv2d(x.double(), weight.double(), wide, padding=padding))
+            narrow = None if bias is None else bias.to(dtype)
+            peer = ACTIVATE[activation](F.conv2d(x, weight, narrow, padding=padding))
+            poison(exact.numel() // 2 + 1)
+            y = kernels.forward(x, weight, bias, padding, "f2", activation)
+            poison(exact.numel() // 2 + 1)
+            again = kernels.forward(x, weight, bias, padding, "f2", activation)
+            assert torch.equal(y, again), "differs from run to run"
+            draws.append(measures(y, exact, peer))
+        assert within_bound(draws, dtype, "f2"), f"seed {seed}"
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_gradients(self, dtype, seed):
+        tensors = inputs(FUSED_SHAPES[2], dtype, seed)
+        ours, theirs = ([t.clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors] for _ in "ab")
+        wide = [t.double().requires_grad_() for t in tensors]
+        y = winograd_conv2d(*ours, 2, algorithm="f2", activation="relu", kernels="required")
+        upstream = (torch.rand(y.shape, device="cuda") * 2 - 1).to(dtype)
+        exact = torch.autograd.grad(F.relu(F.conv2d(*wide, padding=2)), wide, upstream.double())
+        narrow = (*theirs[:2], theirs[2].to(dtype))
+        peers = torch.autograd.grad(F.relu(F.conv2d(*narrow, padding=2)), theirs, upstream)
+        for gradient, expected, peer in zip(torch.autograd.grad(y, ours, upstream), exact, peers, strict=True):
+            assert within_bound([measures(gradient, expected, peer)], dtype, "f2"), f"seed {seed}"
+
+    def test_cuda_graph_compile_and_opcheck(self, seed):
+        x, weight, bias = inputs(FUSED_SHAPES[1], torch.float16, seed)
+        expected = winograd_conv2d(x, weight, bias, algorithm="f2", kernels="required")
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = winograd_conv2d(x, weight, bias, algorithm="f2", kernels="required")
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, expected)
+        compiled = torch.compile(
+            lambda *t: winograd_conv2d(*t, algorithm="f2", kernels="required"), fullgraph=True, backend="aot_eager"
+        )
+        assert torch.equal(compiled(x, weight, bias), expected)
+        grown = [t.requires_grad_() for t in (x, weight, bias)]
+        torch.library.opcheck(op.default, (*grown, 1, "f2", "silu"))
+
+    def test_what_it_leaves_to_the_portable_kernels(self, seed):
+        x, weight, bias = inputs(SHAPES[1], torch.float16, seed)
+        y = winograd_conv2d(x, weight, bias, 0, algorithm="f2", kernels="required")
+        assert "fused_fwd_sm90 takes channels and outputs that are multiples of 8" in kernels.explain(x, 70, 0, "f2")
+        with ck.force_path("sm80"):
+            assert torch.equal(y, winograd_conv2d(x, weight, bias, 0, algorithm="f2", kernels="required"))
+        with pytest.raises(RuntimeError, match="they are 20, 70 and 17"):
+            kernels.forward(x, weight, bias, 0, "f2", "none", "fused")
+        x, *_ = inputs(FUSED_SHAPES[0], torch.float16, seed)
+        assert kernels.explain(x, 64, 1, "f2") == "fused_fwd_sm90, one launch, no workspace"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -57,7 +57,8 @@ def test_which_algorithm_was_measured_to_be_faster():
 
 def test_rows_of_results(tmp_path, monkeypatch):
     row = {"dtype": "float32", "channels": 64, "outputs": 128, "side": 28, "N": 2, "peer_ms": 3.0}
-    rows = [{**row, "algorithm": a, "ours_filtered_ms": ms} for a, ms in (("f2", 2.0), ("f4", 1.0), ("f2", 1.5))]
+    times = (("f2", 2.0), ("f4", 1.0), ("f2", 1.5), ("f2-fused", 0.5))  # the last is never taken unasked for
+    rows = [{**row, "algorithm": a, "ours_filtered_ms": ms} for a, ms in times]
     rows.append({**row, "dtype": "float16", "algorithm": "f2", "ours_filtered_ms": 0.5})
     results = {"suite": "winograd", "device": "a GPU", "date": "2026-01-02", "commit": "0123", "rows": rows}
     rows.append({**row, "dtype": "bfloat16", "algorithm": "direct", "ours_filtered_ms": 0.25})

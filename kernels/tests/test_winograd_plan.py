@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import convfirst_kernels  # noqa: F401  registers the operators
+import convfirst_kernels
 
 LIMIT = 256 << 20  # bytes of the workspace
 H200 = (132, 232448)  # multiprocessors, bytes of shared memory a block
@@ -44,3 +44,17 @@ def test_the_fused_kernel_is_for_few_channels():
     assert plan(8, 224, 3, 64, "f2", "float16").startswith("split")
     assert plan(8, 224, 3, 64, "f4", device=RTX_3090).startswith("split")
     assert plan(1, 14, 3, 64, "f4").startswith("split")  # one block would run on one multiprocessor
+
+
+def test_the_fused_kernel_of_16_bits_runs_on_its_path():
+    problem = (8, 56, 256, 256)
+    assert plan(*problem, "f2", "float16").startswith("split")
+    with convfirst_kernels.force_path("sm90"):
+        assert plan(*problem, "f2", "float16") == "fused"
+        assert plan(*problem, "f2", "float16", RTX_3090).startswith("split")  # too little shared memory
+        assert plan(8, 56, 256, 20, "f2", "float16").startswith("split")  # no multiple of 8
+        assert plan(8, 56, 3, 64, "f2", "float16").startswith("split")
+        assert plan(8, 1, 64, 64, "f2", "float16").startswith("split")  # one column
+        assert plan(*problem, "f2").startswith("split")  # float32's kernels are the same on every path
+    with convfirst_kernels.force_path("sm80"):
+        assert plan(*problem, "f2", "float16").startswith("split")

@@ -1,7 +1,7 @@
 """Winograd's fused Hopper kernel, its own code on a CPU: fibers for threads, C++ for TMA, ldmatrix and wgmma.
 
-It checks indexing, padding, bounds and barriers; products happen when they are queued or as late as the waits allow, warps
-run in either order, and shared memory is poisoned. It says nothing about speed.
+It checks indexing, padding, bounds and barriers; products happen when they are queued or as late as the waits allow,
+warps run in either order, and shared memory is poisoned. It says nothing about speed.
 """
 
 import ctypes
@@ -40,6 +40,7 @@ def library(tmp_path_factory) -> ctypes.CDLL:
     shutil.copy(EMULATION / "winograd_sm90/pairs_sm90.cuh", folder / "winograd")
     include = Path(nvcc).parents[1] / "include"
     command = ["g++", "-std=c++17", "-O2", "-w", "-fPIC", "-shared", "-Wl,-Bsymbolic", "-Dsm90=sm80"]
+    command += ["-fno-gnu-unique"]  # or a process keeps one fake encoder of tensor maps for all such libraries
     command += ["-DEMULATED=winograd", *(f"-I{path}" for path in (folder, include, include / "cccl"))]
     target = folder / "emulation.so"
     source = EMULATION / "winograd_sm90/emulate.cpp"

@@ -15,8 +15,12 @@ def refusal(x: Tensor, outputs: int, padding: int, algorithm: str) -> str | None
         return f"x is on {x.device.type}; the kernels run on CUDA devices"
     if x.dtype not in _DTYPES:
         return f"x is {x.dtype}; the kernels take torch.float32, torch.float16 and torch.bfloat16"
-    if x.dtype != torch.float32 and not _asked_for():
-        return f"its {x.dtype} kernels are slower than cuDNN's; force_path('sm80') asks for them"
+    if x.dtype != torch.float32:
+        path = _forced_path()
+        if path not in ("sm80", "sm90"):
+            return f"its {x.dtype} kernels run where force_path('sm90') (fused, Hopper) or force_path('sm80') asks for them"
+        if path == "sm90" and torch.cuda.get_device_capability(x.device) != (9, 0):
+            return "path 'sm90' needs compute capability 9.0; force_path('sm80') asks for the portable kernels"
     if x.dtype != torch.float32 and algorithm != "f2":
         return f"algorithm is {algorithm!r}; in {x.dtype} the kernels know 'f2'"
     height, width = (size + 2 * padding - 2 for size in x.shape[2:])
@@ -26,11 +30,10 @@ def refusal(x: Tensor, outputs: int, padding: int, algorithm: str) -> str | None
 
 
 @torch.compiler.assume_constant_result
-def _asked_for() -> bool:
-    """Whether `force_path` names the portable path, the only one there is."""
+def _forced_path() -> str:
     forced = torch.ops.convfirst.force_path("")
     torch.ops.convfirst.force_path(forced)
-    return forced == "sm80"
+    return forced
 
 
 def forward(
@@ -49,6 +52,26 @@ def plan(x: Tensor, outputs: int, padding: int, algorithm: str) -> str:
     limits = (device.multi_processor_count, device.shared_memory_per_block_optin)
     dtype = str(x.dtype).removeprefix("torch.")
     return torch.ops.convfirst.plan_winograd(*shape, dtype, algorithm, *limits)
+
+
+def explain(x: Tensor, outputs: int, padding: int, algorithm: str) -> str:
+    """Which kernels the convolution of x would run on its device, or why none, in words; under `force_path`("sm90")
+    also why not the fused kernel of 16 bits."""
+    reason = refusal(x, outputs, padding, algorithm)
+    if reason is not None:
+        return f"PyTorch reference: {reason}"
+    chosen = plan(x, outputs, padding, algorithm)
+    if chosen == "fused":
+        return f"fused_fwd_{'sm80' if x.dtype == torch.float32 else 'sm90'}, one launch, no workspace"
+    path, *numbers = chosen.split()
+    products = "products_fwd_sm80" if x.dtype == torch.float32 else "products_mma_fwd_sm80"
+    kernels = f"{path}: input_transform_sm80, {products}, output_transform_sm80; rows, columns, splits, tiles {numbers}"
+    if x.dtype == torch.float32 or _forced_path() != "sm90":
+        return kernels
+    return (
+        f"{kernels}; fused_fwd_sm90 takes channels and outputs that are multiples of 8 and 2 columns at least, "
+        f"not {x.shape[1]}, {outputs} and {x.shape[3]}"
+    )
 
 
 def backward(

@@ -94,8 +94,8 @@ def rows_of(results: dict) -> list[Row]:
     """Rows of one result file, best of each algorithm."""
     times: dict[tuple, dict[str, float]] = {}
     for row in results["rows"]:
-        if "channels" not in row:
-            continue  # a sum over layers
+        if "channels" not in row or row["algorithm"] not in ALGORITHMS:
+            continue  # a sum over layers, or a kernel that runs where it is asked for alone
         key = (row["dtype"], row["channels"], row["outputs"], row["side"], row["N"])
         entry = times.setdefault(key, {"peer": row["peer_ms"], **dict.fromkeys(ALGORITHMS, math.inf)})
         entry[row["algorithm"]] = min(entry[row["algorithm"]], row["ours_filtered_ms"])
