@@ -18,7 +18,7 @@ def refusal(x: Tensor, outputs: int, padding: int, algorithm: str) -> str | None
     if x.dtype != torch.float32:
         path = _forced_path()
         if path not in ("sm80", "sm90"):
-            return f"its {x.dtype} kernels run where force_path('sm90') (fused, Hopper) or force_path('sm80') asks for them"
+            return f"its {x.dtype} kernels run where asked for; force_path('sm90') or force_path('sm80') asks for them"
         if path == "sm90" and torch.cuda.get_device_capability(x.device) != (9, 0):
             return "path 'sm90' needs compute capability 9.0; force_path('sm80') asks for the portable kernels"
     if x.dtype != torch.float32 and algorithm != "f2":
