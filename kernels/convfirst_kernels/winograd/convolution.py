@@ -33,8 +33,8 @@ def winograd_conv2d(
     CUDA kernels compute it in float32 (true float32, no TF32), and by "f2" in float16 and bfloat16: under
     `force_path`("sm90") in one kernel on Hopper where channels and outputs are multiples of 8, else there and under
     `force_path`("sm80") by the portable kernels. Elsewhere the operator runs its definition, `winograd.reference`,
-    there for its numbers and not for speed. In 16 bits shared memory, not the tensor cores, binds F(2x2, 3x3): "auto" is
-    `direct_conv2d` there on a GPU.
+    there for its numbers and not for speed. In 16 bits shared memory, not the tensor cores, binds F(2x2, 3x3), and
+    "auto" is `direct_conv2d` there on a GPU.
     Differentiable once: the gradient of x by the same algorithm, that of weight by F(3x3, 2x2).
 
     Args:
