@@ -34,10 +34,11 @@ def library(tmp_path_factory) -> ctypes.CDLL:
     for name in ("common", "patch"):
         (folder / name).mkdir()
     shutil.copy(KERNELS / "csrc/common/activation.cuh", folder / "common")
-    for stand_in in ("ptx.cuh", "cuda_on_cpu.h", "downsample_gemm_sm90/sm90.cuh", "downsample_gemm_sm90/launch.cuh"):
+    own = EMULATION / "winograd_sm90"
+    for stand_in in ("ptx.cuh", "cuda_on_cpu.h", "downsample_gemm_sm90/sm90.cuh", own / "grid_sm90.cuh", own / "launch.cuh"):
         shutil.copy(EMULATION / stand_in, folder / "common")
-    shutil.copy(EMULATION / "patch/sync.cuh", folder / "patch")
-    shutil.copy(EMULATION / "winograd_sm90/pairs_sm90.cuh", folder / "winograd")
+    shutil.copy(own / "sync.cuh", folder / "patch")
+    shutil.copy(own / "pairs_sm90.cuh", folder / "winograd")
     include = Path(nvcc).parents[1] / "include"
     command = ["g++", "-std=c++17", "-O2", "-w", "-fPIC", "-shared", "-Wl,-Bsymbolic", "-Dsm90=sm80"]
     command += ["-fno-gnu-unique"]  # or a process keeps one fake encoder of tensor maps for all such libraries
@@ -56,30 +57,34 @@ def transformed(weight: torch.Tensor) -> torch.Tensor:
     return F.pad(points, (0, -c % 32, 0, -k % 64)).contiguous()
 
 
-def emulate(library, case: tuple, tensors: tuple, multiprocessors: int, at_once: bool, backwards: bool) -> torch.Tensor:
+def emulate(library, case: tuple, tensors: tuple, grid: tuple, at_once: bool, backwards: bool) -> torch.Tensor:
     batch, height, width, _, outputs, padding, activation = case
     x, filter, bias = tensors
     y = torch.full((batch, height + 2 * padding - 2, width + 2 * padding - 2, outputs), float("nan"), dtype=x.dtype)
     problem = CProblem(*case[:6], DTYPES.index(x.dtype), ACTIVATIONS.index(activation))
     pointers = CTensors(x.data_ptr(), filter.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr())
-    assert library.run(ctypes.byref(problem), ctypes.byref(pointers), multiprocessors, at_once, backwards) == 0
+    assert library.run(ctypes.byref(problem), ctypes.byref(pointers), *grid, at_once, backwards) == 0
     return y
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype", "multiprocessors"),
-    # batch, height, width, channels, outputs, padding, activation
+    ("case", "dtype", "grid"),
+    # batch, height, width, channels, outputs, padding, activation; multiprocessors, tiles and groups of a cluster
     [
-        ((1, 16, 16, 64, 32, 1, "none"), torch.float16, 1),
-        ((2, 13, 21, 40, 72, 1, "relu"), torch.float16, 4),  # four tiles a stream, filters resident
-        ((3, 9, 7, 8, 8, 0, "silu"), torch.bfloat16, 1),
-        ((1, 3, 2, 168, 40, 2, "gelu"), torch.float16, 2),  # filters in a ring of slots
-        ((5, 18, 19, 264, 16, 1, "none"), torch.bfloat16, 2),
-        ((2, 5, 35, 136, 8, 2, "none"), torch.float16, 132),
+        ((1, 16, 16, 64, 32, 1, "none"), torch.float16, (1, 0, 0)),
+        ((2, 13, 21, 40, 72, 1, "relu"), torch.float16, (4, 0, 0)),  # four tiles a block, filters resident
+        ((3, 9, 7, 8, 8, 0, "silu"), torch.bfloat16, (1, 0, 0)),
+        ((1, 3, 2, 168, 40, 2, "gelu"), torch.float16, (2, 1, 1)),  # filters in a ring of slots
+        ((5, 18, 19, 264, 16, 1, "none"), torch.bfloat16, (2, 1, 1)),
+        ((2, 5, 35, 136, 8, 2, "none"), torch.float16, (132, 1, 1)),
+        ((2, 13, 21, 200, 72, 1, "relu"), torch.float16, (8, 0, 0)),  # clusters of 2 x 2, with filters that don't exist
+        ((3, 17, 19, 136, 104, 1, "none"), torch.bfloat16, (4, 4, 1)),  # and with tiles that don't
+        ((1, 33, 9, 136, 64, 1, "none"), torch.float16, (2, 1, 2)),
+        ((1, 12, 9, 40, 40, 1, "silu"), torch.float16, (8, 2, 2)),  # filters resident
     ],
     ids=lambda v: "-".join(map(str, v)) if isinstance(v, tuple) else str(v).removeprefix("torch."),
 )
-def test_the_kernel_computes_the_convolution(library, case, dtype, multiprocessors):
+def test_the_kernel_computes_the_convolution(library, case, dtype, grid):
     batch, height, width, channels, outputs, padding, activation = case
     generator = torch.Generator().manual_seed(sum(case[:6]))
 
@@ -93,7 +98,7 @@ def test_the_kernel_computes_the_convolution(library, case, dtype, multiprocesso
     exact = F.conv2d(x.double().permute(0, 3, 1, 2), weight.double(), wide, padding=padding)
     exact = ACTIVATE[activation](exact).permute(0, 2, 3, 1)
     tensors = (x, transformed(weight), bias)
-    results = [emulate(library, case, tensors, multiprocessors, *order) for order in ((True, False), (False, True))]
+    results = [emulate(library, case, tensors, grid, *order) for order in ((True, False), (False, True))]
     error = (results[0].double() - exact).abs().max() / exact.abs().max()
     assert error <= 3 * torch.finfo(dtype).eps
     assert torch.equal(*results)
