@@ -24,8 +24,8 @@ struct Chunk {
 
 template <int M, typename T, int kCount>
 int input_transform(const Problem& p, const Tensors& t, T* v, const Chunk& chunk, cudaStream_t stream) {
-  return start_kernel(input_transform_sm80<M, T, kCount>, transform_blocks(int64_t{chunk.tiles} * (p.channel_pitch() / kCount)),
-                      kTransformThreads, 0, stream, p, static_cast<const T*>(t.x), v, chunk.first, chunk.tiles, chunk.tiles,
+  return start_kernel(input_transform_sm80<M, T, kCount>, transform_blocks(int64_t{chunk.rows} * (p.channel_pitch() / kCount)),
+                      kTransformThreads, 0, stream, p, static_cast<const T*>(t.x), v, chunk.first, chunk.tiles, chunk.rows,
                       p.channel_pitch(), chunk.v_point);
 }
 
