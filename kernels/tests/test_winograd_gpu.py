@@ -233,6 +233,14 @@ class TestFusedHopper:
             draws.append(measures(y, exact, peer))
         assert within_bound(draws, dtype, "f2"), f"seed {seed}"
 
+    @pytest.mark.parametrize("shape", FUSED_SHAPES[1:8], ids=lambda s: "-".join(map(str, s)))
+    def test_clusters_compute_the_same(self, shape, seed):
+        x, weight, bias = inputs(shape, torch.float16, seed)
+        expected = kernels.forward(x, weight, bias, shape[5], "f2", "gelu", "fused 1 1")
+        for plan in ("fused", "fused 2 1", "fused 1 2", "fused 2 2", "fused 4 2", "fused 2 4"):
+            poison(expected.numel() // 2 + 1)
+            assert torch.equal(kernels.forward(x, weight, bias, shape[5], "f2", "gelu", plan), expected), plan
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_gradients(self, dtype, seed):
         tensors = inputs(FUSED_SHAPES[2], dtype, seed)
@@ -271,6 +279,8 @@ class TestFusedHopper:
             assert torch.equal(y, winograd_conv2d(x, weight, bias, 0, algorithm="f2", kernels="required"))
         with pytest.raises(RuntimeError, match="they are 20, 70 and 17"):
             kernels.forward(x, weight, bias, 0, "f2", "none", "fused")
+        with pytest.raises(RuntimeError, match="plan is 'fused 3 1'"):
+            kernels.forward(x, weight, bias, 0, "f2", "none", "fused 3 1")
         x, *_ = inputs(FUSED_SHAPES[0], torch.float16, seed)
         assert kernels.explain(x, 64, 1, "f2") == "fused_fwd_sm90, one launch, no workspace"
 

@@ -35,7 +35,13 @@ def library(tmp_path_factory) -> ctypes.CDLL:
         (folder / name).mkdir()
     shutil.copy(KERNELS / "csrc/common/activation.cuh", folder / "common")
     own = EMULATION / "winograd_sm90"
-    for stand_in in ("ptx.cuh", "cuda_on_cpu.h", "downsample_gemm_sm90/sm90.cuh", own / "grid_sm90.cuh", own / "launch.cuh"):
+    for stand_in in (
+        "ptx.cuh",
+        "cuda_on_cpu.h",
+        "downsample_gemm_sm90/sm90.cuh",
+        own / "grid_sm90.cuh",
+        own / "launch.cuh",
+    ):
         shutil.copy(EMULATION / stand_in, folder / "common")
     shutil.copy(own / "sync.cuh", folder / "patch")
     shutil.copy(own / "pairs_sm90.cuh", folder / "winograd")
@@ -102,3 +108,29 @@ def test_the_kernel_computes_the_convolution(library, case, dtype, grid):
     error = (results[0].double() - exact).abs().max() / exact.abs().max()
     assert error <= 3 * torch.finfo(dtype).eps
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    # batch, height, width, channels, outputs; cluster, and thread blocks on 132 multiprocessors
+    [
+        ((64, 224, 224, 64, 64), ((1, 1), 132)),  # filters stay in shared memory
+        ((64, 112, 112, 128, 128), ((1, 1), 132)),
+        ((64, 56, 56, 256, 256), ((2, 2), 128)),
+        ((1, 28, 28, 512, 512), ((2, 2), 64)),  # as many as there is work for
+        ((1, 14, 14, 512, 512), ((1, 2), 16)),
+        ((1, 9, 9, 8, 8), ((1, 1), 1)),
+        ((1, 9, 9, 256, 8192), ((1, 2), 256)),  # more filters than fit at once
+    ],
+    ids=str,
+)
+def test_plan(library, problem, expected):
+    numbers = (ctypes.c_int * 7)()
+    library.plan(ctypes.byref(CProblem(*problem, 1, 1, 0)), 132, numbers)
+    slices, blocks, groups, *cluster, group_clusters, grid = numbers
+    assert ((*cluster,), grid) == expected
+    batch, height, width, channels, outputs = problem
+    assert slices == -(-channels // 32) and groups == -(-outputs // 32)
+    assert blocks == -(-batch * -(-height // 4) * -(-width // 16) // 4)
+    # Whole clusters, each with every filter of its tiles.
+    assert group_clusters * cluster[1] >= groups and grid % (group_clusters * cluster[0] * cluster[1]) == 0

@@ -35,3 +35,9 @@ extern "C" int run(const Problem* problem, const Tensors* tensors, int multiproc
   const sm90::FusedPlan plan = sm90::plan_fused(*problem, multiprocessors, {tiles, groups});
   return (problem->dtype == DType::kHalf ? sm90::launch_fused_half : sm90::launch_fused_bfloat16)(*problem, *tensors, plan, nullptr);
 }
+
+// Slices, blocks, groups, the cluster's tiles and groups, group_clusters and grid of the planner's choice.
+extern "C" void plan(const Problem* problem, int multiprocessors, int* numbers) {
+  const sm90::FusedPlan p = sm90::plan_fused(*problem, multiprocessors);
+  for (const int n : {p.slices, p.blocks, p.groups, p.cluster.tiles, p.cluster.groups, p.group_clusters, p.grid}) *numbers++ = n;
+}
