@@ -12,12 +12,12 @@ from convfirst_kernels.blocks import Unsupported, _activation, _after_affine, _s
 from convfirst_kernels.planner import Device
 
 operators = torch.ops.convfirst
-# One H200, 64 channels, when one product (below) was not asked for them: 7.8 us against 5.2 in two launches at 784 rows, 42
-# against 65 at 100352. In between: a guess.
+# One H200, 64 channels, when one product (below) was not asked for: 7.8 us against 5.2 in two launches at 784 rows,
+# 42 against 65 at 100352. In between: a guess.
 FUSED_ROWS = 16384
 # One H100, us of one launch beside two, their input fresh in L2: 128 to 256 channels 20.9 and 29.1 at 25088 rows, 7.2
 # and 6.2 at 1568; 256 to 512 17.1 and 20.0 at 6272, 9.5 and 6.6 at 392; 192 to 384 33.2 and 54.5 at 25088; 384 to 768
-# 38.3 and 33.7 at 6272. One H200, 64 to 128 at 100352 rows, beside the fused kernel, which reads x through the registers:
+# 38.3 and 33.7 at 6272. One H200, 64 to 128 at 100352 rows, beside the fused kernel, which reads x through registers:
 # 28.8 and 36.8 in float16, 29.8 and 38.2 in bfloat16.
 GEMM_ROWS, GEMM_CHANNELS = 4096, 256
 # One H200, 512 channels, us beside PyTorch's: 2.6 and 11.9 for one image, 5.6 and 12.0 for 4, 10.9 and 10.0 for 8.

@@ -381,7 +381,7 @@ class TestPlanner:
             (4, 64, 56, "sm90_conv_first_c64"),
             (4, 128, 28, "sm90_conv_first_c128"),
             (4, 256, 14, "sm90_split_linear"),
-            # Three tiles of 64 pixels on most multiprocessors, two on the others: the three are what the split path takes.
+            # Three tiles of 64 pixels on most multiprocessors, two on the others: the split path takes three's time.
             (32, 128, 28, "sm90_conv_first_c128"),
             (8, 96, 56, "sm90_conv_first_c96"),
             (8, 128, 56, "sm90_conv_first_c128"),
