@@ -186,8 +186,6 @@ def winograd(path: str) -> Iterator[Run]:
         x, weight = image(2, channels, 13, 11).half(), torch.randn(72, channels, 3, 3).half()
         arguments = (*moved((x, weight, torch.randn(72))), 1, "f2", "relu", "fused")
         yield f"f2 {channels} channels: fused on Hopper", partial(one, kernels.forward, *arguments)
-        arguments = (*arguments[:-1], "fused 2 2")
-        yield f"f2 {channels} channels: fused on Hopper in clusters", partial(one, kernels.forward, *arguments)
 
 
 def winograd_gradients(x: Tensor, weight: Tensor, bias: Tensor, *options) -> tuple[Tensor, ...]:

@@ -34,17 +34,10 @@ def library(tmp_path_factory) -> ctypes.CDLL:
     for name in ("common", "patch"):
         (folder / name).mkdir()
     shutil.copy(KERNELS / "csrc/common/activation.cuh", folder / "common")
-    own = EMULATION / "winograd_sm90"
-    for stand_in in (
-        "ptx.cuh",
-        "cuda_on_cpu.h",
-        "downsample_gemm_sm90/sm90.cuh",
-        own / "grid_sm90.cuh",
-        own / "launch.cuh",
-    ):
+    for stand_in in ("ptx.cuh", "cuda_on_cpu.h", "downsample_gemm_sm90/sm90.cuh", "downsample_gemm_sm90/launch.cuh"):
         shutil.copy(EMULATION / stand_in, folder / "common")
-    shutil.copy(own / "sync.cuh", folder / "patch")
-    shutil.copy(own / "pairs_sm90.cuh", folder / "winograd")
+    shutil.copy(EMULATION / "patch/sync.cuh", folder / "patch")
+    shutil.copy(EMULATION / "winograd_sm90/pairs_sm90.cuh", folder / "winograd")
     include = Path(nvcc).parents[1] / "include"
     command = ["g++", "-std=c++17", "-O2", "-w", "-fPIC", "-shared", "-Wl,-Bsymbolic", "-Dsm90=sm80"]
     command += ["-fno-gnu-unique"]  # or a process keeps one fake encoder of tensor maps for all such libraries
@@ -63,34 +56,30 @@ def transformed(weight: torch.Tensor) -> torch.Tensor:
     return F.pad(points, (0, -c % 32, 0, -k % 64)).contiguous()
 
 
-def emulate(library, case: tuple, tensors: tuple, grid: tuple, at_once: bool, backwards: bool) -> torch.Tensor:
+def emulate(library, case: tuple, tensors: tuple, multiprocessors: int, at_once: bool, backwards: bool) -> torch.Tensor:
     batch, height, width, _, outputs, padding, activation = case
     x, filter, bias = tensors
     y = torch.full((batch, height + 2 * padding - 2, width + 2 * padding - 2, outputs), float("nan"), dtype=x.dtype)
     problem = CProblem(*case[:6], DTYPES.index(x.dtype), ACTIVATIONS.index(activation))
     pointers = CTensors(x.data_ptr(), filter.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr())
-    assert library.run(ctypes.byref(problem), ctypes.byref(pointers), *grid, at_once, backwards) == 0
+    assert library.run(ctypes.byref(problem), ctypes.byref(pointers), multiprocessors, at_once, backwards) == 0
     return y
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype", "grid"),
-    # batch, height, width, channels, outputs, padding, activation; multiprocessors, tiles and groups of a cluster
+    ("case", "dtype", "multiprocessors"),
+    # batch, height, width, channels, outputs, padding, activation
     [
-        ((1, 16, 16, 64, 32, 1, "none"), torch.float16, (1, 0, 0)),
-        ((2, 13, 21, 40, 72, 1, "relu"), torch.float16, (4, 0, 0)),  # four tiles a block, filters resident
-        ((3, 9, 7, 8, 8, 0, "silu"), torch.bfloat16, (1, 0, 0)),
-        ((1, 3, 2, 168, 40, 2, "gelu"), torch.float16, (2, 1, 1)),  # filters in a ring of slots
-        ((5, 18, 19, 264, 16, 1, "none"), torch.bfloat16, (2, 1, 1)),
-        ((2, 5, 35, 136, 8, 2, "none"), torch.float16, (132, 1, 1)),
-        ((2, 13, 21, 200, 72, 1, "relu"), torch.float16, (8, 0, 0)),  # clusters of 2 x 2, with filters that don't exist
-        ((3, 17, 19, 136, 104, 1, "none"), torch.bfloat16, (4, 4, 1)),  # and with tiles that don't
-        ((1, 33, 9, 136, 64, 1, "none"), torch.float16, (2, 1, 2)),
-        ((1, 12, 9, 40, 40, 1, "silu"), torch.float16, (8, 2, 2)),  # filters resident
+        ((1, 16, 16, 64, 32, 1, "none"), torch.float16, 1),
+        ((2, 13, 21, 40, 72, 1, "relu"), torch.float16, 4),  # four tiles a stream, filters resident
+        ((3, 9, 7, 8, 8, 0, "silu"), torch.bfloat16, 1),
+        ((1, 3, 2, 168, 40, 2, "gelu"), torch.float16, 2),  # filters in a ring of slots
+        ((5, 18, 19, 264, 16, 1, "none"), torch.bfloat16, 2),
+        ((2, 5, 35, 136, 8, 2, "none"), torch.float16, 132),
     ],
     ids=lambda v: "-".join(map(str, v)) if isinstance(v, tuple) else str(v).removeprefix("torch."),
 )
-def test_the_kernel_computes_the_convolution(library, case, dtype, grid):
+def test_the_kernel_computes_the_convolution(library, case, dtype, multiprocessors):
     batch, height, width, channels, outputs, padding, activation = case
     generator = torch.Generator().manual_seed(sum(case[:6]))
 
@@ -104,33 +93,30 @@ def test_the_kernel_computes_the_convolution(library, case, dtype, grid):
     exact = F.conv2d(x.double().permute(0, 3, 1, 2), weight.double(), wide, padding=padding)
     exact = ACTIVATE[activation](exact).permute(0, 2, 3, 1)
     tensors = (x, transformed(weight), bias)
-    results = [emulate(library, case, tensors, grid, *order) for order in ((True, False), (False, True))]
+    results = [emulate(library, case, tensors, multiprocessors, *order) for order in ((True, False), (False, True))]
     error = (results[0].double() - exact).abs().max() / exact.abs().max()
     assert error <= 3 * torch.finfo(dtype).eps
     assert torch.equal(*results)
 
 
 @pytest.mark.parametrize(
-    ("problem", "expected"),
-    # batch, height, width, channels, outputs; cluster, and thread blocks on 132 multiprocessors
+    ("problem", "grid"),
+    # batch, height, width, channels, outputs; thread blocks on 132 multiprocessors
     [
-        ((64, 224, 224, 64, 64), ((1, 1), 132)),  # filters stay in shared memory
-        ((64, 112, 112, 128, 128), ((1, 1), 132)),
-        ((64, 56, 56, 256, 256), ((2, 2), 128)),
-        ((1, 28, 28, 512, 512), ((2, 2), 64)),  # as many as there is work for
-        ((1, 14, 14, 512, 512), ((1, 2), 16)),
-        ((1, 9, 9, 8, 8), ((1, 1), 1)),
-        ((1, 9, 9, 256, 8192), ((1, 2), 256)),  # more filters than fit at once
+        ((64, 224, 224, 64, 64), 132),
+        ((64, 56, 56, 256, 256), 128),
+        ((1, 28, 28, 512, 512), 64),  # as many as there is work for
+        ((1, 14, 14, 512, 512), 16),
+        ((1, 9, 9, 8, 8), 1),
+        ((1, 9, 9, 256, 8192), 256),  # more filters than fit at once
     ],
     ids=str,
 )
-def test_plan(library, problem, expected):
-    numbers = (ctypes.c_int * 7)()
+def test_plan(library, problem, grid):
+    numbers = (ctypes.c_int * 4)()
     library.plan(ctypes.byref(CProblem(*problem, 1, 1, 0)), 132, numbers)
-    slices, blocks, groups, *cluster, group_clusters, grid = numbers
-    assert ((*cluster,), grid) == expected
+    slices, blocks, groups, found = numbers
     batch, height, width, channels, outputs = problem
     assert slices == -(-channels // 32) and groups == -(-outputs // 32)
     assert blocks == -(-batch * -(-height // 4) * -(-width // 16) // 4)
-    # Whole clusters, each with every filter of its tiles.
-    assert group_clusters * cluster[1] >= groups and grid % (group_clusters * cluster[0] * cluster[1]) == 0
+    assert found == grid and found % groups == 0

@@ -26,15 +26,11 @@
 //   exchanged sums          shared, [round % 2][warpgroup][thread][4]                consumer          the barrier after next of the two warps
 //   output                  global, 16 bytes a thread                                consumer          -
 //
-// Blocks of a cluster (kCluster) share loads: those with the same filters bring some points each, those with the same tiles some strips, and
-// multicast them; a slot is free when all that it comes to have released it.
-//
 // Why the left operand is in registers: 64 tiles x 32 filters x 32 channels take 512 clocks of the tensor cores, and shared memory, 128 bytes a clock,
 // is busy 256 for filters, 576 for x by ldmatrix and 216 for its arrival: 1048, where V in shared memory would take 1800 (NOTES.md).
 #pragma once
 
 #include "common/activation.cuh"
-#include "common/grid_sm90.cuh"
 #include "common/sm90.cuh"
 #include "patch/sync.cuh"
 #include "winograd/fused_sm90.h"
@@ -82,117 +78,60 @@ struct Strip {
   }
 };
 
-// Where a block stands in its cluster, and in the grid.
-template <bool kCluster>
-struct FusedPlace {
-  const FusedPlan& plan;
-  int tile, group;          // in the cluster
-  int filter, first, step;  // first filter; first tile of the cluster; tiles from one to the next
-
-  __device__ __forceinline__ int tiles() const { return kCluster ? plan.cluster.tiles : 1; }
-  __device__ __forceinline__ int groups() const { return kCluster ? plan.cluster.groups : 1; }
-
-  __device__ __forceinline__ explicit FusedPlace(const FusedPlan& plan_) : plan(plan_), tile(0), group(0) {
-    int cluster = blockIdx.x, clusters = gridDim.x;
-    if constexpr (kCluster) {
-      const int rank = grid::cluster_rank();
-      group = rank / tiles(), tile = rank - group * tiles();
-      cluster /= plan.cluster.blocks(), clusters /= plan.cluster.blocks();
-    }
-    const int stream = cluster / plan.group_clusters;
-    filter = ((cluster - stream * plan.group_clusters) * groups() + group) * kFilters;
-    first = stream * tiles(), step = clusters / plan.group_clusters * tiles();
-  }
-
-  __device__ __forceinline__ int rank(int tile_, int group_) const { return tile_ + tiles() * group_; }
-  // Bit masks of ranks.
-  __device__ __forceinline__ uint16_t same_filters() const { return static_cast<uint16_t>(((1 << tiles()) - 1) << rank(0, group)); }
-  __device__ __forceinline__ uint16_t same_tiles() const { return static_cast<uint16_t>(plan.first_ranks << tile); }
-};
-
-// One warp: lane l loads strip l's pixels, lane 0 the filters; in a cluster this block's share of them, for others too.
-template <bool kCluster>
+// One warp: lane l loads strip l's pixels, lane 0 the filters.
 struct FusedProducer {
   const FusedParams& p;
   const CUtensorMap &first_map, &second_map, &filter_map;  // of x's columns: those that a strip begins with, and those between
   char* smem;
   const FusedBarriers& bar;
-  const FusedPlace<kCluster>& place;
   int lane;
-
-  static __device__ __forceinline__ void wait(Barrier* free, uint32_t phase) {
-    if constexpr (kCluster) {
-      grid::wait_for_peer(smem_address(free), phase);
-    } else {
-      free->wait(phase);
-    }
-  }
-
-  __device__ __forceinline__ void load_columns(const CUtensorMap& map, TransactionBarrier* full, char* to, int channel, int column, int row, int image) const {
-    if constexpr (kCluster) {
-      cute::SM90_TMA_LOAD_MULTICAST_4D::copy(&map, barrier_pointer(full), place.same_tiles(), kEvictNormal, to, channel, column, row, image);
-    } else {
-      tma_load_4d(&map, full, to, channel, column, row, image);
-    }
-  }
 
   __device__ __forceinline__ void load_data(const Strip& strip, int slice, Turn<kDataSlots>& turn) const {
     TransactionBarrier* full = bar.data + turn.slot;
-    wait(bar.data_free + turn.slot, turn.phase ^ 1);
+    bar.data_free[turn.slot].wait(turn.phase ^ 1);
     if (lane == 0) full->arrive_and_expect_tx(kStrips * 2 * kPatchBytes);
     __syncwarp();
-    const int share = kStrips / place.groups();
-    if (lane / share == place.group) {
+    if (lane < kStrips) {
       char* to = smem + kDataOffset + turn.slot * kDataBytes + lane * kStripBytes;
       const int half = strip.column / 2, row = strip.row - p.padding;
-      load_columns(first_map, full, to, slice * kDepth, half - (p.padding + 1) / 2, row, strip.image);
-      load_columns(second_map, full, to + kParityBytes, slice * kDepth, half - p.padding / 2, row, strip.image);
+      tma_load_4d(&first_map, full, to, slice * kDepth, half - (p.padding + 1) / 2, row, strip.image);
+      tma_load_4d(&second_map, full, to + kParityBytes, slice * kDepth, half - p.padding / 2, row, strip.image);
     }
     turn.next();
   }
 
-  __device__ __forceinline__ void load_filters(int slice, Turn<kFilterSlots>& turn) const {
+  __device__ __forceinline__ void load_filters(int filter, int slice, Turn<kFilterSlots>& turn) const {
     if (lane == 0) {
       TransactionBarrier* full = bar.filters + turn.slot;
-      char* to = smem + turn.slot * kFilterBytes;
-      wait(bar.filters_free + turn.slot, turn.phase ^ 1);
+      bar.filters_free[turn.slot].wait(turn.phase ^ 1);
       full->arrive_and_expect_tx(kFilterBytes);
-      if constexpr (kCluster) {
-        const int points = kPoints / place.tiles(), point = points * place.tile;
-        cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&filter_map, barrier_pointer(full), place.same_filters(), kEvictLast, to + point * kPointBytes, slice * kDepth,
-                                               0, place.filter / 8, 0, point);
-      } else {
-        cute::SM90_TMA_LOAD_5D::copy(&filter_map, barrier_pointer(full), kEvictLast, to, slice * kDepth, 0, place.filter / 8, 0, 0);
-      }
+      cute::SM90_TMA_LOAD_5D::copy(&filter_map, barrier_pointer(full), kEvictLast, smem + turn.slot * kFilterBytes, slice * kDepth, 0, filter / 8, 0, 0);
     }
     turn.next();
   }
 
-  // Blocks of a cluster keep step: some may get a tile that does not exist, whose strips come as zeros.
-  __device__ __forceinline__ void run() const {
+  __device__ __forceinline__ void run(int filter, int first, int step) const {
     Turn<kDataSlots> data;
     Turn<kFilterSlots> filters;
 #pragma unroll 1
-    for (int block = place.first; block < p.plan.blocks; block += place.step) {
-      const Strip strip(p, (block + place.tile) * kStrips + lane % kStrips);
+    for (int block = first; block < p.plan.blocks; block += step) {
+      const Strip strip(p, block * kStrips + lane % kStrips);
 #pragma unroll 1
       for (int slice = 0; slice < p.plan.slices; ++slice) {
-        if (!p.plan.resident() || block == place.first) load_filters(slice, filters);
+        if (!p.plan.resident() || block == first) load_filters(filter, slice, filters);
         load_data(strip, slice, data);
       }
     }
-    __syncwarp();
   }
 };
 
-template <class Element, bool kCluster>
+template <class Element>
 struct FusedConsumer {
   using Sums = float[2][4][kFilters / 2];     // [column of points][row of points]
   using Fragments = uint32_t[2][4][4];        // likewise; as wgmma takes its left operand
   using Columns = uint32_t[2][kPatchRows][2];  // d B: [column of points][row of x][8 channels]
   const FusedParams& p;
   const FusedBarriers& bar;
-  const FusedPlace<kCluster>& place;
   char* smem;
   int warpgroup, warp, lane;
   uint32_t sign;           // of Z in the second column of points: 1 or -1, packed
@@ -201,8 +140,8 @@ struct FusedConsumer {
   Turn<kFilterSlots> filters;
   int held;                // slot of the filters of the slice before, whose products may be under way; -1: none
 
-  __device__ __forceinline__ FusedConsumer(const FusedParams& p_, const FusedBarriers& bar_, const FusedPlace<kCluster>& place_, char* smem_, int warp_, int lane_)
-      : p(p_), bar(bar_), place(place_), smem(smem_), warpgroup(warp_ / 4), warp(warp_ % 4), lane(lane_), held(-1) {
+  __device__ __forceinline__ FusedConsumer(const FusedParams& p_, const FusedBarriers& bar_, char* smem_, int warp_, int lane_)
+      : p(p_), bar(bar_), smem(smem_), warpgroup(warp_ / 4), warp(warp_ % 4), lane(lane_), held(-1) {
     sign = pack2<Element>(warpgroup == 0 ? 1.f : -1.f, warpgroup == 0 ? 1.f : -1.f);
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
@@ -246,23 +185,9 @@ struct FusedConsumer {
   // The point (i, column) of the columns of points that this warpgroup has.
   __device__ __forceinline__ int point(int i, int column) const { return 4 * i + (warpgroup == 0 ? column : 3 - column); }
 
-  // Each block that brings something into the slot is told.
   __device__ __forceinline__ void release_filters() {
-    if constexpr (kCluster) {
-      if (held >= 0 && lane < place.tiles()) grid::arrive_at_peer(smem_address(bar.filters_free + held), place.rank(lane, place.group));
-    } else {
-      if (held >= 0 && lane == 0) bar.filters_free[held].arrive();
-    }
+    if (held >= 0 && lane == 0) bar.filters_free[held].arrive();
     held = -1;
-  }
-
-  __device__ __forceinline__ void release_data() {
-    if constexpr (kCluster) {
-      if (lane < place.groups()) grid::arrive_at_peer(smem_address(bar.data_free + data.slot), place.rank(place.tile, lane));
-    } else {
-      if (lane == 0) bar.data_free[data.slot].arrive();
-    }
-    data.next();
   }
 
   // A slice; its products may be under way afterwards.
@@ -289,7 +214,8 @@ struct FusedConsumer {
         cute::warpgroup_commit_batch();
       }
     }
-    release_data();
+    if (lane == 0) bar.data_free[data.slot].arrive();
+    data.next();
     if (!p.plan.resident()) held = filters.slot;
     filters.next();
   }
@@ -306,8 +232,8 @@ struct FusedConsumer {
   }
 
   // This thread has 8 neighbouring filters of a column of y in two tiles.
-  __device__ __forceinline__ void store(const Sums& sums, const Strip& strip) const {
-    const int filter = place.filter + lane % 4 * 8, w = strip.column + lane / 4 * 2 + warpgroup;
+  __device__ __forceinline__ void store(const Sums& sums, const Strip& strip, int first_filter) const {
+    const int filter = first_filter + lane % 4 * 8, w = strip.column + lane / 4 * 2 + warpgroup;
     const bool exists = strip.image < p.batch && w < p.out_width && filter < p.outputs;
     float bias[8];
 #pragma unroll
@@ -352,9 +278,9 @@ struct FusedConsumer {
     }
   }
 
-  __device__ __forceinline__ void run() {
+  __device__ __forceinline__ void run(int first_filter, int first, int step) {
 #pragma unroll 1
-    for (int block = place.first; block < p.plan.blocks; block += place.step) {
+    for (int block = first; block < p.plan.blocks; block += step) {
       Sums sums;
       Fragments v;
       if (p.plan.resident()) filters = {};
@@ -364,12 +290,12 @@ struct FusedConsumer {
 #pragma unroll
       for (int i = 0; i < 8; ++i) fence_operands(sums[i / 4][i % 4]);
       release_filters();
-      store(sums, Strip(p, (block + place.tile) * kStrips + warp));
+      store(sums, Strip(p, block * kStrips + warp), first_filter);
     }
   }
 };
 
-template <class Element, bool kCluster>
+template <class Element>
 __global__ void __launch_bounds__(kThreads, 1)
     fused_fwd_sm90(const __grid_constant__ FusedParams p, const __grid_constant__ CUtensorMap first_map, const __grid_constant__ CUtensorMap second_map,
                    const __grid_constant__ CUtensorMap filter_map) {
@@ -377,28 +303,26 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) unsigned char smem[];
   char* const base = reinterpret_cast<char*>(smem);
   const FusedBarriers bar(base + kBarrierOffset);
-  const FusedPlace<kCluster> place(p.plan);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int filter = blockIdx.x % p.plan.groups * kFilters, first = blockIdx.x / p.plan.groups, step = gridDim.x / p.plan.groups;
   if (threadIdx.x == 0) {
     for (const CUtensorMap* map : {&first_map, &second_map, &filter_map}) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     }
-    for (int i = 0; i < kDataSlots; ++i) bar.data[i].init(1), bar.data_free[i].init(4 * kWarpgroups * place.groups());
-    for (int i = 0; i < kFilterSlots; ++i) bar.filters[i].init(1), bar.filters_free[i].init(4 * kWarpgroups * place.tiles());
+    for (int i = 0; i < kDataSlots; ++i) bar.data[i].init(1), bar.data_free[i].init(4 * kWarpgroups);
+    for (int i = 0; i < kFilterSlots; ++i) bar.filters[i].init(1), bar.filters_free[i].init(4 * kWarpgroups);
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
-  if constexpr (kCluster) grid::cluster_barrier();
   wait_for_previous_launch();
   allow_next_launch();
   if (warp >= 4 * kWarpgroups) {
     cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
-    if (warp == 4 * kWarpgroups) FusedProducer<kCluster>{p, first_map, second_map, filter_map, base, bar, place, lane}.run();
+    if (warp == 4 * kWarpgroups) FusedProducer{p, first_map, second_map, filter_map, base, bar, lane}.run(filter, first, step);
   } else {
     cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
-    FusedConsumer<Element, kCluster>(p, bar, place, base, warp, lane).run();
+    FusedConsumer<Element>(p, bar, base, warp, lane).run(filter, first, step);
   }
-  if constexpr (kCluster) grid::cluster_barrier();  // nobody leaves while others may still load into its memory, or arrive at its barriers
 #endif
 }
 

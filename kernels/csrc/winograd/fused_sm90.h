@@ -32,22 +32,13 @@ struct FusedPlan {
   int strip_columns, strip_rows;  // strips of an image
   int strips, blocks;  // of all images; kStrips of them are a block's tile
   int groups;          // of kFilters filters
-  Cluster cluster;     // rank: tile + cluster.tiles * group
-  int first_ranks;     // bit mask of its ranks with the first tile
-  int group_clusters;  // clusters that take all filters of the same tiles
-  int grid;            // thread blocks; those of the same filters take one tile after another
+  int grid;            // thread blocks: `groups` of them take the same tiles, one after another
 
   // The filters of all slices stay in shared memory.
   constexpr bool resident() const { return slices <= kFilterSlots; }
 };
 
-// Where filters come for every tile anew, L2 is asked for 64 bytes of them and 40 of x a clock of the tensor cores, several times what it gives:
-// a square of blocks halves both.
-constexpr Cluster choose_cluster(const FusedPlan& plan) {
-  return plan.resident() ? Cluster{1, 1} : Cluster{std::min(2, plan.blocks), std::min(2, plan.groups)};
-}
-
-constexpr FusedPlan plan_fused(const Problem& p, int multiprocessors, const Cluster& wanted = {}) {
+constexpr FusedPlan plan_fused(const Problem& p, int multiprocessors) {
   FusedPlan plan{};
   plan.slices = static_cast<int>(ceil_div(p.channels, kDepth));
   plan.strip_columns = static_cast<int>(ceil_div(p.out_width(), kStripColumns));
@@ -55,18 +46,8 @@ constexpr FusedPlan plan_fused(const Problem& p, int multiprocessors, const Clus
   plan.strips = p.batch * plan.strip_columns * plan.strip_rows;
   plan.blocks = static_cast<int>(ceil_div(plan.strips, kStrips));
   plan.groups = static_cast<int>(ceil_div(p.outputs, kFilters));
-  plan.cluster = wanted.blocks() > 0 ? wanted : choose_cluster(plan);
-  for (int i = 0; i < plan.cluster.groups; ++i) plan.first_ranks |= 1 << plan.cluster.tiles * i;
-  plan.group_clusters = static_cast<int>(ceil_div(plan.groups, plan.cluster.groups));
-  const int tiles = static_cast<int>(ceil_div(plan.blocks, plan.cluster.tiles)), fit = multiprocessors / plan.cluster.blocks() / plan.group_clusters;
-  plan.grid = plan.group_clusters * std::max(1, std::min(tiles, fit)) * plan.cluster.blocks();
+  plan.grid = plan.groups * std::max(1, std::min(plan.blocks, multiprocessors / plan.groups));
   return plan;
-}
-
-// Blocks of a cluster share a load evenly: each brings some of the points, or of the strips.
-constexpr bool cluster_supports(const Cluster& c) {
-  const auto divides = [](int n) { return n == 1 || n == 2 || n == 4; };
-  return divides(c.tiles) && divides(c.groups) && c.blocks() <= 8;
 }
 
 // TMA wants strides of 16 bytes, and columns of both parities.

@@ -16,10 +16,10 @@ inline bool encode_columns_map(CUtensorMap* map, direct::DType dtype, const Prob
 }
 
 // Filter 8 q + 2 j + i of a group lies at row 8 j + 2 q + i of a point, so that a thread's sums are of 8 neighbouring filters.
-inline bool encode_point_map(CUtensorMap* map, direct::DType dtype, const Problem& p, const void* filter, int points) {
+inline bool encode_point_map(CUtensorMap* map, direct::DType dtype, const Problem& p, const void* filter) {
   const int64_t pitch = p.channel_pitch(), outputs = p.output_pitch();
   return direct::sm90::encode_tiled_map<5>(map, dtype, filter, {pitch, 2, outputs / 8, 4, kPoints}, {pitch, 8 * pitch, 2 * pitch, outputs * pitch},
-                                           {kDepth, 2, 4, 4, points}, CU_TENSOR_MAP_SWIZZLE_64B);
+                                           {kDepth, 2, 4, 4, kPoints}, CU_TENSOR_MAP_SWIZZLE_64B);
 }
 
 template <class Element>
@@ -28,13 +28,11 @@ int launch_fused(const Problem& q, const Tensors& t, const FusedPlan& plan, cuda
   const int parity = q.padding % 2;
   CUtensorMap first_map, second_map, filter_map;
   if (!encode_columns_map(&first_map, dtype, q, t.x, parity) || !encode_columns_map(&second_map, dtype, q, t.x, 1 - parity) ||
-      !encode_point_map(&filter_map, dtype, q, t.filter, kPoints / plan.cluster.tiles)) {
+      !encode_point_map(&filter_map, dtype, q, t.filter)) {
     return cudaErrorInvalidValue;
   }
   const FusedParams p{t.y, t.bias, plan, q.batch, q.out_height(), q.out_width(), q.outputs, q.padding, q.activation};
-  const int cluster = plan.cluster.blocks();
-  const auto kernel = cluster > 1 ? &fused_fwd_sm90<Element, true> : &fused_fwd_sm90<Element, false>;
-  return start_dependent_clusters(kernel, cluster, plan.grid, kThreads, kSharedBytes, stream, p, first_map, second_map, filter_map);
+  return start_dependent_kernel(&fused_fwd_sm90<Element>, plan.grid, kThreads, kSharedBytes, stream, p, first_map, second_map, filter_map);
 }
 
 }  // namespace convfirst::winograd::sm90

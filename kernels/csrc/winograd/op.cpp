@@ -86,7 +86,7 @@ void check_fused(const Problem& p, int m, const DeviceInfo& device) {
 
 int run(const Problem& p, int m, const Plan& plan, const Tensors& tensors, const Tensor& workspace, int multiprocessors, cudaStream_t stream) {
   if (!plan.fused) return run_split(m, p, plan.split, tensors, workspace.mutable_data_ptr(), stream);
-  return p.dtype == DType::kFloat ? run_fused(m, p, tensors, stream) : run_fused_sm90(p, plan.cluster, tensors, multiprocessors, stream);
+  return p.dtype == DType::kFloat ? run_fused(m, p, tensors, stream) : run_fused_sm90(p, tensors, multiprocessors, stream);
 }
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like) {

@@ -42,18 +42,10 @@ struct SplitPlan {
   int64_t chunk;                  // tiles whose transformed data lie in the workspace at once, a multiple of block_rows
 };
 
-// Thread blocks of Hopper's fused kernel that share loads: `tiles` blocks with neighbouring tiles and the same filters, and of each `groups`
-// with the same tiles.
-struct Cluster {
-  int tiles, groups;
-  constexpr int blocks() const { return tiles * groups; }
-};
-
 // How a problem runs: in one kernel, or by the split path.
 struct Plan {
   bool fused;
   SplitPlan split;
-  Cluster cluster;  // of Hopper's fused kernel; no blocks: fused_sm90.h's choice
 };
 
 // How the filter's gradient is computed.
@@ -87,7 +79,7 @@ int transform_filter(int m, DType dtype, const FilterView& view, void* filter, c
 int run_split(int m, const Problem& problem, const SplitPlan& plan, const Tensors& tensors, void* workspace, cudaStream_t stream);
 int run_fused(int m, const Problem& problem, const Tensors& tensors, cudaStream_t stream);
 // In float16 and bfloat16, F(2x2, 3x3) on Hopper; fused_sm90.h tells which problems.
-int run_fused_sm90(const Problem& problem, const Cluster& cluster, const Tensors& tensors, int multiprocessors, cudaStream_t stream);
+int run_fused_sm90(const Problem& problem, const Tensors& tensors, int multiprocessors, cudaStream_t stream);
 bool has_fused_sm90();  // whether the library was built with it
 // By F(3x3, 2x2): x and grad NHWC, result contiguous [outputs, channels, 3, 3]; `problem` is the forward one.
 int run_weight_gradient(const Problem& problem, const GradientPlan& plan, const void* x, const void* grad, void* result, void* workspace,

@@ -60,9 +60,9 @@ bool prefers_fused(const Problem& p, int m, int multiprocessors, int max_shared_
 }  // namespace
 
 Plan make_plan(const Problem& p, int m, int multiprocessors, int max_shared_memory, bool hopper) {
-  if (hopper && m == 2 && sm90::fused_supports(p) && max_shared_memory >= sm90::kSharedBytes) return {true, {}, {}};
-  if (prefers_fused(p, m, multiprocessors, max_shared_memory)) return {true, {}, {}};
-  return {false, plan_split(p, m, multiprocessors), {}};
+  if (hopper && m == 2 && sm90::fused_supports(p) && max_shared_memory >= sm90::kSharedBytes) return {true, {}};
+  if (prefers_fused(p, m, multiprocessors, max_shared_memory)) return {true, {}};
+  return {false, plan_split(p, m, multiprocessors)};
 }
 
 int64_t workspace_bytes(const Problem& p, int m, const Plan& plan) {
@@ -88,34 +88,27 @@ int64_t workspace_bytes(const Problem& p, const GradientPlan& plan) {
 }
 
 std::string describe(const Plan& plan) {
+  if (plan.fused) return "fused";
   const SplitPlan& split = plan.split;
   std::ostringstream out;
-  if (plan.fused && plan.cluster.blocks() == 0) return "fused";
-  if (plan.fused) {
-    out << "fused " << plan.cluster.tiles << " " << plan.cluster.groups;
-    return out.str();
-  }
   out << "split " << split.block_rows << " " << split.block_columns << " " << split.splits << " " << split.chunk;
   return out.str();
 }
 
 Plan parse_plan(const std::string& text) {
-  if (text == "fused") return {true, {}, {}};
+  if (text == "fused") return {true, {}};
   std::istringstream in(text);
   std::string path;
   SplitPlan plan{};
-  Cluster cluster{};
-  in >> path;
-  if (path == "fused" && in >> cluster.tiles >> cluster.groups && sm90::cluster_supports(cluster)) return {true, {}, cluster};
-  in >> plan.block_rows >> plan.block_columns >> plan.splits >> plan.chunk;
+  in >> path >> plan.block_rows >> plan.block_columns >> plan.splits >> plan.chunk;
   bool known = false;
   for (const Tile& tile : kTiles) known = known || (tile.rows == plan.block_rows && tile.columns == plan.block_columns);
   if (!in || path != "split" || !known || plan.splits < 1 || plan.chunk < 1 || plan.chunk % plan.block_rows != 0) {
     throw std::runtime_error("winograd_conv2d: plan is '" + text +
-                             "'; expected 'fused', 'fused <tiles> <groups>' of a cluster (1, 2 or 4, 8 blocks at most) or 'split <rows> <columns> <splits> <chunk>' with a tile of 128 128, 128 64, 64 64 or 32 64 and a "
+                             "'; expected 'fused' or 'split <rows> <columns> <splits> <chunk>' with a tile of 128 128, 128 64, 64 64 or 32 64 and a "
                              "chunk that is a multiple of its rows");
   }
-  return {false, plan, {}};
+  return {false, plan};
 }
 
 }  // namespace convfirst::winograd

@@ -16,7 +16,7 @@ int64_t workspace_bytes(const Problem& problem, const GradientPlan& plan);
 // Bytes of the workspace beside the transformed filters.
 int64_t workspace_bytes(const Problem& problem, int m, const Plan& plan);
 
-// "fused", "fused <tiles> <groups>" of a cluster or "split <block_rows> <block_columns> <splits> <chunk>".
+// "fused" or "split <block_rows> <block_columns> <splits> <chunk>".
 std::string describe(const Plan& plan);
 
 // Reads what describe() writes; throws std::runtime_error.

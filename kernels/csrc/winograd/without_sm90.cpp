@@ -9,6 +9,6 @@ constexpr int kNoKernelImage = 209;  // cudaErrorNoKernelImageForDevice
 }  // namespace
 
 bool has_fused_sm90() { return false; }
-int run_fused_sm90(const Problem&, const Cluster&, const Tensors&, int, cudaStream_t) { return kNoKernelImage; }
+int run_fused_sm90(const Problem&, const Tensors&, int, cudaStream_t) { return kNoKernelImage; }
 
 }  // namespace convfirst::winograd

@@ -67,10 +67,6 @@ int cluster_rank() { return 0; }
 void cluster_arrive() {}
 void cluster_wait() {}
 const unsigned char* memory_of(int rank) { fail("no such block in the cluster", rank); }
-unsigned char* memory_at(int rank) {
-  if (rank != 0) fail("no such block in the cluster", rank);
-  return smem;
-}
 
 void yield() { swapcontext(&thread().context, &scheduler); }
 

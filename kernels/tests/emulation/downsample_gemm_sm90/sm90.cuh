@@ -20,9 +20,6 @@ struct GridSize {
 inline GridSize grid_size;
 inline bool waited;  // for the launch before, in this block
 
-int cluster_rank();
-unsigned char* memory_at(int rank);  // shared memory of a block of the running cluster
-
 template <typename T>
 T shfl(unsigned, T value, int from) {
   static_assert(sizeof(T) == 4);
@@ -45,11 +42,11 @@ inline const TensorMap& map_of(const void* map) { return **static_cast<const Ten
 inline uint32_t swizzled(uint32_t at, int row_bytes) { return at ^ (at >> 3 & (row_bytes == 128 ? 0x70 : 0x30)); }
 
 // Rows of 128 or 64 bytes, swizzled.
-inline void put(unsigned char* memory, uint32_t start, uint32_t offset, const char* from, int row_bytes) {
+inline void put(uint32_t start, uint32_t offset, const char* from, int row_bytes = 128) {
   const uint32_t at = swizzled(start + offset, row_bytes);
   check_shared(at, 2);
-  std::memset(memory + at, 0, 2);
-  if (from != nullptr) std::memcpy(memory + at, from, 2);
+  std::memset(smem + at, 0, 2);
+  if (from != nullptr) std::memcpy(smem + at, from, 2);
 }
 
 using Products = std::vector<std::function<void()>>;
@@ -69,31 +66,25 @@ namespace convfirst::sm90 {
 // Completes when its arrivals have come and the bytes that they announced too.
 struct Barrier {
   uint16_t phases, expected, arrived, unused;
-  static inline std::map<std::pair<int, uint32_t>, int64_t> bytes;  // announced and not there yet, by rank and address
-  uint32_t address() const { return ptx::smem_address(this); }
-  // This barrier's counterpart in a block of the cluster.
-  static Barrier& at(uint32_t address, int rank) { return *reinterpret_cast<Barrier*>(emulation::memory_at(rank) + address); }
-  static void change(uint32_t address, int rank, int arrivals, int64_t announced) {
-    Barrier& b = at(address, rank);
-    int64_t& missing = bytes[{rank, address}];
-    b.arrived += arrivals, missing += announced;
-    if (b.arrived > b.expected) emulation::fail("too many arrivals", b.arrived);
-    if (b.arrived == b.expected && missing == 0) b.arrived = 0, ++b.phases;
+  static inline std::map<const void*, int64_t> bytes;  // announced and not there yet
+  void init(int arrivals) { phases = 0, expected = static_cast<uint16_t>(arrivals), arrived = 0, bytes[this] = 0; }
+  void complete() {
+    if (arrived > expected) emulation::fail("too many arrivals", arrived);
+    if (arrived == expected && bytes[this] == 0) arrived = 0, ++phases;
   }
-  void init(int arrivals) { phases = 0, expected = static_cast<uint16_t>(arrivals), arrived = 0, bytes[{emulation::cluster_rank(), address()}] = 0; }
-  void arrive() { change(address(), emulation::cluster_rank(), 1, 0); }
+  void arrive() { ++arrived, complete(); }
   bool test_wait(uint32_t phase) const { return (phases & 1u) != phase; }
   void wait(uint32_t phase) const {
     while (!test_wait(phase)) emulation::yield();
   }
 };
 struct TransactionBarrier : Barrier {
-  void arrive_and_expect_tx(int count) { change(address(), emulation::cluster_rank(), 1, count); }
-  void deliver(int count) { change(address(), emulation::cluster_rank(), 0, -count); }
+  void arrive_and_expect_tx(int count) { bytes[this] += count, arrive(); }
+  void deliver(int count) { bytes[this] -= count, complete(); }
 };
 static_assert(sizeof(TransactionBarrier) == 8);
 
-constexpr uint64_t kEvictLast = 0, kEvictNormal = 0;
+constexpr uint64_t kEvictLast = 0;
 inline TransactionBarrier* barrier_pointer(TransactionBarrier* barrier) { return barrier; }
 inline uint32_t smem_address(const void* pointer) { return ptx::smem_address(pointer); }
 inline void allow_next_launch() {}
@@ -194,8 +185,8 @@ void wgmma_rs(float (&d)[N / 2], const uint32_t* a, uint64_t b, bool accumulate)
 
 using ptx::ldmatrix_x4;
 
-// To the ranks of a bit mask, the same place in each.
-inline void load_tiled(const void* map, TransactionBarrier* barrier, uint32_t ranks, uint32_t start, const int* from) {
+// Returns how many bytes it brought.
+inline int load_tiled(const void* map, uint32_t start, const int* from) {
   const emulation::TensorMap& m = emulation::map_of(map);
   if (start % (8 * m.row_bytes) != 0 || m.box[0] * 2 != m.row_bytes) emulation::fail("broken load", start);
   uint32_t count = 1;
@@ -210,21 +201,16 @@ inline void load_tiled(const void* map, TransactionBarrier* barrier, uint32_t ra
       inside &= index >= 0 && index < m.sizes[j];
       at += index * m.strides[j];
     }
-    for (int rank = 0; ranks >> rank != 0; ++rank)
-      if (ranks >> rank & 1) emulation::put(emulation::memory_at(rank), start, i * 2, inside ? at : nullptr, m.row_bytes);
+    emulation::put(start, i * 2, inside ? at : nullptr, m.row_bytes);
   }
-  for (int rank = 0; ranks >> rank != 0; ++rank)
-    if (ranks >> rank & 1) Barrier::change(barrier->address(), rank, 0, -int64_t(count) * 2);
-}
-
-inline void multicast_load(const void* map, TransactionBarrier* barrier, uint32_t ranks, void* to, std::initializer_list<int> from) {
-  if (!emulation::waited) emulation::fail("read before the launch before has ended", smem_address(to));
-  if (emulation::map_of(map).rank != static_cast<int>(from.size())) emulation::fail("broken load", smem_address(to));
-  load_tiled(map, barrier, ranks, smem_address(to), from.begin());
+  return count * 2;
 }
 
 inline void tma_load_4d(const void* map, TransactionBarrier* barrier, void* to, int c0, int c1, int c2, int c3) {
-  multicast_load(map, barrier, 1u << emulation::cluster_rank(), to, {c0, c1, c2, c3});
+  const int from[4] = {c0, c1, c2, c3};
+  if (!emulation::waited) emulation::fail("read before the launch before has ended", smem_address(to));
+  if (emulation::map_of(map).rank != 4) emulation::fail("broken load", smem_address(to));
+  barrier->deliver(load_tiled(map, smem_address(to), from));
 }
 
 }  // namespace convfirst::sm90
@@ -258,19 +244,7 @@ struct SM90_TMA_LOAD_5D {
   static void copy(const void* map, convfirst::sm90::TransactionBarrier* barrier, uint64_t, void* to, int c0, int c1, int c2, int c3, int c4) {
     const int from[5] = {c0, c1, c2, c3, c4};
     if (emulation::map_of(map).rank != 5) emulation::fail("broken load", convfirst::sm90::smem_address(to));
-    convfirst::sm90::load_tiled(map, barrier, 1u << emulation::cluster_rank(), convfirst::sm90::smem_address(to), from);
-  }
-};
-
-struct SM90_TMA_LOAD_MULTICAST_4D {
-  static void copy(const void* map, convfirst::sm90::TransactionBarrier* barrier, uint16_t ranks, uint64_t, void* to, int c0, int c1, int c2, int c3) {
-    convfirst::sm90::multicast_load(map, barrier, ranks, to, {c0, c1, c2, c3});
-  }
-};
-
-struct SM90_TMA_LOAD_MULTICAST_5D {
-  static void copy(const void* map, convfirst::sm90::TransactionBarrier* barrier, uint16_t ranks, uint64_t, void* to, int c0, int c1, int c2, int c3, int c4) {
-    convfirst::sm90::multicast_load(map, barrier, ranks, to, {c0, c1, c2, c3, c4});
+    barrier->deliver(convfirst::sm90::load_tiled(map, convfirst::sm90::smem_address(to), from));
   }
 };
 
@@ -285,7 +259,7 @@ struct SM90_TMA_LOAD_IM2COL_4D {
       for (int i = 0; i < m.channels; ++i) {
         const bool inside = c + i < m.sizes[0] && x >= 0 && x < m.sizes[1] && y >= 0 && y < m.sizes[2] && n < m.sizes[3];
         const char* at = m.data + (c + i) * m.strides[0] + x * m.strides[1] + y * m.strides[2] + n * m.strides[3];
-        emulation::put(emulation::smem, start, (pixel * m.channels + i) * 2, inside ? at : nullptr, 128);
+        emulation::put(start, (pixel * m.channels + i) * 2, inside ? at : nullptr);
       }
       if ((w += m.steps[0]) < m.sizes[1] + m.upper[0]) continue;
       w = m.lower[0];

@@ -1,6 +1,6 @@
 // Runs Winograd's fused Hopper kernel on a CPU: fibers for threads, the library's own tensor maps read by loads in C++. Compiled with
 // -Dsm90=sm80, since the emulation's shared memory lives in a namespace of that name.
-#include "../cluster_engine.h"
+#include "../engine.h"
 #include "winograd/fused_half_sm90.cu"
 #include "winograd/fused_bfloat16_sm90.cu"
 
@@ -29,15 +29,15 @@ extern "C" cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** entr
   return cudaSuccess;
 }
 
-// 0: done. Products at once, or as late as the waits allow. A cluster of no blocks: the planner's choice.
-extern "C" int run(const Problem* problem, const Tensors* tensors, int multiprocessors, int tiles, int groups, int at_once, int backwards) {
-  emulation::copies_at_once = at_once, emulation::backwards = backwards, emulation::waited = false;
-  const sm90::FusedPlan plan = sm90::plan_fused(*problem, multiprocessors, {tiles, groups});
+// 0: done. Products at once, or as late as the waits allow.
+extern "C" int run(const Problem* problem, const Tensors* tensors, int multiprocessors, int at_once, int backwards) {
+  emulation::copies_at_once = at_once, emulation::backwards = backwards;
+  const sm90::FusedPlan plan = sm90::plan_fused(*problem, multiprocessors);
   return (problem->dtype == DType::kHalf ? sm90::launch_fused_half : sm90::launch_fused_bfloat16)(*problem, *tensors, plan, nullptr);
 }
 
-// Slices, blocks, groups, the cluster's tiles and groups, group_clusters and grid of the planner's choice.
+// Slices, blocks, groups and grid of the plan.
 extern "C" void plan(const Problem* problem, int multiprocessors, int* numbers) {
   const sm90::FusedPlan p = sm90::plan_fused(*problem, multiprocessors);
-  for (const int n : {p.slices, p.blocks, p.groups, p.cluster.tiles, p.cluster.groups, p.group_clusters, p.grid}) *numbers++ = n;
+  for (const int n : {p.slices, p.blocks, p.groups, p.grid}) *numbers++ = n;
 }
