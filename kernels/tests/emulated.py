@@ -74,7 +74,7 @@ def _build(algorithm: str, folder: Path, target: Path) -> None:
         pytest.skip("needs g++ and the CUDA headers")
     for part in ("common", "block_fusion", "mbconv", "patch"):
         shutil.copytree(KERNELS / "csrc" / part, folder / part)
-    for stand_in in ("ptx.cuh", "half2.cuh", "launch.cuh", "cuda_on_cpu.h"):
+    for stand_in in ("ptx.cuh", "mma_1688.cuh", "half2.cuh", "launch.cuh", "cuda_on_cpu.h"):
         shutil.copy(EMULATION / stand_in, folder / "common" / stand_in)
     for stand_in in ("again", "grid_sm90", "sm90"):
         shutil.copy(EMULATION / f"conv_norm_sm90/{stand_in}.cuh", folder / "common")

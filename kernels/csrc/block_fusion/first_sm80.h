@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "conv_norm_sm90.h"
+#include "diagonal_conv_norm_sm80.h"
 #include "grouped_conv_norm_sm90.h"
 #include "image_conv_norm_sm90.h"
 #include "launch_sm80.h"
@@ -16,8 +17,8 @@
 namespace convfirst::block_fusion::sm80 {
 
 // Slices of channels on CUDA cores or, grouped, with a warp's filter in registers: fits every device. Tiles and images: depthwise, on tensor
-// cores and an image a block. Grouped: a tile's channels at once.
-enum class First { kSlices, kTiles, kImages, kGrouped };
+// cores and an image a block. Grouped: a tile's channels at once. Diagonal: depthwise, on tensor cores, a tap a diagonal matrix.
+enum class First { kSlices, kTiles, kImages, kGrouped, kDiagonal };
 
 struct FirstPlan {
   First first;
@@ -28,6 +29,7 @@ struct FirstPlan {
   sm90::ConvNormPlan tiles;
   sm90::ImagePlan images;
   sm90::GroupedPlan grouped;
+  DiagonalPlan diagonal;
 };
 
 // Each returns cudaError_t as int.
@@ -44,6 +46,11 @@ struct ImageConvNorm {
 template <DType kType>
 struct TilesConvNorm {
   static int launch(const sm90::ConvNormParams&, cudaStream_t);
+};
+
+template <DType kType>
+struct DiagonalConvNorm {
+  static int launch(const DiagonalParams&, cudaStream_t);
 };
 
 namespace first {
@@ -116,6 +123,8 @@ inline FirstPlan plan(const Problem& q, const Device& device) {
     take(First::kImages, kImagesAdd + sm90::image_cost(q, device, best.images), best.images.shared_memory);
   if (tiles_plan(q, device, &best.tiles))
     take(First::kTiles, kTilesFactor * sm90::conv_norm_cost(q, device, best.tiles), best.tiles.shared_memory);
+  if (diagonal_plan(q, device, &best.diagonal))
+    take(First::kDiagonal, diagonal_cost(q, device, best.diagonal), best.diagonal.shared_memory);
   return best;
 }
 
@@ -181,6 +190,11 @@ int launch_first(const Problem& q, const Tensors& t, const FirstPlan& plan, void
     p.batch = static_cast<int>(q.batch), p.width = static_cast<int>(q.width);
     p.plan = plan.tiles, p.layout = sm90::conv_norm_layout(plan.tiles.tile, plan.tiles.slab, 1);
     return TilesConvNorm<kType>::launch(p, stream);
+  }
+  if (plan.first == First::kDiagonal) {
+    auto p = first::params<DiagonalParams>(q, t, a);
+    p.width = static_cast<int>(q.width), p.plan = plan.diagonal;
+    return DiagonalConvNorm<kType>::launch(p, stream);
   }
   auto p = first::params<sm90::GroupedParams>(q, t, a);
   p.batch = static_cast<int>(q.batch), p.width = static_cast<int>(q.width);

@@ -123,6 +123,9 @@ void describe_first(const Problem& p, const FirstPlan& plan, Config* c) {
       c->tile_images = 1, c->grid = plan.images.grid;
       c->tile_height = static_cast<int>(p.height), c->tile_width = static_cast<int>(p.width);
       break;
+    case First::kDiagonal:
+      c->tile_height = plan.diagonal.rows(), c->tile_width = plan.diagonal.columns, c->grid = plan.diagonal.grid;
+      break;
     case First::kGrouped:
       c->tile_height = plan.grouped.tile.rows(), c->grid = plan.grouped.tiles;
       c->tile_width = plan.grouped.tile.columns > 0 ? plan.grouped.tile.columns : plan.grouped.tile.pixels();

@@ -38,6 +38,7 @@ def sources():
         yield f"grouped_{end}", grouped
         yield f"image_{end}", [f"ImageConvNorm<{dtype}, {width}>" for width in (7, 14)]
         yield f"tiles_{end}", [f"TilesConvNorm<{dtype}>"]
+        yield f"diagonal_{end}", [f"DiagonalConvNorm<{dtype}>"]
 
 
 def main():

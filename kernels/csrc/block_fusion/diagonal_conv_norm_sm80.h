@@ -1,0 +1,125 @@
+// Host face of diagonal_conv_norm_fwd_sm80, the portable split path's first launch for depthwise 7x7 filters on tensor cores, each filter tap a
+// diagonal matrix: A = LayerNorm(conv(x) + bias).
+//
+//   diagonal_plan(problem, device, &plan)    false: not covered
+//   diagonal_cost(problem, device, plan)     estimated microseconds
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "params.h"
+
+#if defined(__CUDACC__)
+#define CONVFIRST_HOST_DEVICE __host__ __device__
+#elif !defined(CONVFIRST_HOST_DEVICE)
+#define CONVFIRST_HOST_DEVICE
+#endif
+
+namespace convfirst::block_fusion::sm80 {
+
+constexpr int kDiagonalKernel = 7, kDiagonalPad = 3;
+constexpr int kDiagonalRows = 7;       // output rows whose sums a warp holds: as many as the filter has, so that an input row serves them all
+constexpr int kDiagonalColumns = 16;   // output columns a warp: the rows of an mma
+constexpr int kDiagonalSlice = 32;     // channels of x in shared memory at once, 8 a warp
+constexpr int kDiagonalParts = 2;      // warps that share 8 channels, with 7 x 16 outputs each
+constexpr int kDiagonalThreads = 32 * kDiagonalSlice / 8 * kDiagonalParts;
+constexpr int kDiagonalPixelBytes = 2 * kDiagonalSlice + 16;  // odd in 16-byte units: eight pixels' rows lie in different banks
+
+// What a block computes: parts below or beside each other.
+struct DiagonalPlan {
+  int parts_down;  // 1 or 2 of kDiagonalRows rows; the other parts lie across
+  int columns;     // of the tile
+  int tiles_x, tiles_y;
+  int grid;
+  int buffers;     // slices of x in shared memory
+  int shared_memory;
+
+  CONVFIRST_HOST_DEVICE constexpr int parts_across() const { return kDiagonalParts / parts_down; }
+  CONVFIRST_HOST_DEVICE constexpr int rows() const { return parts_down * kDiagonalRows; }
+  CONVFIRST_HOST_DEVICE constexpr int box_rows() const { return rows() + 2 * kDiagonalPad; }
+  CONVFIRST_HOST_DEVICE constexpr int box_columns() const { return columns + 2 * kDiagonalPad; }
+  // A tile narrower than an mma is multiplied beyond its end, for nothing.
+  CONVFIRST_HOST_DEVICE constexpr int slice_bytes() const {
+    const int beyond = kDiagonalColumns > columns ? kDiagonalColumns - columns : 0;
+    return (box_rows() * box_columns() + beyond) * kDiagonalPixelBytes;
+  }
+};
+
+// A staged pixel: an odd number of 16-byte chunks, so that the eight rows that a warp stores at once lie in different banks.
+CONVFIRST_HOST_DEVICE constexpr int diagonal_staged_bytes(int channels) { return (channels / 8 | 1) * 16; }
+
+// What the kernel receives.
+struct DiagonalParams {
+  const void* x;
+  const void* weight;
+  const float* bias;
+  const float* norm_weight;
+  const float* norm_bias;
+  void* a;
+  float eps;
+  int has_norm, height, channels, width;
+  DiagonalPlan plan;
+};
+
+namespace diagonal {
+
+constexpr int kBlockOverhead = 1024;  // bytes of shared memory that each block takes besides
+
+inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// Blocks that a multiprocessor holds: registers allow two.
+inline int resident(const Device& device, const DiagonalPlan& plan) {
+  return std::min(2, (device.max_shared_memory + kBlockOverhead) / (plan.shared_memory + kBlockOverhead));
+}
+
+// The plan of one tile shape; false: its shared memory is not there.
+inline bool laid_out(const Problem& q, const Device& device, int parts_down, int columns, DiagonalPlan* plan) {
+  DiagonalPlan p{};
+  p.parts_down = parts_down, p.columns = columns;
+  p.tiles_x = ceil_div(q.width, columns), p.tiles_y = ceil_div(q.height, p.rows());
+  p.grid = static_cast<int>(q.batch * p.tiles_x * p.tiles_y);
+  const int staged = p.rows() * columns * diagonal_staged_bytes(q.channels);
+  p.buffers = 1, p.shared_memory = staged + p.slice_bytes();
+  if (p.shared_memory > device.max_shared_memory) return false;
+  DiagonalPlan ahead = p;  // the next slice on its way, where as many blocks still fit
+  ahead.buffers = 2, ahead.shared_memory += p.slice_bytes();
+  const bool fits = q.channels > kDiagonalSlice && ahead.shared_memory <= device.max_shared_memory;
+  *plan = fits && resident(device, ahead) == resident(device, p) ? ahead : p;
+  return true;
+}
+
+}  // namespace diagonal
+
+// Clocks of a block: its products, at six a scheduler, what lies between the slices, and the norm of its pixels; two blocks of a multiprocessor hide
+// a part of each other's. Fitted to measured times (NOTES.md).
+inline double diagonal_cost(const Problem& q, const Device& device, const DiagonalPlan& plan) {
+  const double slices = diagonal::ceil_div(q.channels, kDiagonalSlice);
+  const double products = slices * 2400, between = slices * 1500, norm = 10.0 * plan.rows() * plan.columns * q.channels / 192;
+  const int resident = diagonal::resident(device, plan);
+  const double rounds = diagonal::ceil_div(plan.grid, static_cast<int64_t>(device.multiprocessors) * resident);
+  const double clocks = resident > 1 ? 2 * std::max(products + 0.3 * (between + norm), 0.5 * (products + between + norm)) : products + between + norm;
+  return 5 + rounds * clocks / 1700;
+}
+
+inline bool diagonal_covers(const Problem& q) {
+  return q.group_width == 1 && q.kernel_size == kDiagonalKernel && q.channels % 8 == 0 && q.channels >= 8 && q.batch > 0 && q.height > 0 &&
+         q.width > 8 && q.batch * q.height * q.width < (int64_t{1} << 31) / 8;
+}
+
+inline bool diagonal_plan(const Problem& q, const Device& device, DiagonalPlan* best) {
+  if (!diagonal_covers(q)) return false;
+  double least = 1e30;
+  for (int parts_down = 1; parts_down <= kDiagonalParts; ++parts_down) {
+    const int most = kDiagonalColumns * kDiagonalParts / parts_down;
+    const int columns = diagonal::ceil_div(q.width, diagonal::ceil_div(q.width, most));
+    DiagonalPlan plan{};
+    if (!diagonal::laid_out(q, device, parts_down, columns, &plan)) continue;
+    const double cost = diagonal_cost(q, device, plan);
+    if (cost < least) least = cost, *best = plan;
+  }
+  return least < 1e30;
+}
+
+}  // namespace convfirst::block_fusion::sm80
