@@ -65,14 +65,14 @@ struct DiagonalParams {
 
 namespace diagonal {
 
-constexpr int kBlockOverhead = 1024;  // bytes of shared memory that each block takes besides
+// Up to these bytes two blocks share a multiprocessor: half of Hopper's. A constant, so that a plan does not depend on how much more shared
+// memory than its own a device has; where a multiprocessor has less the blocks come one after another.
+constexpr int kTwoBlocks = 115712;
 
 inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // Blocks that a multiprocessor holds: registers allow two.
-inline int resident(const Device& device, const DiagonalPlan& plan) {
-  return std::min(2, (device.max_shared_memory + kBlockOverhead) / (plan.shared_memory + kBlockOverhead));
-}
+inline int resident(const DiagonalPlan& plan) { return plan.shared_memory <= kTwoBlocks ? 2 : 1; }
 
 // The plan of one tile shape; false: its shared memory is not there.
 inline bool laid_out(const Problem& q, const Device& device, int parts_down, int columns, DiagonalPlan* plan) {
@@ -86,7 +86,7 @@ inline bool laid_out(const Problem& q, const Device& device, int parts_down, int
   DiagonalPlan ahead = p;  // the next slice on its way, where as many blocks still fit
   ahead.buffers = 2, ahead.shared_memory += p.slice_bytes();
   const bool fits = q.channels > kDiagonalSlice && ahead.shared_memory <= device.max_shared_memory;
-  *plan = fits && resident(device, ahead) == resident(device, p) ? ahead : p;
+  *plan = fits && resident(ahead) == resident(p) ? ahead : p;
   return true;
 }
 
@@ -97,7 +97,7 @@ inline bool laid_out(const Problem& q, const Device& device, int parts_down, int
 inline double diagonal_cost(const Problem& q, const Device& device, const DiagonalPlan& plan) {
   const double slices = diagonal::ceil_div(q.channels, kDiagonalSlice);
   const double products = slices * 2400, between = slices * 1500, norm = 10.0 * plan.rows() * plan.columns * q.channels / 192;
-  const int resident = diagonal::resident(device, plan);
+  const int resident = diagonal::resident(plan);
   const double rounds = diagonal::ceil_div(plan.grid, static_cast<int64_t>(device.multiprocessors) * resident);
   const double clocks = resident > 1 ? 2 * std::max(products + 0.3 * (between + norm), 0.5 * (products + between + norm)) : products + between + norm;
   return 5 + rounds * clocks / 1700;

@@ -58,12 +58,20 @@ template <DType kType, int kTile, bool kProject>
 int PersistentLinear<kType, kTile, kProject>::launch(const LinearParams& p, cudaStream_t stream) {
   constexpr PersistentTile tile = persistent_tile(kTile);
   using T = typename detail::Element<kType>::type;
-  constexpr bool kSilu = !kProject && tile.has_silu();
-  if (kSilu && p.activation == static_cast<int>(Activation::kSilu))
-    return start_kernel(linear_persistent_fwd_sm80<T, kTile, kProject, kSilu>, p.grid, tile.threads(), tile.shared_bytes(kProject, kSilu),
+  const auto start = [&](auto word) {
+    return start_kernel(linear_persistent_fwd_sm80<T, kTile, kProject, decltype(word)>, p.grid, tile.threads(), tile.shared_bytes(kProject),
                         stream, p);
-  return start_kernel(linear_persistent_fwd_sm80<T, kTile, kProject, false>, p.grid, tile.threads(), tile.shared_bytes(kProject, false),
-                      stream, p);
+  };
+  if constexpr (!kProject && tile.overlaps()) {
+    const bool silu = p.activation == static_cast<int>(Activation::kSilu);
+    if constexpr (kType == DType::kHalf) {
+      if (silu) return start(HalfWord<Activation::kSilu>{});
+      if (p.activation == static_cast<int>(Activation::kGelu)) return start(HalfWord<Activation::kGelu>{});
+    } else {
+      if (silu) return start(FloatSiluWord{});
+    }
+  }
+  return start(NoWord{});
 }
 
 }  // namespace convfirst::block_fusion::sm80

@@ -58,25 +58,26 @@ struct PersistentTile {
   CONVFIRST_HOST_DEVICE constexpr int column_blocks() const { return n / warps_n / 8; }  // n8, a warp
   CONVFIRST_HOST_DEVICE constexpr int stage_bytes() const { return (m + n) * depth * 2; }
   CONVFIRST_HOST_DEVICE constexpr int result_offset() const { return stages * stage_bytes(); }
-  // Row blocks a warp has in shared memory: the projection fetches x ahead, the expansion with SiLU stores one under the next one's words.
-  CONVFIRST_HOST_DEVICE constexpr int result_slots(bool project, bool silu) const { return project ? 3 : silu ? 2 : 1; }
-  CONVFIRST_HOST_DEVICE constexpr int vectors_offset(bool project, bool silu) const {
-    return result_offset() + warps() * result_slots(project, silu) * 16 * row_bytes(column_blocks() * 8);
+  // Row blocks of x a warp has in shared memory, fetched ahead; the expansion's result goes from registers to device memory.
+  static constexpr int x_slots = 3;
+  CONVFIRST_HOST_DEVICE constexpr int vectors_offset(bool project) const {
+    return result_offset() + (project ? warps() * x_slots : 0) * 16 * row_bytes(column_blocks() * 8);
   }
-  CONVFIRST_HOST_DEVICE constexpr int shared_bytes(bool project, bool silu) const {
-    return vectors_offset(project, silu) + 2 * (project ? 2 : 1) * n * 4;
-  }
-  // Whether the expansion has a kernel of its own for SiLU.
-  CONVFIRST_HOST_DEVICE constexpr bool has_silu() const { return warps_k == 1; }
+  CONVFIRST_HOST_DEVICE constexpr int shared_bytes(bool project) const { return vectors_offset(project) + 2 * (project ? 2 : 1) * n * 4; }
+  // Which products have a kernel: the expansion's of 256 rows would spill.
+  CONVFIRST_HOST_DEVICE constexpr bool serves(bool project) const { return project || m <= 192; }
+  // Whether the expansion has kernels whose activation begins under its last slice.
+  CONVFIRST_HOST_DEVICE constexpr bool overlaps() const { return warps_k == 1; }
 };
 
-constexpr int kPersistentTiles = 3;
+constexpr int kPersistentTiles = 4;
 
 CONVFIRST_HOST_DEVICE constexpr PersistentTile persistent_tile(int index) {
   switch (index) {
     case 0: return {192, 256, 2, 4, 1, 3};
     case 1: return {192, 192, 2, 4, 1, 3};
-    default: return {192, 128, 2, 2, 2, 4};
+    case 2: return {192, 128, 2, 2, 2, 4};
+    default: return {256, 192, 2, 4, 1, 3};
   }
 }
 

@@ -8,13 +8,15 @@
 //        +--------+               +-----------+
 //
 //   A and W slices of 64     shared, ring of stages    stages x (tile_m + tile_n) x 64, 16-byte chunks swizzled by row
-//   x, then the result       shared, a warp's own      slots x 16 x a warp's columns
+//   x, then the result       shared, a warp's own      slots x 16 x a warp's columns, of the projection
 //   bias and scale           shared, of two tiles      2 x tile_n, twice for the projection
 //   result                   registers, fp32           a warp's rows x columns
 //   fragments                registers                 two m16 blocks of A, every column of W
 //
-// The expansion with SiLU has a kernel of its own (kSilu): its last slice is multiplied two row blocks at a time, and what is finished is
-// activated and stored between the next two's products. For GELU and for the projection that measured no faster or slower (NOTES.md).
+// The expansion's result goes from registers to device memory: W's rows lie permuted in a slice, so that a lane's columns are neighbours. Its
+// sums begin with the bias, and where a word's activation comes in two parts (Word) that of the first rows runs under the last slice: it is
+// multiplied two row blocks at a time, and what is finished is activated and stored between the next two's products. Where a ring holds a
+// whole W tile, and the block's next tile is below this one, it stays.
 //
 // With warps_k = 2 two groups of warps each hold the whole tile and half of every slice's k: large warp tiles read shared
 // memory less often, and a tile of 128 columns still has two warps a scheduler. Their sums meet in the ring.
@@ -30,21 +32,32 @@
 
 namespace convfirst::block_fusion::sm80 {
 
+// n8 blocks of the expansion's result that a lane stores at once: 16 bytes, or 8 where a warp's columns are no multiple of 32.
+constexpr int group_blocks(int column_blocks) { return column_blocks % 4 == 0 ? 4 : 2; }
+
+// The column, within a group, that lies at a place of the product, so that a lane (2 columns of each n8 block) gets neighbours.
+template <int kBlocks>
+__device__ __forceinline__ int column_at(int place) {
+  return place % 8 / 2 * (2 * kBlocks) + place / 8 * 2 + place % 2;
+}
+
 // Copies slices of A and W in the order in which the block multiplies them, tile after tile. Every thread keeps its place: a
 // 16-byte column of the slice and every kDown-th row.
-template <typename T, int kTile>
+template <typename T, int kTile, bool kProject>
 struct SliceLoader {
   static constexpr PersistentTile kShape = persistent_tile(kTile);
+  static constexpr int kGroup = group_blocks(kShape.column_blocks());
   static constexpr int kDown = kShape.threads() / 8;
   static constexpr int kRowsA = kShape.m / kDown, kRowsW = kShape.n / kDown;
   static constexpr int kCopies = kRowsA + kRowsW;  // a thread and slice
-  static_assert(kShape.m % kDown == 0 && kShape.n % kDown == 0 && kDown % 8 == 0, "threads tile the slice");
+  static_assert(kShape.m % kDown == 0 && kShape.n % kDown == 0 && kDown % 32 == 0, "threads tile the slice");
 
   const LinearParams& p;
   const char* a;
   const char* weight;
   int rows, columns;  // that exist from this thread's row on
   int tile, k;        // where the next slice begins
+  bool fetches;       // W; not where the ring has held all of it since the block's first tile, and the others lie below that one
   uint32_t destination;
 
   __device__ __forceinline__ explicit SliceLoader(const LinearParams& params) : p(params), tile(blockIdx.x), k(0) {
@@ -57,9 +70,12 @@ struct SliceLoader {
   __device__ __forceinline__ void seek() {
     const int row = threadIdx.x / 8;
     const int tiles_n = (p.columns + kShape.n - 1) / kShape.n;
-    const int first_row = tile / tiles_n * kShape.m + row, first_column = tile % tiles_n * kShape.n + row;
+    const int column = kProject ? row : row / (8 * kGroup) * (8 * kGroup) + column_at<kGroup>(row % (8 * kGroup));
+    const int first_row = tile / tiles_n * kShape.m + row, first_column = tile % tiles_n * kShape.n + column;
     rows = p.rows - first_row;
     columns = rows + row > 0 ? p.columns - first_column : 0;
+    const bool whole = p.depth > (kShape.stages - 1) * kShape.depth && p.depth <= kShape.stages * kShape.depth;
+    fetches = kProject || !whole || p.grid % tiles_n != 0 || tile == static_cast<int>(blockIdx.x);
     const int chunk = threadIdx.x % 8 * 16;
     a = static_cast<const char*>(p.a) + static_cast<size_t>(first_row) * p.depth * sizeof(T) + chunk;
     weight = static_cast<const char*>(p.weight) + static_cast<size_t>(first_column) * p.depth * sizeof(T) + chunk;
@@ -72,8 +88,14 @@ struct SliceLoader {
     if (i < kRowsA) {
       ptx::cp_async16(stage + destination + i * kDown * 128, a + static_cast<int64_t>(step) * i, inside && i * kDown < rows);
     } else {
-      ptx::cp_async16(stage + destination + (kShape.m + (i - kRowsA) * kDown) * 128,
-                      weight + static_cast<int64_t>(step) * (i - kRowsA), inside && (i - kRowsA) * kDown < columns);
+      const uint32_t to = stage + destination + (kShape.m + (i - kRowsA) * kDown) * 128;
+      const char* from = weight + static_cast<int64_t>(step) * (i - kRowsA);
+      const bool valid = inside && (i - kRowsA) * kDown < columns;
+      if constexpr (kProject) {
+        ptx::cp_async16(to, from, valid);
+      } else {
+        again::copy_async_128_if(to, from, valid, fetches);
+      }
     }
   }
 
@@ -219,10 +241,11 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[kRows][kColumns][4], uns
     }
 }
 
-// Two channels' SiLU in two parts: the tanh between them is under way while the warp does other things.
-struct SiluWord {
+// Two channels' activation in two parts: the tanh between them is under way while the warp does other things.
+struct FloatSiluWord {
   float low, high, tanh_low, tanh_high;
 
+  template <typename T>
   __device__ __forceinline__ void begin(float first, float second) {
     low = 0.5f * first, high = 0.5f * second;
     tanh_low = ptx::tanh_approx(low), tanh_high = ptx::tanh_approx(high);
@@ -234,7 +257,73 @@ struct SiluWord {
   }
 };
 
-// 16 rows of a warp's result by 8 * kColumns channels, in shared memory of its own. `lane` is read where the block is used: kept
+// The same in float16.
+template <Activation kActivation>
+struct HalfWord {
+  uint32_t half, tanh;
+
+  template <typename T>
+  __device__ __forceinline__ void begin(float first, float second) {
+    const uint32_t v = ptx::pack2<T>(first, second);
+    half = half2::multiply(v, half2::both(0.5f));
+    tanh = kActivation == Activation::kGelu ? half2::gelu_tanh(v) : half2::tanh_approx(half);
+  }
+
+  template <typename T>
+  __device__ __forceinline__ uint32_t value() const {
+    return half2::fma(half, tanh, half);
+  }
+};
+
+// Neither: the whole epilogue after the last slice.
+struct NoWord {};
+
+// A lane's part of 16 rows of the expansion's result: words of two channels, kGroup of which are neighbours.
+template <typename T, int kColumns>
+struct ExpandedBlock {
+  static constexpr int kGroup = group_blocks(kColumns), kWords = 2 * kColumns;
+  T* output;
+  int row, rows;  // the lane's first, and the tensor's
+  int channel, channels;
+
+  // The n8 block and the half of its rows that a word is of.
+  static constexpr int block_of(int word) { return word / (2 * kGroup) * kGroup + word % kGroup; }
+  static constexpr int half_of(int word) { return word / kGroup % 2; }
+
+  // The words up to the `last`-th, which is the last one of its group.
+  __device__ __forceinline__ void store(int last, const uint32_t (&words)[kGroup]) const {
+    const int r = row + half_of(last) * 8, c = channel + last / (2 * kGroup) * 8 * kGroup;
+    const bool exists = r < rows && c < channels;
+    T* to = output + static_cast<size_t>(r) * channels + c;
+    if constexpr (kGroup == 4) {
+      again::store_128_if(to, make_uint4(words[0], words[1], words[2], words[3]), exists);
+    } else {
+      again::store_64_if(to, words[0], words[1], exists);
+    }
+  }
+
+  template <typename Function>
+  __device__ __forceinline__ void put(const float (&acc)[kColumns][4], Function function) const {
+    uint32_t words[kGroup];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const float(&sums)[4] = acc[block_of(i)];
+      words[i % kGroup] = function(ptx::pack2<T>(sums[2 * half_of(i)], sums[2 * half_of(i) + 1]));
+      if (i % kGroup == kGroup - 1) store(i, words);
+    }
+  }
+
+  __device__ __forceinline__ void put_activated(float (&acc)[kColumns][4], int activation) const {
+    if (std::is_same_v<T, __half> && activation == static_cast<int>(Activation::kGelu)) {
+      put(acc, [](uint32_t v) { return half2::gelu(v); });
+    } else {
+      activate(reinterpret_cast<float(&)[1][kColumns][4]>(acc), activation);
+      put(acc, [](uint32_t v) { return v; });
+    }
+  }
+};
+
+// 16 rows of a warp's part of the projection's result by 8 * kColumns channels, in shared memory of its own. `lane` is read where the block is used: kept
 // across the main loop, the addresses made from it cost registers that the accumulators need.
 template <typename T, int kColumns>
 struct ResultBlock {
@@ -248,15 +337,11 @@ struct ResultBlock {
   template <typename Visit>
   __device__ __forceinline__ void each_chunk(Visit visit) const {
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) this_chunk(i, visit);
-  }
-
-  // This lane's i-th of them.
-  template <typename Visit>
-  __device__ __forceinline__ void this_chunk(int i, Visit visit) const {
-    const int chunk = lane + i * 32, r = chunk / kColumns, c = chunk % kColumns * 8;
-    const bool exists = row + r < rows && channel + c < channels;
-    visit(slot + r * kPitch + c * 2, static_cast<size_t>(row + r) * channels + channel + c, exists);
+    for (int i = 0; i < kChunks; ++i) {
+      const int chunk = lane + i * 32, r = chunk / kColumns, c = chunk % kColumns * 8;
+      const bool exists = row + r < rows && channel + c < channels;
+      visit(slot + r * kPitch + c * 2, static_cast<size_t>(row + r) * channels + channel + c, exists);
+    }
   }
 
   // Starts copying x into the slot; the caller commits.
@@ -272,37 +357,9 @@ struct ResultBlock {
     });
   }
 
-  // The two halves of a chunk's store.
-  __device__ __forceinline__ uint4 read_chunk(int i) const {
-    uint4 v;
-    this_chunk(i, [&](unsigned char* from, size_t, bool) { v = *reinterpret_cast<const uint4*>(from); });
-    return v;
-  }
-
-  __device__ __forceinline__ void write_chunk(T* y, int i, const uint4& v) const {
-    this_chunk(i, [&](unsigned char*, size_t offset, bool exists) { again::store_128_if(y + offset, v, exists); });
-  }
-
   // The word of the slot that holds this lane's two channels of n8 block n, row lane / 4 (+ 8).
   __device__ __forceinline__ uint32_t* word(int n, int half) const {
     return reinterpret_cast<uint32_t*>(slot + (half * 8 + lane / 4) * kPitch + n * 16 + lane % 4 * 4);
-  }
-
-  __device__ __forceinline__ void put_activated(float (&acc)[kColumns][4], int activation) const {
-    if (std::is_same_v<T, __half> && activation == static_cast<int>(Activation::kGelu)) {
-      put(acc, [](uint32_t v) { return half2::gelu(v); });
-    } else {
-      activate(reinterpret_cast<float(&)[1][kColumns][4]>(acc), activation);
-      put(acc, [](uint32_t v) { return v; });
-    }
-  }
-
-  template <typename Function>
-  __device__ __forceinline__ void put(const float (&acc)[kColumns][4], Function function) const {
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) *word(n, half) = function(ptx::pack2<T>(acc[n][2 * half], acc[n][2 * half + 1]));
   }
 
   // slot = slot + sample_scale * (scale * acc + shift), rounded once; see project_scale.
@@ -328,33 +385,23 @@ struct ResultBlock {
   }
 };
 
-template <int kColumns>
-__device__ __forceinline__ void add_bias(float (&acc)[kColumns][4], const float* bias) {
-#pragma unroll
-  for (int n = 0; n < kColumns; ++n) {
-    const float2 b = *reinterpret_cast<const float2*>(bias + n * 8);
-    acc[n][0] += b.x;
-    acc[n][1] += b.y;
-    acc[n][2] += b.x;
-    acc[n][3] += b.y;
-  }
-}
-
-// kSilu: the expansion with SiLU, whose sums begin with the bias and whose epilogue runs under its last slice, but for the last rows'.
-template <typename T, int kTile, bool kProject, bool kSilu>
+// Word: how the expansion's activation runs under its last slice, but for the last rows'; NoWord: it doesn't.
+template <typename T, int kTile, bool kProject, typename Word>
 __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
     linear_persistent_fwd_sm80(const __grid_constant__ LinearParams p) {
   constexpr PersistentTile kShape = persistent_tile(kTile);
   constexpr int kRows = kShape.row_blocks(), kColumns = kShape.column_blocks(), kThreads = kShape.threads();
   constexpr int kFinished = kRows / kShape.warps_k;  // row blocks whose result this warp stores
-  constexpr int kSlots = kShape.result_slots(kProject, kSilu);
+  constexpr int kSlots = kShape.x_slots;
+  constexpr bool kOverlaps = !std::is_same_v<Word, NoWord>;
   using Result = ResultBlock<T, kColumns>;
+  using Expanded = ExpandedBlock<T, kColumns>;
   extern __shared__ __align__(128) unsigned char smem[];
   const int tiles_n = (p.columns + kShape.n - 1) / kShape.n, tiles = (p.rows + kShape.m - 1) / kShape.m * tiles_n;
   const int slices = (p.depth + kShape.depth - 1) / kShape.depth;
   const uint32_t ring = ptx::smem_address(smem);
   const auto vectors_of = [&](int side) {
-    return reinterpret_cast<float*>(smem + kShape.vectors_offset(kProject, kSilu)) + side * kShape.n * (kProject ? 2 : 1);
+    return reinterpret_cast<float*>(smem + kShape.vectors_offset(kProject)) + side * kShape.n * (kProject ? 2 : 1);
   };
   auto load_bias = [&](int tile, float* to) {
     for (int c = threadIdx.x; c < kShape.n; c += kThreads) {
@@ -363,9 +410,9 @@ __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
       ptx::cp_async4(ptx::smem_address(to + c), inside ? static_cast<const void*>(p.bias + column) : p.a, inside);
     }
   };
-  if constexpr (kSilu) load_bias(blockIdx.x, vectors_of(0));  // and from then on a tile ahead
+  if constexpr (!kProject) load_bias(blockIdx.x, vectors_of(0));  // and from then on a tile ahead
 
-  SliceLoader<T, kTile> loader(p);
+  SliceLoader<T, kTile, kProject> loader(p);
   uint32_t write = ring, read = ring;
 #pragma unroll
   for (int s = 0; s < kShape.stages - 1; ++s) {
@@ -394,9 +441,17 @@ __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
     write = next_stage<kShape.stages, kShape.stage_bytes()>(write, ring);
     return next_stage<kShape.stages, kShape.stage_bytes()>(read, ring);
   };
+  auto first_row = [&](int tile, int m, int warp) {
+    return tile / tiles_n * kShape.m + (kShape.warp_m(warp) * kRows + kShape.warp_k(warp) * kFinished + m) * 16;
+  };
+  auto expanded = [&](int tile, int m) {
+    const int thread = again::thread_index(), warp = thread / 32;
+    const int channel = tile % tiles_n * kShape.n + kShape.warp_n(warp) * kColumns * 8 + thread % 4 * 2 * Expanded::kGroup;
+    return Expanded{static_cast<T*>(p.output), first_row(tile, m, warp) + thread % 32 / 4, p.rows, channel, p.columns};
+  };
   auto result = [&](int tile, int m) {
     const int thread = again::thread_index(), warp = thread / 32;
-    const int row = tile / tiles_n * kShape.m + (kShape.warp_m(warp) * kRows + kShape.warp_k(warp) * kFinished + m) * 16;
+    const int row = first_row(tile, m, warp);
     return Result{smem + kShape.result_offset() + (warp * kSlots + m % kSlots) * 16 * Result::kPitch, thread % 32, row, p.rows,
                   tile % tiles_n * kShape.n + kShape.warp_n(warp) * kColumns * 8, p.columns};
   };
@@ -409,74 +464,73 @@ __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
 #pragma unroll
       for (int m = 0; m < kSlots && m < kFinished; ++m) result(tile, m).load(static_cast<const T*>(p.t.x));
     } else {
-      load_bias(kSilu ? tile + p.grid : tile, vectors_of(kSilu ? side ^ 1 : side));
+      load_bias(tile + p.grid, vectors_of(side ^ 1));
     }
 
     float acc[kRows][kColumns][4];
     const int at = again::thread_index();
+    const float* bias = vectors + kShape.warp_n(at / 32) * kColumns * 8 + at % 4 * 2 * Expanded::kGroup;
+    const bool begins = !kProject && kShape.warp_k(at / 32) == 0;  // one of the groups that share k
 #pragma unroll
-    for (int m = 0; m < kRows; ++m)
+    for (int n = 0; n < kColumns; ++n) {
+      constexpr int kGroup = Expanded::kGroup;
+      const float* pair = bias + n / kGroup * 8 * kGroup + n % kGroup * 2;
 #pragma unroll
-      for (int n = 0; n < kColumns; ++n) {
-        const float* bias = vectors + (kShape.warp_n(at / 32) * kColumns + n) * 8 + at % 4 * 2;
+      for (int i = 0; i < 4; ++i) {
+        const float start = begins ? pair[i % 2] : 0.f;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) acc[m][n][i] = kSilu ? bias[i % 2] : 0.f;
+        for (int m = 0; m < kRows; ++m) acc[m][n][i] = start;
       }
+    }
 #pragma unroll 1
-    for (int s = kSilu ? 1 : 0; s < slices; ++s) read = product.slice(acc, read, copies, turn);
+    for (int s = kOverlaps ? 1 : 0; s < slices; ++s) read = product.slice(acc, read, copies, turn);
 
     if (slices < kShape.stages - 1) {  // what the tile began with came with its first slice's copies, which may not be there yet
       ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
       __syncthreads();
     }
-    if constexpr (kSilu) {
-      constexpr int kLag = 2, kLast = WarpProduct<T, kTile>::kShares - 1;  // words under way
-      SiluWord word[kLag + 1];
-      uint4 chunk;
-      // The i-th of a row block's words begins, the one kLag before it is finished. Rows are stored under the next ones' words: a chunk is
-      // read from shared memory two words before it is written.
+    if constexpr (kOverlaps) {
+      constexpr int kLag = 2, kLast = Expanded::kWords - 1;  // words under way
+      static_assert(WarpProduct<T, kTile>::kShares == Expanded::kWords, "a word a share");
+      Word word[kLag + 1];
+      uint32_t words[Expanded::kGroup];
+      auto finish = [&](int m, int i) {
+        words[i % Expanded::kGroup] = word[i % (kLag + 1)].template value<T>();
+        if (i % Expanded::kGroup == Expanded::kGroup - 1) expanded(tile, m).store(i, words);
+      };
+      // The i-th of a row block's words begins, the one kLag before it is finished.
       auto share = [&](int m, int i) {
-        const Result block = result(tile, m);
-        auto finish = [&](int i) { *block.word(i / 2, i % 2) = word[i % (kLag + 1)].template value<T>(); };
-        if (i >= kLag) finish(i - kLag);
-        word[i % (kLag + 1)].begin(acc[m][i / 2][i % 2 * 2], acc[m][i / 2][i % 2 * 2 + 1]);
-        if (m > 0 && i % 4 == 1) chunk = result(tile, m - 1).read_chunk(i / 4);
-        if (m > 0 && i % 4 == 3) result(tile, m - 1).write_chunk(static_cast<T*>(p.output), i / 4, chunk);
+        if (i >= kLag) finish(m, i - kLag);
+        const float(&sums)[4] = acc[m][Expanded::block_of(i)];
+        word[i % (kLag + 1)].template begin<T>(sums[2 * Expanded::half_of(i)], sums[2 * Expanded::half_of(i) + 1]);
         if (i < kLast) return;
 #pragma unroll
-        for (int rest = kLast - kLag + 1; rest <= kLast; ++rest) finish(rest);
-        __syncwarp();
-        if (m < kFinished - 1) return;
-        block.store(static_cast<T*>(p.output));
-        __syncwarp();  // before the slot is filled again
+        for (int rest = kLast - kLag + 1; rest <= kLast; ++rest) finish(m, rest);
       };
       read = product.last_slice(acc, read, copies, turn, share);
       continue;
     }
     const int thread = again::thread_index();
     if constexpr (kShape.warps_k == 2) sum_over_k<kThreads>(acc, smem, thread);
-    const float* scale = vectors + kShape.warp_n(thread / 32) * kColumns * 8;  // or the bias
+    const float* scale = vectors + kShape.warp_n(thread / 32) * kColumns * 8;
 #pragma unroll
     for (int m = 0; m < kFinished; ++m) {
-      const Result block = result(tile, m);
-      if constexpr (kProject) {
-        if (m >= kSlots) {
-          ptx::cp_async_wait<kSlots - 1>();
-          __syncwarp();
-        }
-        block.add_residual(acc[m], scale, scale + kShape.n, p.t.sample_scale, p.image_pixels);
-      } else {
-        add_bias(acc[m], scale + thread % 4 * 2);
-        block.put_activated(acc[m], p.activation);  // one warp's stores run under another's tanh
+      if constexpr (!kProject) {
+        expanded(tile, m).put_activated(acc[m], p.activation);
+        continue;
       }
+      const Result block = result(tile, m);
+      if (m >= kSlots) {
+        ptx::cp_async_wait<kSlots - 1>();
+        __syncwarp();
+      }
+      block.add_residual(acc[m], scale, scale + kShape.n, p.t.sample_scale, p.image_pixels);
       __syncwarp();
       block.store(static_cast<T*>(p.output));
       __syncwarp();  // before the slot is filled again
-      if constexpr (kProject) {
-        if (m + kSlots < kFinished) result(tile, m + kSlots).load(static_cast<const T*>(p.t.x));
-        ptx::cp_async_commit();
-      }
+      if (m + kSlots < kFinished) result(tile, m + kSlots).load(static_cast<const T*>(p.t.x));
+      ptx::cp_async_commit();
     }
   }
   ptx::cp_async_wait<0>();

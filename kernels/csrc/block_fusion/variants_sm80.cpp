@@ -219,29 +219,28 @@ struct PersistentSplitRow {
   static int64_t tiles(const PersistentTile& t, int64_t rows, int columns) { return ceil_div(rows, t.m) * ceil_div(columns, t.n); }
 
   static double linear_cost(int multiprocessors, const PersistentTile& t, int64_t rows, int columns, int depth, bool silu) {
-    const double outside = silu && t.has_silu() ? kPersistentSiluClocks : kPersistentTileClocks;
+    const double outside = silu && t.overlaps() ? kPersistentSiluClocks : kPersistentTileClocks;
     const int64_t waves = ceil_div(tiles(t, rows, columns), multiprocessors);
     const double loop = static_cast<double>(t.m) * t.n * (ceil_div(depth, t.depth) * t.depth) / kPersistentRate;
     return kPersistentLaunch + std::max(waves * (loop + outside) / kClockMhz, 2.0 * rows * (columns + depth) / kPersistentBytes);
   }
 
-  static int best_tile(int multiprocessors, int64_t rows, int columns, int depth, bool silu) {
+  static int best_tile(bool project, int multiprocessors, int64_t rows, int columns, int depth, bool silu) {
     auto cost = [&](int i) { return linear_cost(multiprocessors, persistent_tile(i), rows, columns, depth, silu); };
     int best = 0;
     for (int i = 1; i < kPersistentTiles; ++i)
-      if (cost(i) < cost(best)) best = i;
+      if (persistent_tile(i).serves(project) && cost(i) < cost(best)) best = i;
     return best;
   }
 
   static int64_t pixels(const Problem& p) { return p.batch * p.height * p.width; }
   static bool silu(const Problem& p) { return p.activation == Activation::kSilu; }
-  static int expand_tile(const Problem& p, int multiprocessors) { return best_tile(multiprocessors, pixels(p), p.hidden, p.channels, silu(p)); }
-  static int project_tile(const Problem& p, int multiprocessors) { return best_tile(multiprocessors, pixels(p), p.channels, p.hidden, false); }
+  static int expand_tile(const Problem& p, int multiprocessors) { return best_tile(false, multiprocessors, pixels(p), p.hidden, p.channels, silu(p)); }
+  static int project_tile(const Problem& p, int multiprocessors) { return best_tile(true, multiprocessors, pixels(p), p.channels, p.hidden, false); }
 
   static int linear_shared_memory(const Problem& p, int multiprocessors) {
     const PersistentTile expand = persistent_tile(expand_tile(p, multiprocessors));
-    return std::max(expand.shared_bytes(false, expand.has_silu() && silu(p)),
-                    persistent_tile(project_tile(p, multiprocessors)).shared_bytes(true, false));
+    return std::max(expand.shared_bytes(false), persistent_tile(project_tile(p, multiprocessors)).shared_bytes(true));
   }
 
   static bool supports(const Problem& p, const Device& d) {
@@ -273,7 +272,10 @@ struct PersistentSplitRow {
     switch (tile) {
       case 0: return PersistentLinear<kType, 0, kProject>::launch(params, stream);
       case 1: return PersistentLinear<kType, 1, kProject>::launch(params, stream);
-      default: return PersistentLinear<kType, 2, kProject>::launch(params, stream);
+      case 2: return PersistentLinear<kType, 2, kProject>::launch(params, stream);
+      default:
+        if constexpr (kProject) return PersistentLinear<kType, 3, true>::launch(params, stream);
+        return -1;  // serves(false) left it out
     }
   }
 

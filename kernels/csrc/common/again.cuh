@@ -40,6 +40,25 @@ __device__ __forceinline__ void store_128_if(void* to, const uint4& v, bool vali
       : "memory");
 }
 
+// The same, 8 bytes.
+__device__ __forceinline__ void store_64_if(void* to, uint32_t low, uint32_t high, bool valid) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.b32 p, %3, 0;\n"
+      "@p st.global.v2.b32 [%0], {%1, %2};\n}" ::"l"(to),
+      "r"(low), "r"(high), "r"(static_cast<int>(valid))
+      : "memory");
+}
+
+// ptx::cp_async16 where `wanted`, without a branch: else what lies there remains.
+__device__ __forceinline__ void copy_async_128_if(uint32_t destination, const void* source, bool valid, bool wanted) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.b32 p, %3, 0;\n"
+      "@p cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n}" ::"r"(destination),
+      "l"(source), "r"(valid ? 16 : 0), "r"(static_cast<int>(wanted)));
+}
+
 // threadIdx.x
 __device__ __forceinline__ int thread_index() {
   int v;

@@ -26,4 +26,12 @@ inline void store_128_if(void* to, const uint4& v, bool valid) {
   if (valid) *static_cast<uint4*>(to) = v;
 }
 
+inline void store_64_if(void* to, uint32_t low, uint32_t high, bool valid) {
+  if (valid) static_cast<uint32_t*>(to)[0] = low, static_cast<uint32_t*>(to)[1] = high;
+}
+
+inline void copy_async_128_if(uint32_t destination, const void* source, bool valid, bool wanted) {
+  if (wanted) ptx::cp_async16(destination, source, valid);
+}
+
 }  // namespace convfirst::again
