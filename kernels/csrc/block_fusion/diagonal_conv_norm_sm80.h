@@ -92,15 +92,12 @@ inline bool laid_out(const Problem& q, const Device& device, int parts_down, int
 
 }  // namespace diagonal
 
-// Clocks of a block: its products, at six a scheduler, what lies between the slices, and the norm of its pixels; two blocks of a multiprocessor hide
-// a part of each other's. Fitted to measured times (NOTES.md).
+// Clocks of a block: its slices and the norm of its pixels; two on a multiprocessor take 1.4 times one's. Fitted to measured times (NOTES.md).
 inline double diagonal_cost(const Problem& q, const Device& device, const DiagonalPlan& plan) {
-  const double slices = diagonal::ceil_div(q.channels, kDiagonalSlice);
-  const double products = slices * 2400, between = slices * 1500, norm = 10.0 * plan.rows() * plan.columns * q.channels / 192;
-  const int resident = diagonal::resident(plan);
-  const double rounds = diagonal::ceil_div(plan.grid, static_cast<int64_t>(device.multiprocessors) * resident);
-  const double clocks = resident > 1 ? 2 * std::max(products + 0.3 * (between + norm), 0.5 * (products + between + norm)) : products + between + norm;
-  return 5 + rounds * clocks / 1700;
+  const double block = diagonal::ceil_div(q.channels, kDiagonalSlice) * 7400.0 + plan.rows() * plan.columns * q.channels / 19.2;
+  const int share = std::min(diagonal::resident(plan), diagonal::ceil_div(plan.grid, device.multiprocessors));
+  const double rounds = diagonal::ceil_div(plan.grid, static_cast<int64_t>(device.multiprocessors) * share);
+  return 5 + rounds * (share > 1 ? 1.4 : 1) * block / 1700;
 }
 
 inline bool diagonal_covers(const Problem& q) {

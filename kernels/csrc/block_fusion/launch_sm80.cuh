@@ -63,12 +63,9 @@ int PersistentLinear<kType, kTile, kProject>::launch(const LinearParams& p, cuda
                         stream, p);
   };
   if constexpr (!kProject && tile.overlaps()) {
-    const bool silu = p.activation == static_cast<int>(Activation::kSilu);
+    if (p.activation == static_cast<int>(Activation::kSilu)) return start(SiluWord{});
     if constexpr (kType == DType::kHalf) {
-      if (silu) return start(HalfWord<Activation::kSilu>{});
-      if (p.activation == static_cast<int>(Activation::kGelu)) return start(HalfWord<Activation::kGelu>{});
-    } else {
-      if (silu) return start(FloatSiluWord{});
+      if (p.activation == static_cast<int>(Activation::kGelu)) return start(GeluWord{});
     }
   }
   return start(NoWord{});

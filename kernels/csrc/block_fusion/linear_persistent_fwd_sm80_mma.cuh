@@ -242,7 +242,7 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[kRows][kColumns][4], uns
 }
 
 // Two channels' activation in two parts: the tanh between them is under way while the warp does other things.
-struct FloatSiluWord {
+struct SiluWord {
   float low, high, tanh_low, tanh_high;
 
   template <typename T>
@@ -257,16 +257,15 @@ struct FloatSiluWord {
   }
 };
 
-// The same in float16.
-template <Activation kActivation>
-struct HalfWord {
+// GELU in float16.
+struct GeluWord {
   uint32_t half, tanh;
 
   template <typename T>
   __device__ __forceinline__ void begin(float first, float second) {
     const uint32_t v = ptx::pack2<T>(first, second);
     half = half2::multiply(v, half2::both(0.5f));
-    tanh = kActivation == Activation::kGelu ? half2::gelu_tanh(v) : half2::tanh_approx(half);
+    tanh = half2::gelu_tanh(v);
   }
 
   template <typename T>

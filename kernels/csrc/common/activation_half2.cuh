@@ -19,9 +19,4 @@ __device__ __forceinline__ uint32_t gelu(uint32_t v) {
   return fma(v, tanh, v);
 }
 
-__device__ __forceinline__ uint32_t silu(uint32_t v) {
-  v = multiply(v, both(0.5f));
-  return fma(v, tanh_approx(v), v);
-}
-
 }  // namespace convfirst::half2
