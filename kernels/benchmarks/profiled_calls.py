@@ -36,6 +36,7 @@ from convfirst_kernels.planner import Device, plan, problems_of  # noqa: E402
 RANGE = "counters."
 BATCH = 128  # of blocks and of maxDNN's layers
 WINOGRAD_LAYERS, WINOGRAD_BATCHES = ("4.2", "5"), (64, 1)  # others have up to hundreds of launches a call
+FUSED_LAYERS = ("2.2", "4.2")
 Call = tuple[dict, Callable[[], Tensor]]  # the label, and what to profile
 
 
@@ -105,19 +106,29 @@ def winograd_forward(select: str, dtypes: Sequence[str]) -> Iterator[Call]:
     """Layers of VGG-E by our Winograd kernels, filters transformed in the call."""
     for dtype in dtypes:
         for layer in winograd.LAYERS:
-            if layer.name not in WINOGRAD_LAYERS or not re.search(select, layer.name):
+            if not re.search(select, layer.name):
                 continue
             for batch in WINOGRAD_BATCHES:
-                reference = winograd._reference(layer, dtype)
-                x = winograd._images((batch, layer.channels, layer.side, layer.side), getattr(torch, dtype))
-                x[:1] = reference.image
-                for algorithm in ("f2", "f4") if dtype == "float32" else ("f2",):
-                    # Winograd's kernels of 16 bits run where their path is asked for.
-                    with convfirst_kernels.force_path("sm80"):
-                        call, _, chosen = winograd._ours(x, reference.weight, reference.bias, algorithm)
-                        direct.check_agreement(call(x)[:1], reference.exact)
-                        label = {"layer": layer.name, "N": batch, "dtype": dtype, "algorithm": algorithm}
-                        yield label | {"plan": chosen}, partial(call, x)
+                for algorithm in ("f2", "f4") if dtype == "float32" else ("f2", "f2-fused"):
+                    if layer.name in (FUSED_LAYERS if algorithm == "f2-fused" else WINOGRAD_LAYERS):
+                        yield _winograd_layer(layer, batch, dtype, algorithm)
+
+
+def _winograd_layer(layer, batch: int, dtype: str, algorithm: str) -> Call:
+    reference = winograd._reference(layer, dtype)
+    x = winograd._images((batch, layer.channels, layer.side, layer.side), getattr(torch, dtype))
+    x[:1] = reference.image
+    # Winograd's kernels of 16 bits run where their path is asked for.
+    with convfirst_kernels.force_path(winograd.PATHS[algorithm]):
+        call, _, plan = winograd._ours(x, reference.weight, reference.bias, algorithm.removesuffix("-fused"))
+        direct.check_agreement(call(x)[:1], reference.exact)
+    label = {"layer": layer.name, "N": batch, "dtype": dtype, "algorithm": algorithm, "plan": plan}
+
+    def forced() -> Tensor:
+        with convfirst_kernels.force_path(winograd.PATHS[algorithm]):
+            return call(x)
+
+    return label, forced
 
 
 GROUPS = {"blocks": blocks, "portable": portable, "direct": direct_forward, "winograd": winograd_forward}

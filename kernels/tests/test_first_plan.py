@@ -12,7 +12,7 @@ H200 = (132, 232448)
 A100 = (108, 166912)
 RTX_4090 = (128, 101376)
 SHAPES = [  # batch, height, width, channels
-    *[(batch, side, side, channels) for batch in (1, 128) for side, channels in ((56, 96), (28, 192), (14, 384), (28, 256))],
+    *[(n, side, side, channels) for n in (1, 128) for side, channels in ((56, 96), (28, 192), (14, 384), (28, 256))],
     (3, 13, 17, 40), (2, 1, 9, 8), (2, 9, 1, 8), (1, 225, 193, 128), (5, 16, 32, 200), (1, 15, 33, 1536),
 ]  # fmt: skip
 
@@ -24,8 +24,8 @@ static Problem problem(const int* v) {
   return {v[0], v[1], v[2], v[3], 4 * v[3], 7, 1, DType::kHalf, Activation::kGelu, true};
 }
 static void write(const DiagonalPlan& p, int* out) {
-  const int values[] = {p.parts_down, p.parts_across(), p.rows(), p.columns, p.box_rows(), p.box_columns(), p.tiles_x, p.tiles_y,
-                        p.grid, p.buffers, p.slice_bytes(), p.shared_memory};
+  const int values[] = {p.parts_down, p.parts_across(), p.rows(), p.columns, p.box_rows(), p.box_columns(), p.tiles_x,
+                        p.tiles_y, p.grid, p.buffers, p.slice_bytes(), p.shared_memory};
   std::copy(std::begin(values), std::end(values), out);
 }
 extern "C" int diagonal(const int* shape, int multiprocessors, int shared_memory, int* out) {
@@ -95,7 +95,7 @@ def test_tiles_cover_the_map_and_fit(planner, shape, device):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_plan_needs_no_more_shared_memory_than_it_says(planner, shape):
-    """The launch is planned again from what the configuration says: any amount from its own need on gives the same plan."""
+    """The launch is planned again from what the configuration says: any amount from its need on gives the same plan."""
     kind, need, values = chosen(planner, shape, H200)
     for shared_memory in {need, (need + H200[1]) // 2}:
         assert chosen(planner, shape, (H200[0], shared_memory)) == (kind, need, values)
