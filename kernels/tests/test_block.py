@@ -316,7 +316,7 @@ class TestPlanner:
         ("channels", "height", "width", "kernel_size", "group_width", "tile"),
         [
             (512, 7, 7, 3, 8, (1, 48)),  # pixels in a row through all images
-            (192, 28, 28, 7, 1, (28, 8)),  # tensor cores, a block a tile
+            (192, 28, 28, 7, 1, (7, 28)),  # tensor cores, taps as diagonal matrices
             (384, 14, 14, 7, 1, (14, 14)),  # float32 units, a block an image
             (768, 7, 7, 7, 1, (7, 7)),
             (768, 9, 9, 7, 1, (4, 4)),  # neither
