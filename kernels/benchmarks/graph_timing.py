@@ -14,8 +14,8 @@ MAX_INPUTS = 16
 # An H200 lowers its clocks when matrix products have kept it at its power limit (700 W) for some tenths of a second. A
 # rest before each timing gives every row the same start, whatever was timed before it: `Captured.sustained_ms` is for
 # the other state.
-REST_SECONDS = 0.25
-SUSTAINED_SECONDS = 0.5
+REST_SECONDS = 0.2
+SUSTAINED_SECONDS = 0.3
 
 
 def rotating_inputs(make: Callable[[], Tensor]) -> list[Tensor]:
@@ -42,7 +42,7 @@ class Captured:
         return replay_ms(self.graph, iterations, warmup, REST_SECONDS) / self.calls
 
     def sustained_ms(self, iterations: int = 15) -> float:
-        """Median milliseconds of a call once the device has done nothing else for half a second."""
+        """Median milliseconds of a call once the device has done nothing else for `SUSTAINED_SECONDS`."""
         replays = 1e3 * SUSTAINED_SECONDS / replay_ms(self.graph, 3)
         return replay_ms(self.graph, iterations, warmup=round(replays)) / self.calls
 

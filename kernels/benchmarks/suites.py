@@ -3,8 +3,8 @@
 Every suite yields its rows as it measures them: {name, batch, dtype, path, ours_ms, peer, peer_ms, speedup, tflops,
 ceiling_tflops, efficiency} and a few columns more. Those of direct, grouped and winograd are in files of their names.
 Both sides run in channels_last inside CUDA graphs on rotating inputs; times are medians, each taken on a rested device.
-sustained_ms and peer_sustained_ms are the same after half a second of that work alone, when the clocks have fallen to
-what the power limit allows.
+sustained_ms and peer_sustained_ms are the same after 0.3 s of that work alone, when the clocks have fallen to what the
+power limit allows.
 `SUITES` names them; `python kernels/benchmarks/run.py` runs them.
 """
 
@@ -310,7 +310,7 @@ def _printed(row: dict) -> dict:
 
 
 class Times(NamedTuple):
-    """Milliseconds of a call, on a rested device and after half a second of such calls."""
+    """Milliseconds of a call, on a rested device and after 0.3 s of such calls."""
 
     ms: float | None = None
     sustained_ms: float | None = None
