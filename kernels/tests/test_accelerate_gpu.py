@@ -32,8 +32,8 @@ def build(name: str, options: dict, dtype: torch.dtype, seed: int) -> torch.nn.M
                 module.running_var.uniform_(0.5, 2)
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(0, 0.1)
-        # Truncated normal 0.02 makes a network that hardly sees its image. Batch norms in evaluation mode let activations
-        # grow: with 4 they come near float16's largest number, which PyTorch's own exceed in some draws.
+        # Truncated normal 0.02 makes a network that hardly sees its image. Batch norms in evaluation mode let it
+        # grow: activations times 4 come near float16's largest number, which PyTorch's own exceed in some draws.
         factor = 3.5 if options.get("norm") == "batchnorm" else 4
         for parameter in model.parameters():
             if parameter.dim() > 1:
