@@ -194,7 +194,7 @@ def test_sources_are_measured_on_the_same_images(tmp_path):
     options = ["tree={num_classes: 2, train_images: 3, val_images: 1, min_side: 40, max_side: 60}", "links=1"]
     options += ["seconds=0.1", "warmup_seconds=0", f"folder={tmp_path}"]
     config = compose("suite=data_loading", f"output={tmp_path / 'out.json'}", *(f"data_loading.{o}" for o in options))
-    config.data_loading.num_workers, config.data_loading.overrides = 1, ["data.image_size=32"]
+    config.data_loading.overrides = ["data.num_workers=1", "data.image_size=32"]
     for source in config.data_loading.sources.values():
         source.overrides.append("data.batch_size=4")
     if importlib.util.find_spec("ffcv") is None:

@@ -37,8 +37,7 @@ def data_loading(config: DictConfig) -> Iterator[dict]:
         _link(tree / "train", suite.links)
         for name, source in suite.sources.items():
             root = tree if source.preset is None else _write_ffcv(tree, Path(folder) / name, source.preset, cores)
-            workers = f"data.num_workers={suite.num_workers or cores}"
-            data = _data([workers, *suite.overrides, *source.overrides, f"data.root={root}"])
+            data = _data([f"data.num_workers={cores}", *suite.overrides, *source.overrides, f"data.root={root}"])
             files = [root / "train.beton"] if source.preset else (root / "train").glob("*/*")
             size = sum(path.stat().st_size for path in files)
             yield {
