@@ -9,17 +9,21 @@
 //     +-----------------------+                         +--------------------------------------------+
 //
 //   what                        where                                            written by          released when
-//   x, a slice of 32 channels   shared, [pixel][80 bytes]: banks differ          cp.async, all       slice multiplied
-//   diagonals of 49 taps        49 registers: lane (n, q) has channel n where    from L1             slice multiplied
+//   x, a slice of 32 channels   shared, [pixel][80 bytes]: banks differ; up to   cp.async, all       slice multiplied
+//                               three slices, two on their way
+//   filters of the slice        shared, behind it, [tap][32 channels]            cp.async, all       in registers
+//   diagonals of 49 taps        49 registers: lane (n, q) has channel n where    ldmatrix, masked    slice multiplied
 //                               q = n / 2, else zeros
-//   sums                        28 registers, float32, begin with the bias       mma.sync            staged
-//   convolution + bias, 16 bit  shared, [pixel][channels], odd number of chunks  a warp's 8 channels normalised
+//   sums                        28 registers, float32, begin with the bias       mma.sync            stored
+//   convolution + bias, 16 bit  device memory, where A will be                   a warp's 8 channels normalised
 //
-// Two blocks of eight warps a multiprocessor: one normalises or waits for x while the other multiplies.
+// Two blocks of eight warps a multiprocessor: one normalises or waits for x while the other multiplies. Through shared memory the convolution's
+// result would take the room of two slices.
 #pragma once
 
 #include <type_traits>
 
+#include "../common/again.cuh"
 #include "../common/mma_1688.cuh"
 #include "../common/ptx.cuh"
 #include "diagonal_conv_norm_sm80.h"
@@ -27,38 +31,45 @@
 
 namespace convfirst::block_fusion::sm80 {
 
-// The first output pixel of the block's tile.
+// The first output pixel of the block's tile; in shared memory, since across the products it costs registers that they need.
 struct DiagonalOrigin {
   int image, y, x;
 
-  __device__ __forceinline__ explicit DiagonalOrigin(const DiagonalPlan& plan) {
+  __device__ __forceinline__ void find(const DiagonalPlan& plan) {
     const int row = static_cast<int>(blockIdx.x) / plan.tiles_x;
     image = row / plan.tiles_y;
     y = (row - image * plan.tiles_y) * plan.rows();
     x = (static_cast<int>(blockIdx.x) - row * plan.tiles_x) * plan.columns;
   }
 };
+static_assert(sizeof(DiagonalOrigin) <= kDiagonalOriginBytes, "its place");
 
-// Issues a thread's copies of a slice, a 16-byte chunk of every 64th pixel of the box; the caller commits. What lies outside the map
-// becomes zeros; channels that don't exist are not read.
+// Issues a thread's copies of a slice: every eighth row of the box a warp, eight pixels of 64 bytes at once, and a tap's 8 channels of the filters;
+// the caller commits. What lies outside the map becomes zeros; channels that don't exist are not read.
 __device__ __forceinline__ void diagonal_load(const DiagonalParams& p, const DiagonalOrigin& origin, uint32_t to, int slice) {
-  constexpr int kChunks = kDiagonalSlice / 8, kStep = kDiagonalThreads / kChunks;
-  const int chunk = threadIdx.x % kChunks, channel = slice * kDiagonalSlice + chunk * 8;
+  constexpr int kChunks = kDiagonalSlice / 8, kAcross = 32 / kChunks, kWarps = kDiagonalThreads / 32;
+  constexpr int kSteps = (kDiagonalColumns * kDiagonalParts + 2 * kDiagonalPad + kAcross - 1) / kAcross;  // of the widest box
+  const int thread = again::thread_index(), chunk = thread % kChunks, channel = slice * kDiagonalSlice + chunk * 8;
   if (channel >= p.channels) return;
-  const int columns = p.plan.box_columns(), pixels = p.plan.box_rows() * columns;
-  const int down = kStep / columns, right = kStep - down * columns;
-  const int first = threadIdx.x / kChunks, first_row = first / columns;
-  const char* x = static_cast<const char*>(p.x);
-  int row = origin.y - kDiagonalPad + first_row, column = origin.x - kDiagonalPad + first - first_row * columns;
-  const int end = origin.x - kDiagonalPad + columns;
-#pragma unroll 2
-  for (int pixel = first; pixel < pixels; pixel += kStep) {
-    const bool inside = static_cast<unsigned>(row) < static_cast<unsigned>(p.height) &&
-                        static_cast<unsigned>(column) < static_cast<unsigned>(p.width);
-    const int64_t from = (static_cast<int64_t>(origin.image) * p.height + row) * p.width + column;
-    ptx::cp_async16(to + pixel * kDiagonalPixelBytes + chunk * 16, inside ? x + (from * p.channels + channel) * 2 : x, inside);
-    column += right, row += down;
-    if (column >= end) column -= columns, ++row;
+  static_assert(kDiagonalKernel * kDiagonalKernel <= kDiagonalThreads / kChunks, "a thread 8 channels of a tap");
+  const int tap = thread / kChunks;
+  if (tap < kDiagonalKernel * kDiagonalKernel)
+    ptx::cp_async16(to + p.plan.filter_offset() + thread * 16, static_cast<const uint16_t*>(p.weight) + tap * p.channels + channel, true);
+  const int first = thread % 32 / kChunks, columns = again::value(p.plan.box_columns()), rows = p.plan.box_rows();
+  const int column = origin.x - kDiagonalPad + first, step = kAcross * 2 * p.channels;
+  int row = thread / 32, y = origin.y - kDiagonalPad + row;
+  const char* from = static_cast<const char*>(p.x) +
+                     (((static_cast<int64_t>(origin.image) * p.height + y) * p.width + column) * p.channels + channel) * 2;
+  uint32_t line = to + (row * columns + first) * kDiagonalPixelBytes + chunk * 16;
+#pragma unroll 1
+  for (; row < rows; row += kWarps, y += kWarps) {
+    const bool in_rows = static_cast<unsigned>(y) < static_cast<unsigned>(p.height);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s)
+      if (first + s * kAcross < columns)
+        ptx::cp_async16(line + s * kAcross * kDiagonalPixelBytes, from + s * step,
+                        in_rows && static_cast<unsigned>(column + s * kAcross) < static_cast<unsigned>(p.width));
+    line += kWarps * columns * kDiagonalPixelBytes, from += static_cast<int64_t>(kWarps * 2) * p.width * p.channels;
   }
 }
 
@@ -69,21 +80,23 @@ struct DiagonalPart {
   uint32_t taps[kK * kK];
   float sums[kRows][4];
 
-  // Of channels from `channel` on, which exist.
-  __device__ __forceinline__ void load_filter(const DiagonalParams& p, int channel) {
+  // filter: the 8 channels of the first tap. Every row of ldmatrix's matrices is the same tap.
+  __device__ __forceinline__ void load_taps(uint32_t filter) {
     const int lane = threadIdx.x % 32, n = lane / 4;
-    const bool diagonal = n / 2 == lane % 4;
-    const uint16_t* weight = static_cast<const uint16_t*>(p.weight) + channel + n;
+    const uint32_t kept = n / 2 != lane % 4 ? 0u : n % 2 == 0 ? 0xffffu : 0xffff0000u;
 #pragma unroll
-    for (int tap = 0; tap < kK * kK; ++tap)
-      taps[tap] = diagonal ? static_cast<uint32_t>(__ldg(weight + tap * p.channels)) << n % 2 * 16 : 0u;
+    for (int tap = 0; tap < kK * kK; tap += 4) {
+      uint32_t four[4];
+      ptx::ldmatrix_x4(four, filter + min(tap + lane / 8, kK * kK - 1) * 2 * kDiagonalSlice);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (tap + i < kK * kK) taps[tap + i] = four[i] & kept;
+    }
   }
 
-  __device__ __forceinline__ void begin(const DiagonalParams& p, int channel) {
-    const int c = channel + threadIdx.x % 4 * 2;
-    const float low = p.bias != nullptr ? __ldg(p.bias + c) : 0.f, high = p.bias != nullptr ? __ldg(p.bias + c + 1) : 0.f;
+  __device__ __forceinline__ void begin(float2 bias) {
 #pragma unroll
-    for (int o = 0; o < kRows; ++o) sums[o][0] = sums[o][2] = low, sums[o][1] = sums[o][3] = high;
+    for (int o = 0; o < kRows; ++o) sums[o][0] = sums[o][2] = bias.x, sums[o][1] = sums[o][3] = bias.y;
   }
 
   // Input row r adds to output rows up to r by `low`, row r + 7 to the others by `high`: seven sums that don't wait for each other.
@@ -120,82 +133,146 @@ struct DiagonalPart {
     }
   }
 
-  // Into the staged tile, where this part's columns are the tile's: from `from` up to `end`, of which the mma's rows begin at `first`.
-  __device__ __forceinline__ void store(unsigned char* staged, int pixel_bytes, int columns, int first, int from, int end) const {
+  // To device memory, where these outputs are the part's and the map's. to: the 8 channels of the mma's first pixel, whose pixels are `pixel` and
+  // whose lines `line` bytes apart; of its columns those from `skipped` up to `columns` are wanted.
+  __device__ __forceinline__ void store(char* to, int pixel, int64_t line, int skipped, int columns, int rows) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int column = first + lane / 4 + half * 8;
-      if (column < from || column >= end) continue;
+      const int column = lane / 4 + half * 8, wanted = column >= skipped && column < columns ? rows : 0;
+      char* const first = to + column * pixel + lane % 4 * 4;
 #pragma unroll
-      for (int o = 0; o < kRows; ++o)
-        *reinterpret_cast<uint32_t*>(staged + (o * columns + column) * pixel_bytes + lane % 4 * 4) =
-            ptx::pack2<Element>(sums[o][2 * half], sums[o][2 * half + 1]);
+      for (int o = 0; o < kRows; ++o) again::store_32_if(first + o * line, ptx::pack2<Element>(sums[o][2 * half], sums[o][2 * half + 1]), o < wanted);
     }
   }
 };
 
-// A warp's place: 8 channels of every slice, and a part of the tile. What follows from it is worked out where it is used.
+// A warp's place: 8 channels of every slice, and a part of the tile. Worked out where it is used: kept across the products it costs registers that
+// they need.
 struct DiagonalPlace {
-  int group, down, across;
+  int group, down, from;  // first row and column of the part
 
   __device__ __forceinline__ explicit DiagonalPlace(const DiagonalPlan& plan) {
     constexpr int kGroups = kDiagonalSlice / 8;
-    const int warp = threadIdx.x / 32, part = warp / kGroups;
-    group = warp % kGroups, down = part % plan.parts_down, across = part / plan.parts_down;
+    const unsigned warp = again::thread_index() / 32u, part = warp / kGroups;
+    static_assert(kDiagonalParts == 2, "one part below or beside the other");
+    const bool below = plan.parts_down == 2;
+    group = warp % kGroups, down = below ? part * kDiagonalRows : 0, from = below ? 0 : part * kDiagonalColumns;
   }
 
   __device__ __forceinline__ int channel(int slice) const { return slice * kDiagonalSlice + group * 8; }
-  __device__ __forceinline__ bool exists(const DiagonalParams& p, int slice) const {
-    return channel(slice) < p.channels && across * kDiagonalColumns < p.plan.columns;
+  __device__ __forceinline__ bool exists(const DiagonalParams& p, int slice) const { return channel(slice) < p.channels && from < p.plan.columns; }
+  // Where the mma's columns begin: the last ones end with the tile.
+  __device__ __forceinline__ int first(const DiagonalPlan& plan) const { return max(0, min(from, plan.columns - kDiagonalColumns)); }
+  // Of the lane's two channels.
+  __device__ __forceinline__ float2 bias(const DiagonalParams& p, int slice) const {
+    if (p.bias == nullptr || channel(slice) >= p.channels) return make_float2(0.f, 0.f);
+    return __ldg(reinterpret_cast<const float2*>(p.bias + channel(slice)) + again::thread_index() % 4);
   }
 };
 
-// A warp's share of a slice, whose filter it has, once x is there.
+// A warp's share of a slice that is there.
 template <class Element>
-__device__ __forceinline__ void diagonal_multiply(const DiagonalParams& p, DiagonalPart<Element>& work, const DiagonalPlace& place,
-                                                  unsigned char* staged, uint32_t box, int channel) {
-  const int columns = p.plan.columns, from = place.across * kDiagonalColumns, first = max(0, min(from, columns - kDiagonalColumns));
-  const int pitch = p.plan.box_columns() * kDiagonalPixelBytes, pixel_bytes = diagonal_staged_bytes(p.channels);
-  const int down = place.down * kDiagonalRows;
-  work.begin(p, channel);
-  work.multiply(box + down * pitch + first * kDiagonalPixelBytes + place.group * 16, pitch);
-  work.store(staged + down * columns * pixel_bytes + channel * 2, pixel_bytes, columns, first, from, min(from + kDiagonalColumns, columns));
+__device__ __forceinline__ void diagonal_multiply(const DiagonalParams& p, const DiagonalOrigin& origin, uint32_t box, int slice, float2 bias) {
+  DiagonalPart<Element> work;
+  {
+    const DiagonalPlace place(p.plan);
+    const int pitch = again::value(p.plan.box_columns() * kDiagonalPixelBytes);
+    work.load_taps(box + p.plan.filter_offset() + place.group * 16);
+    work.begin(bias);
+    work.multiply(box + place.down * pitch + place.first(p.plan) * kDiagonalPixelBytes + place.group * 16, pitch);
+  }
+  const DiagonalPlace place(p.plan);
+  const int first = place.first(p.plan), row = origin.y + place.down, column = origin.x + first, channels = again::value(p.channels);
+  const int64_t pixel = (static_cast<int64_t>(origin.image) * p.height + row) * p.width + column;
+  work.store(static_cast<char*>(p.a) + (pixel * channels + place.channel(slice)) * 2, 2 * channels, static_cast<int64_t>(2 * channels) * p.width,
+             place.from - first, min(p.plan.columns - first, p.width - column), p.height - row);
 }
 
-// The staged tile into A: eight lanes a pixel. Pixels outside the map are left out.
+// One of the tile's pixels in A, whose norm eight lanes work out: each has every eighth 16-byte chunk, the first ones in registers.
 template <class Element>
-__device__ __forceinline__ void diagonal_normalise(const DiagonalParams& p, const DiagonalOrigin& origin, const unsigned char* staged) {
-  const int chunks = p.channels / 8, lane = threadIdx.x % 8, columns = p.plan.columns, pixels = p.plan.rows() * columns;
-  sm90::ImageParams norm{};
-  norm.channels = p.channels, norm.eps = p.eps;
-#pragma unroll 1
-  for (int i = threadIdx.x / 8; i - static_cast<int>(threadIdx.x % 32 / 8) < pixels; i += kDiagonalThreads / 8) {
-    const int tile_row = i / columns, row = origin.y + tile_row, column = origin.x + i - tile_row * columns;
-    const bool exists = i < pixels && row < p.height && column < p.width;
-    const uint4* pixel = reinterpret_cast<const uint4*>(staged + (exists ? i : 0) * diagonal_staged_bytes(p.channels));
-    float2 scale = make_float2(1.f, 0.f);
-    if (p.has_norm) scale = sm90::scale_and_shift<Element>(norm, pixel, lane);
-    if (!exists) continue;
-    uint4* out = static_cast<uint4*>(p.a) + ((static_cast<int64_t>(origin.image) * p.height + row) * p.width + column) * chunks;
-#pragma unroll 3
-    for (int chunk = lane; chunk < chunks; chunk += 8) {
-      float v[8], w[8];
-      sm90::unpack8<Element>(v, pixel[chunk]);
+struct DiagonalPixel {
+  static constexpr int kHeld = 3;
+  uint4* at;  // the lane's first chunk, or nullptr outside the map
+  uint4 held[kHeld];
+
+  // From the lane's first chunk on.
+  __device__ __forceinline__ static int chunks(const DiagonalParams& p) { return p.channels / 8 - static_cast<int>(threadIdx.x) % 8; }
+
+  __device__ __forceinline__ void load(const DiagonalParams& p, const DiagonalOrigin& origin, int tile_row, int tile_column) {
+    const int row = origin.y + tile_row, column = origin.x + tile_column;
+    const bool exists = tile_row < p.plan.rows() && row < p.height && column < p.width;
+    const int64_t pixel = (static_cast<int64_t>(origin.image) * p.height + row) * p.width + column;
+    at = exists ? static_cast<uint4*>(p.a) + pixel * (p.channels / 8) + threadIdx.x % 8 : nullptr;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] = fmaf(v[j], scale.x, scale.y);
-      if (p.norm_weight != nullptr) {
-        sm90::load8(w, p.norm_weight + 8 * chunk);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) v[j] *= w[j];
-      }
-      if (p.norm_bias != nullptr) {
-        sm90::load8(w, p.norm_bias + 8 * chunk);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) v[j] += w[j];
-      }
-      out[chunk] = sm90::pack8<Element>(v);
+    for (int j = 0; j < kHeld; ++j) {
+      held[j] = make_uint4(0, 0, 0, 0);
+      if (exists && 8 * j < chunks(p)) held[j] = at[8 * j];
     }
+  }
+
+  __device__ __forceinline__ static void add(const float (&v)[8], float& sum, float& square) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum += v[j], square = fmaf(v[j], v[j], square);
+  }
+
+  __device__ __forceinline__ void store(const DiagonalParams& p, int place, float (&v)[8], float scale, float shift) const {
+    const int channel = 8 * (place + static_cast<int>(threadIdx.x) % 8);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] = fmaf(v[j], scale, shift);
+    if (p.norm_weight != nullptr || p.norm_bias != nullptr) {
+      float w[8] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f}, b[8] = {};
+      if (p.norm_weight != nullptr) sm90::load8(w, p.norm_weight + channel);
+      if (p.norm_bias != nullptr) sm90::load8(b, p.norm_bias + channel);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[j] = fmaf(v[j], w[j], b[j]);
+    }
+    at[place] = sm90::pack8<Element>(v);
+  }
+
+  __device__ __forceinline__ void normalise(const DiagonalParams& p) const {
+    float sum = 0.f, square = 0.f, v[kHeld][8];
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) sm90::unpack8<Element>(v[j], held[j]), add(v[j], sum, square);  // zeros beyond the channels
+    const int held_end = 8 * kHeld, end = at == nullptr ? 0 : chunks(p);
+    for (int chunk = held_end; chunk < end; chunk += 8) {
+      float w[8];
+      sm90::unpack8<Element>(w, at[chunk]);
+      add(w, sum, square);
+    }
+#pragma unroll
+    for (int d = 1; d < 8; d *= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, d);
+      square += __shfl_xor_sync(0xffffffffu, square, d);
+    }
+    const float mean = sum / p.channels, scale = rsqrtf(fmaxf(square / p.channels - mean * mean, 0.f) + p.eps), shift = -mean * scale;
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j)
+      if (8 * j < end) store(p, 8 * j, v[j], scale, shift);
+    for (int chunk = held_end; chunk < end; chunk += 8) {
+      float w[8];
+      sm90::unpack8<Element>(w, at[chunk]);
+      store(p, chunk, w, scale, shift);
+    }
+  }
+};
+
+// The tile in A, in place; a pixel is on its way while the one before it is normalised.
+template <class Element>
+__device__ __forceinline__ void diagonal_normalise(const DiagonalParams& p, const DiagonalOrigin& origin) {
+  constexpr int kStep = kDiagonalThreads / 8;
+  const int columns = p.plan.columns, pixels = p.plan.rows() * columns, down = kStep / columns, right = kStep - down * columns;
+  int row = threadIdx.x / 8 / columns, column = threadIdx.x / 8 - row * columns;
+  DiagonalPixel<Element> pixel;
+  pixel.load(p, origin, row, column);
+#pragma unroll 1
+  for (int first = 0; first < pixels; first += kStep) {
+    row += down, column += right;
+    if (column >= columns) column -= columns, ++row;
+    DiagonalPixel<Element> next;
+    next.load(p, origin, row, column);
+    pixel.normalise(p);
+    pixel = next;
   }
 }
 
@@ -203,34 +280,36 @@ template <DType kType>
 __global__ void __launch_bounds__(kDiagonalThreads, 2) diagonal_conv_norm_fwd_sm80(const __grid_constant__ DiagonalParams p) {
   using Element = std::conditional_t<kType == DType::kHalf, __half, __nv_bfloat16>;
   extern __shared__ __align__(128) unsigned char smem[];
-  const DiagonalOrigin origin(p.plan);
+  DiagonalOrigin& origin = *reinterpret_cast<DiagonalOrigin*>(smem);
   const int slices = (p.channels + kDiagonalSlice - 1) / kDiagonalSlice, slice_bytes = p.plan.slice_bytes();
-  const uint32_t boxes = ptx::smem_address(smem);
-  unsigned char* const staged = smem + p.plan.buffers * slice_bytes;
-  const auto load = [&](int slice) {
-    if (slice < slices) diagonal_load(p, origin, boxes + (p.plan.buffers == 2 ? slice % 2 * slice_bytes : 0), slice);
+  const uint32_t boxes = ptx::smem_address(smem) + kDiagonalOriginBytes;
+  const auto load = [&](int slice, int buffer) {
+    if (slice < slices) diagonal_load(p, origin, boxes + buffer * slice_bytes, slice);
     ptx::cp_async_commit();
   };
-  const DiagonalPlace place(p.plan);
-  load(0);
+  if (threadIdx.x == 0) origin.find(p.plan);
+  __syncthreads();
+  for (int slice = 0; slice + 1 < p.plan.buffers; ++slice) load(slice, slice);
+  int buffer = 0;
 #pragma unroll 1
   for (int slice = 0; slice < slices; ++slice) {
-    DiagonalPart<Element> work;
-    const bool exists = place.exists(p, slice);
-    if (p.plan.buffers == 2) load(slice + 1);
-    if (exists) work.load_filter(p, place.channel(slice));  // while x is on its way
-    if (p.plan.buffers == 2) {
-      ptx::cp_async_wait<1>();
+    const DiagonalPlace place(p.plan);
+    const float2 bias = place.bias(p, slice);
+    if (p.plan.buffers == 1) load(slice, 0);
+    if (p.plan.buffers == kDiagonalMostBuffers) {
+      ptx::cp_async_wait<kDiagonalMostBuffers - 2>();
     } else {
       ptx::cp_async_wait<0>();
     }
-    __syncthreads();
-    const uint32_t box = boxes + (p.plan.buffers == 2 ? slice % 2 * slice_bytes : 0);
-    if (exists) diagonal_multiply(p, work, place, staged, box, place.channel(slice));
-    __syncthreads();
-    if (p.plan.buffers == 1) load(slice + 1);
+    __syncthreads();  // the slice is there, and every warp is done with the one before it
+    if (p.plan.buffers > 1) load(slice + p.plan.buffers - 1, buffer > 0 ? buffer - 1 : p.plan.buffers - 1);
+    if (place.exists(p, slice)) diagonal_multiply<Element>(p, origin, boxes + buffer * slice_bytes, slice, bias);
+    if (p.plan.buffers == 1) __syncthreads();
+    buffer = buffer + 1 < p.plan.buffers ? buffer + 1 : 0;
   }
-  diagonal_normalise<Element>(p, origin, staged);
+  if (!p.has_norm) return;
+  __syncthreads();
+  diagonal_normalise<Element>(p, origin);
 }
 
 }  // namespace convfirst::block_fusion::sm80

@@ -26,6 +26,9 @@ constexpr int kDiagonalSlice = 32;     // channels of x in shared memory at once
 constexpr int kDiagonalParts = 2;      // warps that share 8 channels, with 7 x 16 outputs each
 constexpr int kDiagonalThreads = 32 * kDiagonalSlice / 8 * kDiagonalParts;
 constexpr int kDiagonalPixelBytes = 2 * kDiagonalSlice + 16;  // odd in 16-byte units: eight pixels' rows lie in different banks
+constexpr int kDiagonalFilterBytes = kDiagonalKernel * kDiagonalKernel * 2 * kDiagonalSlice;
+constexpr int kDiagonalOriginBytes = 16;
+constexpr int kDiagonalMostBuffers = 3;
 
 // What a block computes: parts below or beside each other.
 struct DiagonalPlan {
@@ -33,22 +36,20 @@ struct DiagonalPlan {
   int columns;     // of the tile
   int tiles_x, tiles_y;
   int grid;
-  int buffers;     // slices of x in shared memory
+  int buffers;     // slices in shared memory
   int shared_memory;
 
   CONVFIRST_HOST_DEVICE constexpr int parts_across() const { return kDiagonalParts / parts_down; }
   CONVFIRST_HOST_DEVICE constexpr int rows() const { return parts_down * kDiagonalRows; }
   CONVFIRST_HOST_DEVICE constexpr int box_rows() const { return rows() + 2 * kDiagonalPad; }
   CONVFIRST_HOST_DEVICE constexpr int box_columns() const { return columns + 2 * kDiagonalPad; }
-  // A tile narrower than an mma is multiplied beyond its end, for nothing.
-  CONVFIRST_HOST_DEVICE constexpr int slice_bytes() const {
+  // Of the filters within a slice. A tile narrower than an mma is multiplied beyond x's end, for nothing.
+  CONVFIRST_HOST_DEVICE constexpr int filter_offset() const {
     const int beyond = kDiagonalColumns > columns ? kDiagonalColumns - columns : 0;
     return (box_rows() * box_columns() + beyond) * kDiagonalPixelBytes;
   }
+  CONVFIRST_HOST_DEVICE constexpr int slice_bytes() const { return filter_offset() + kDiagonalFilterBytes; }
 };
-
-// A staged pixel: an odd number of 16-byte chunks, so that the eight rows that a warp stores at once lie in different banks.
-CONVFIRST_HOST_DEVICE constexpr int diagonal_staged_bytes(int channels) { return (channels / 8 | 1) * 16; }
 
 // What the kernel receives.
 struct DiagonalParams {
@@ -74,20 +75,18 @@ inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) 
 // Blocks that a multiprocessor holds: registers allow two.
 inline int resident(const DiagonalPlan& plan) { return plan.shared_memory <= kTwoBlocks ? 2 : 1; }
 
-// The plan of one tile shape; false: its shared memory is not there.
+// The plan of one tile shape; false: its shared memory is not there. As many slices on their way as two blocks have room for.
 inline bool laid_out(const Problem& q, const Device& device, int parts_down, int columns, DiagonalPlan* plan) {
   DiagonalPlan p{};
   p.parts_down = parts_down, p.columns = columns;
   p.tiles_x = ceil_div(q.width, columns), p.tiles_y = ceil_div(q.height, p.rows());
   p.grid = static_cast<int>(q.batch * p.tiles_x * p.tiles_y);
-  const int staged = p.rows() * columns * diagonal_staged_bytes(q.channels);
-  p.buffers = 1, p.shared_memory = staged + p.slice_bytes();
-  if (p.shared_memory > device.max_shared_memory) return false;
-  DiagonalPlan ahead = p;  // the next slice on its way, where as many blocks still fit
-  ahead.buffers = 2, ahead.shared_memory += p.slice_bytes();
-  const bool fits = q.channels > kDiagonalSlice && ahead.shared_memory <= device.max_shared_memory;
-  *plan = fits && resident(ahead) == resident(p) ? ahead : p;
-  return true;
+  const int bytes = p.slice_bytes(), slices = ceil_div(q.channels, kDiagonalSlice);
+  const int room = (std::min(kTwoBlocks, device.max_shared_memory) - kDiagonalOriginBytes) / bytes;
+  p.buffers = std::min({room, slices, kDiagonalMostBuffers});
+  p.shared_memory = kDiagonalOriginBytes + p.buffers * bytes;
+  *plan = p;
+  return p.buffers > 0;
 }
 
 }  // namespace diagonal

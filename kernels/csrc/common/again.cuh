@@ -40,6 +40,16 @@ __device__ __forceinline__ void store_128_if(void* to, const uint4& v, bool vali
       : "memory");
 }
 
+// The same where at < end.
+__device__ __forceinline__ void store_128_below(void* to, const uint4& v, int at, int end) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.lt.s32 p, %5, %6;\n"
+      "@p st.global.v4.b32 [%0], {%1, %2, %3, %4};\n}" ::"l"(to),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(at), "r"(end)
+      : "memory");
+}
+
 // The same, 8 bytes.
 __device__ __forceinline__ void store_64_if(void* to, uint32_t low, uint32_t high, bool valid) {
   asm volatile(
@@ -50,6 +60,16 @@ __device__ __forceinline__ void store_64_if(void* to, uint32_t low, uint32_t hig
       : "memory");
 }
 
+// The same, 4 bytes.
+__device__ __forceinline__ void store_32_if(void* to, uint32_t v, bool valid) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.b32 p, %2, 0;\n"
+      "@p st.global.b32 [%0], %1;\n}" ::"l"(to),
+      "r"(v), "r"(static_cast<int>(valid))
+      : "memory");
+}
+
 // ptx::cp_async16 where `wanted`, without a branch: else what lies there remains.
 __device__ __forceinline__ void copy_async_128_if(uint32_t destination, const void* source, bool valid, bool wanted) {
   asm volatile(
@@ -57,6 +77,12 @@ __device__ __forceinline__ void copy_async_128_if(uint32_t destination, const vo
       "setp.ne.b32 p, %3, 0;\n"
       "@p cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n}" ::"r"(destination),
       "l"(source), "r"(valid ? 16 : 0), "r"(static_cast<int>(wanted)));
+}
+
+// v: what follows from it is worked out here, not kept from elsewhere.
+__device__ __forceinline__ int value(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
 }
 
 // threadIdx.x

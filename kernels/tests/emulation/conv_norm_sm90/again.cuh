@@ -20,6 +20,7 @@ inline void store_shared_16(uint32_t address, uint32_t v) {
 
 inline uint16_t load_16(const void* from) { return *static_cast<const uint16_t*>(from); }
 inline uint32_t load_32(const void* from) { return *static_cast<const uint32_t*>(from); }
+inline int value(int v) { return v; }
 inline int thread_index() { return threadIdx.x; }
 
 inline void store_128_if(void* to, const uint4& v, bool valid) {
@@ -30,8 +31,14 @@ inline void store_64_if(void* to, uint32_t low, uint32_t high, bool valid) {
   if (valid) static_cast<uint32_t*>(to)[0] = low, static_cast<uint32_t*>(to)[1] = high;
 }
 
+inline void store_32_if(void* to, uint32_t v, bool valid) {
+  if (valid) *static_cast<uint32_t*>(to) = v;
+}
+
 inline void copy_async_128_if(uint32_t destination, const void* source, bool valid, bool wanted) {
   if (wanted) ptx::cp_async16(destination, source, valid);
 }
+
+inline void store_128_below(void* to, const uint4& v, int at, int end) { store_128_if(to, v, at < end); }
 
 }  // namespace convfirst::again
