@@ -85,6 +85,8 @@ CASES = [
     ("sm80_convnext_split_persistent", problem((16, 16), 192, 512, 7, 1, 0, 2, batch=2), False, True),
     ("sm80_conv_first_split_persistent", problem((16, 31), 192, 512, 3, 8, 1, 1), True, False),
     ("sm80_conv_first_split_persistent", problem((16, 31), 160, 480, 3, 8, 0, 0), False, True),
+    # the activation under a tile's own last slice
+    ("sm80_conv_first_split_persistent", problem((24, 32), 512, 256, 3, 8), True, False),
     # depthwise taps as diagonal matrices (no other covers such channels): parts of a tile side by side, and in a column
     ("sm80_convnext_split_persistent", problem((13, 33), 520, 64, 7, 1, 0, 2), False, False),
     ("sm80_convnext_split_persistent", problem((26, 9), 520, 64, 7, 1, 1, 2, batch=1), True, True),

@@ -1,6 +1,8 @@
 // Definitions of launch_sm80.h; an instantiation file includes this and instantiates one struct of each type it is for.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/launch.cuh"
 #include "conv_first_block_fwd_sm80_mma.cuh"
 #include "conv_norm_fwd_sm80.cuh"
@@ -57,18 +59,29 @@ int Linear<kType, kTile, kProject>::launch(const LinearParams& p, cudaStream_t s
 template <DType kType, int kTile, bool kProject>
 int PersistentLinear<kType, kTile, kProject>::launch(const LinearParams& p, cudaStream_t stream) {
   constexpr PersistentTile tile = persistent_tile(kTile);
+  constexpr bool kDefers = tile.defers();
   using T = typename detail::Element<kType>::type;
-  const auto start = [&](auto word) {
-    return start_kernel(linear_persistent_fwd_sm80<T, kTile, kProject, decltype(word)>, p.grid, tile.threads(), tile.shared_bytes(kProject),
-                        stream, p);
+  const auto start = [&](auto word, auto stays) {
+    return start_kernel(linear_persistent_fwd_sm80<T, kTile, kProject, decltype(word), decltype(stays)::value>, p.grid, tile.threads(),
+                        tile.shared_bytes(kProject), stream, p);
   };
   if constexpr (!kProject && tile.overlaps()) {
-    if (p.activation == static_cast<int>(Activation::kSilu)) return start(SiluWord{});
-    if constexpr (kType == DType::kHalf) {
-      if (p.activation == static_cast<int>(Activation::kGelu)) return start(GeluWord{});
+    const auto words = [&](auto word) {
+      if constexpr (kDefers) {
+        const bool stays = (p.depth + tile.depth - 1) / tile.depth == tile.stages && p.grid % ((p.columns + tile.n - 1) / tile.n) == 0;
+        if (stays) return start(word, std::true_type{});
+      }
+      return start(word, std::false_type{});
+    };
+    constexpr bool kHalf = kType == DType::kHalf;
+    using Silu = std::conditional_t<kHalf, HalfWord<Activation::kSilu>, FloatWord<Activation::kSilu>>;
+    using Gelu = std::conditional_t<kHalf, HalfWord<Activation::kGelu>, FloatWord<Activation::kGelu>>;
+    if (p.activation == static_cast<int>(Activation::kSilu)) return words(Silu{});
+    if constexpr (kHalf || kDefers) {
+      if (p.activation == static_cast<int>(Activation::kGelu)) return words(Gelu{});
     }
   }
-  return start(NoWord{});
+  return start(NoWord{}, std::false_type{});
 }
 
 }  // namespace convfirst::block_fusion::sm80

@@ -41,6 +41,12 @@ CONVFIRST_HOST_DEVICE constexpr LinearTile linear_tile(int index) {
   }
 }
 
+// A row of x of the projection's result, of n8 blocks: padded where a lane reads 16 bytes; where it reads 8 the four rows of half a warp lie in
+// different banks as they are.
+CONVFIRST_HOST_DEVICE constexpr int result_pitch(int column_blocks) {
+  return column_blocks % 4 == 0 ? row_bytes(column_blocks * 8) : column_blocks * 16;
+}
+
 // Tile shapes of the persistent linear layers: one block a multiprocessor. By count (NOTES.md) warp tiles of 96 x 64 read shared
 // memory for 40 clocks while mma.sync takes 75.
 struct PersistentTile {
@@ -61,23 +67,27 @@ struct PersistentTile {
   // Row blocks of x a warp has in shared memory, fetched ahead; the expansion's result goes from registers to device memory.
   static constexpr int x_slots = 3;
   CONVFIRST_HOST_DEVICE constexpr int vectors_offset(bool project) const {
-    return result_offset() + (project ? warps() * x_slots : 0) * 16 * row_bytes(column_blocks() * 8);
+    return result_offset() + (project ? warps() * x_slots : 0) * 16 * result_pitch(column_blocks());
   }
   CONVFIRST_HOST_DEVICE constexpr int shared_bytes(bool project) const { return vectors_offset(project) + 2 * (project ? 2 : 1) * n * 4; }
-  // Which products have a kernel: the expansion's of 256 rows would spill.
-  CONVFIRST_HOST_DEVICE constexpr bool serves(bool project) const { return project || m <= 192; }
+  // Which products have a kernel: the expansion's of 256 rows and the projection's of 192 x 256 would spill.
+  CONVFIRST_HOST_DEVICE constexpr bool serves(bool project) const { return project ? n < 256 : m < 256; }
   // Whether the expansion has kernels whose activation begins under its last slice.
   CONVFIRST_HOST_DEVICE constexpr bool overlaps() const { return warps_k == 1; }
+  // Whether a finished tile's activation runs under the next one's products: there are registers for both.
+  CONVFIRST_HOST_DEVICE constexpr bool defers() const { return m == 128; }
 };
 
-constexpr int kPersistentTiles = 4;
+constexpr int kPersistentTiles = 6;
 
 CONVFIRST_HOST_DEVICE constexpr PersistentTile persistent_tile(int index) {
   switch (index) {
     case 0: return {192, 256, 2, 4, 1, 3};
     case 1: return {192, 192, 2, 4, 1, 3};
     case 2: return {192, 128, 2, 2, 2, 4};
-    default: return {256, 192, 2, 4, 1, 3};
+    case 3: return {256, 192, 2, 4, 1, 3};
+    case 4: return {128, 256, 2, 4, 1, 3};
+    default: return {128, 256, 2, 4, 1, 4};
   }
 }
 

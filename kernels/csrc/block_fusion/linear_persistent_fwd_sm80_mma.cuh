@@ -8,15 +8,16 @@
 //        +--------+               +-----------+
 //
 //   A and W slices of 64     shared, ring of stages    stages x (tile_m + tile_n) x 64, 16-byte chunks swizzled by row
-//   x, then the result       shared, a warp's own      slots x 16 x a warp's columns, of the projection
+//   x                        shared, a warp's own      slots x 16 x a warp's columns, of the projection
 //   bias and scale           shared, of two tiles      2 x tile_n, twice for the projection
 //   result                   registers, fp32           a warp's rows x columns
 //   fragments                registers                 two m16 blocks of A, every column of W
 //
-// The expansion's result goes from registers to device memory: W's rows lie permuted in a slice, so that a lane's columns are neighbours. Its
-// sums begin with the bias, and where a word's activation comes in two parts (Word) that of the first rows runs under the last slice: it is
-// multiplied two row blocks at a time, and what is finished is activated and stored between the next two's products. Where a ring holds a
-// whole W tile, and the block's next tile is below this one, it stays.
+// Results go from registers to device memory: W's rows lie permuted in a slice, so that a lane's columns are neighbours. In the expansion's tiles of
+// 128 x 256 there are registers to hold a tile's rounded sums, whose activation (Word) and stores run under the next tile's products; where W's
+// tile is the ring's whole W and the block's tiles lie below each other, it stays. Larger tiles read W and A less often: the sums begin with the
+// bias, and the activation of the first rows runs under the last slice: it is multiplied two row blocks at a time, and what is finished is activated
+// and stored between the next two's products.
 //
 // With warps_k = 2 two groups of warps each hold the whole tile and half of every slice's k: large warp tiles read shared
 // memory less often, and a tile of 128 columns still has two warps a scheduler. Their sums meet in the ring.
@@ -43,13 +44,16 @@ __device__ __forceinline__ int column_at(int place) {
 
 // Copies slices of A and W in the order in which the block multiplies them, tile after tile. Every thread keeps its place: a
 // 16-byte column of the slice and every kDown-th row.
-template <typename T, int kTile, bool kProject>
+//
+// kStays: W's tile is the ring's whole W, and stays there (load_w), since all the block's tiles lie below each other. Larger tiles
+// have one kernel: W's copies are issued there, and not wanted.
+template <typename T, int kTile, bool kProject, bool kStays>
 struct SliceLoader {
   static constexpr PersistentTile kShape = persistent_tile(kTile);
   static constexpr int kGroup = group_blocks(kShape.column_blocks());
   static constexpr int kDown = kShape.threads() / 8;
   static constexpr int kRowsA = kShape.m / kDown, kRowsW = kShape.n / kDown;
-  static constexpr int kCopies = kRowsA + kRowsW;  // a thread and slice
+  static constexpr int kCopies = kStays ? kRowsA : kRowsA + kRowsW;  // a thread and slice
   static_assert(kShape.m % kDown == 0 && kShape.n % kDown == 0 && kDown % 32 == 0, "threads tile the slice");
 
   const LinearParams& p;
@@ -70,33 +74,39 @@ struct SliceLoader {
   __device__ __forceinline__ void seek() {
     const int row = threadIdx.x / 8;
     const int tiles_n = (p.columns + kShape.n - 1) / kShape.n;
-    const int column = kProject ? row : row / (8 * kGroup) * (8 * kGroup) + column_at<kGroup>(row % (8 * kGroup));
+    const int column = row / (8 * kGroup) * (8 * kGroup) + column_at<kGroup>(row % (8 * kGroup));
     const int first_row = tile / tiles_n * kShape.m + row, first_column = tile % tiles_n * kShape.n + column;
     rows = p.rows - first_row;
     columns = rows + row > 0 ? p.columns - first_column : 0;
     const bool whole = p.depth > (kShape.stages - 1) * kShape.depth && p.depth <= kShape.stages * kShape.depth;
-    fetches = kProject || !whole || p.grid % tiles_n != 0 || tile == static_cast<int>(blockIdx.x);
+    fetches = kProject || kShape.defers() || !whole || p.grid % tiles_n != 0 || tile == static_cast<int>(blockIdx.x);
     const int chunk = threadIdx.x % 8 * 16;
     a = static_cast<const char*>(p.a) + static_cast<size_t>(first_row) * p.depth * sizeof(T) + chunk;
     weight = static_cast<const char*>(p.weight) + static_cast<size_t>(first_column) * p.depth * sizeof(T) + chunk;
   }
 
+  __device__ __forceinline__ bool inside() const { return k + static_cast<int>(threadIdx.x) % 8 * 8 < p.depth; }
+  __device__ __forceinline__ int64_t step() const { return p.depth * kDown * static_cast<int>(sizeof(T)); }
+
   // The thread's i-th copy of the slice; i is a constant once loops are unrolled.
   __device__ __forceinline__ void copy(uint32_t stage, int i) const {
-    const bool inside = k + static_cast<int>(threadIdx.x) % 8 * 8 < p.depth;
-    const int step = p.depth * kDown * static_cast<int>(sizeof(T));
-    if (i < kRowsA) {
-      ptx::cp_async16(stage + destination + i * kDown * 128, a + static_cast<int64_t>(step) * i, inside && i * kDown < rows);
+    if (i >= kRowsA) return copy_w(stage, i - kRowsA);
+    ptx::cp_async16(stage + destination + i * kDown * 128, a + step() * i, inside() && i * kDown < rows);
+  }
+
+  __device__ __forceinline__ void copy_w(uint32_t stage, int i) const {
+    const uint32_t to = stage + destination + (kShape.m + i * kDown) * 128;
+    const bool valid = inside() && i * kDown < columns;
+    if constexpr (kProject || kShape.defers()) {
+      ptx::cp_async16(to, weight + step() * i, valid);
     } else {
-      const uint32_t to = stage + destination + (kShape.m + (i - kRowsA) * kDown) * 128;
-      const char* from = weight + static_cast<int64_t>(step) * (i - kRowsA);
-      const bool valid = inside && (i - kRowsA) * kDown < columns;
-      if constexpr (kProject) {
-        ptx::cp_async16(to, from, valid);
-      } else {
-        again::copy_async_128_if(to, from, valid, fetches);
-      }
+      again::copy_async_128_if(to, weight + step() * i, valid, fetches);
     }
+  }
+
+  __device__ __forceinline__ void load_w(uint32_t stage) const {
+#pragma unroll
+    for (int i = 0; i < kRowsW; ++i) copy_w(stage, i);
   }
 
   __device__ __forceinline__ void advance() {
@@ -153,9 +163,10 @@ struct WarpProduct {
   }
 
   // acc += a slice's product. turn() ends the slice: on its return the next one, at the address it gives, may be read.
-  // copies(i, of) runs the i-th of `of` shares of the copies.
-  template <typename Copies, typename Turn>
-  __device__ __forceinline__ uint32_t slice(float (&acc)[kRows][kColumns][4], uint32_t stage, Copies copies, Turn turn) {
+  // copies(i, of) runs the i-th of `of` shares of the copies, share(i) the i-th of kPairs of other work, after a pair of products.
+  static constexpr int kPairs = kSteps * kRows * kColumns / 2;
+  template <typename Copies, typename Turn, typename Share>
+  __device__ __forceinline__ uint32_t slice(float (&acc)[kRows][kColumns][4], uint32_t stage, Copies copies, Turn turn, Share share) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
 #pragma unroll
@@ -169,6 +180,7 @@ struct WarpProduct {
           ptx::mma_16816<T>(acc[m][2 * n], a[m % 2], w[n][0], w[n][1]);
           ptx::mma_16816<T>(acc[m][2 * n + 1], a[m % 2], w[n][2], w[n][3]);
           if (last) load_w(stage, (step + 1) % kSteps, n);
+          share((step * kRows + m) * (kColumns / 2) + n);
         }
       }
     return stage;
@@ -241,14 +253,24 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[kRows][kColumns][4], uns
     }
 }
 
-// Two channels' activation in two parts: the tanh between them is under way while the warp does other things.
-struct SiluWord {
+// Two channels' activation in two parts: the tanh between them is under way while the warp does other things. They begin with half of the sums,
+// rounded, as PyTorch rounds a linear layer's result.
+template <Activation kActivation>
+struct FloatWord {
   float low, high, tanh_low, tanh_high;
 
   template <typename T>
-  __device__ __forceinline__ void begin(float first, float second) {
-    low = 0.5f * first, high = 0.5f * second;
-    tanh_low = ptx::tanh_approx(low), tanh_high = ptx::tanh_approx(high);
+  __device__ __forceinline__ static uint32_t halves(float low, float high) {
+    return ptx::pack2<T>(0.5f * low, 0.5f * high);
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void begin(uint32_t v) {
+    const float2 half = ptx::unpack2<T>(v);
+    constexpr bool kGelu = kActivation == Activation::kGelu;
+    low = half.x, high = half.y;
+    tanh_low = ptx::tanh_approx(kGelu ? detail::half_logit(2.f * low) : low);
+    tanh_high = ptx::tanh_approx(kGelu ? detail::half_logit(2.f * high) : high);
   }
 
   template <typename T>
@@ -257,15 +279,20 @@ struct SiluWord {
   }
 };
 
-// GELU in float16.
-struct GeluWord {
+// The same in float16.
+template <Activation kActivation>
+struct HalfWord {
   uint32_t half, tanh;
 
   template <typename T>
-  __device__ __forceinline__ void begin(float first, float second) {
-    const uint32_t v = ptx::pack2<T>(first, second);
-    half = half2::multiply(v, half2::both(0.5f));
-    tanh = half2::gelu_tanh(v);
+  __device__ __forceinline__ static uint32_t halves(float low, float high) {
+    return half2::multiply(ptx::pack2<T>(low, high), half2::both(0.5f));
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void begin(uint32_t v) {
+    half = v;
+    tanh = kActivation == Activation::kGelu ? half2::gelu_tanh(v) : half2::tanh_approx(v);
   }
 
   template <typename T>
@@ -322,48 +349,82 @@ struct ExpandedBlock {
   }
 };
 
-// 16 rows of a warp's part of the projection's result by 8 * kColumns channels, in shared memory of its own. `lane` is read where the block is used: kept
-// across the main loop, the addresses made from it cost registers that the accumulators need.
+// Halves of a tile's sums, rounded to 16 bits, whose activation and stores run under the next tile's products. A lane's words of an m16 block: those
+// of its first row, of eight channels each four, then of the second.
+template <typename T, typename Word, int kRows, int kColumns>
+struct HeldTile {
+  static constexpr int kGroup = 4, kGroups = kColumns / kGroup;
+  static constexpr int kWords = kRows * 2 * kColumns;
+  static constexpr int kLag = 2;  // words under way
+  static_assert(group_blocks(kColumns) == kGroup, "16 bytes a store");
+  uint32_t held[kWords] = {}, done[kGroup];
+  Word word[kLag + 1];
+  T* output;          // of the lane's next row
+  int rows[kGroups];  // that exist from the lane's first one on, 0 where the channels don't or nothing is held
+
+  __device__ __forceinline__ void forget() {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) rows[group] = 0;
+  }
+
+  // bias: of the lane's columns.
+  __device__ __forceinline__ void take(const float (&acc)[kRows][kColumns][4], const float* bias, const ExpandedBlock<T, kColumns>& first) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const float2 b = *reinterpret_cast<const float2*>(bias + n / kGroup * 8 * kGroup + n % kGroup * 2);
+      const float low = 0.5f * b.x, high = 0.5f * b.y;
+#pragma unroll
+      for (int m = 0; m < kRows; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          held[(m * 2 + half) * kColumns + n] = ptx::pack2<T>(fmaf(acc[m][n][2 * half], 0.5f, low), fmaf(acc[m][n][2 * half + 1], 0.5f, high));
+    }
+    output = first.output + static_cast<size_t>(first.row) * first.channels + first.channel;
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) rows[group] = first.channel + group * 8 * kGroup < first.channels ? first.rows - first.row : 0;
+  }
+
+  __device__ __forceinline__ void finish(int i, int leading) {
+    done[i % kGroup] = word[i % (kLag + 1)].template value<T>();
+    if (i % kGroup < kGroup - 1) return;
+    const int group = i % kColumns / kGroup;
+    again::store_128_below(output + group * 8 * kGroup, make_uint4(done[0], done[1], done[2], done[3]), i / kColumns * 8, rows[group]);
+    if (group == kGroups - 1) output += 8 * leading;
+  }
+
+  // The i-th word begins, the one kLag before it is finished; of a row of `leading` channels.
+  __device__ __forceinline__ void step(int i, int leading) {
+    if (i >= kLag) finish(i - kLag, leading);
+    if (i < kWords) word[i % (kLag + 1)].template begin<T>(held[i]);
+  }
+};
+
+// 16 rows of a warp's part of the projection's result by 8 * kColumns channels, x's in shared memory of its own. `lane` is read where the block is
+// used: kept across the main loop, the addresses made from it cost registers that the accumulators need.
 template <typename T, int kColumns>
 struct ResultBlock {
-  static constexpr int kPitch = row_bytes(kColumns * 8), kChunks = kColumns / 2;
+  static constexpr int kPitch = result_pitch(kColumns), kChunks = kColumns / 2;
   unsigned char* slot;
   int lane;
   int row, rows;  // its first, and the tensor's
   int channel, channels;
 
-  // Each 16 bytes that the tensor has: visit(pointer into the slot, offset in elements, exists).
-  template <typename Visit>
-  __device__ __forceinline__ void each_chunk(Visit visit) const {
+  // Starts copying x into the slot; the caller commits.
+  __device__ __forceinline__ void load(const T* x) const {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       const int chunk = lane + i * 32, r = chunk / kColumns, c = chunk % kColumns * 8;
       const bool exists = row + r < rows && channel + c < channels;
-      visit(slot + r * kPitch + c * 2, static_cast<size_t>(row + r) * channels + channel + c, exists);
+      const T* from = x + static_cast<size_t>(row + r) * channels + channel + c;
+      ptx::cp_async16(ptx::smem_address(slot + r * kPitch + c * 2), exists ? from : x, exists);
     }
   }
 
-  // Starts copying x into the slot; the caller commits.
-  __device__ __forceinline__ void load(const T* x) const {
-    each_chunk([x](unsigned char* to, size_t offset, bool exists) {
-      ptx::cp_async16(ptx::smem_address(to), exists ? x + offset : x, exists);
-    });
-  }
-
-  __device__ __forceinline__ void store(T* y) const {
-    each_chunk([y](unsigned char* from, size_t offset, bool exists) {
-      if (exists) *reinterpret_cast<uint4*>(y + offset) = *reinterpret_cast<const uint4*>(from);
-    });
-  }
-
-  // The word of the slot that holds this lane's two channels of n8 block n, row lane / 4 (+ 8).
-  __device__ __forceinline__ uint32_t* word(int n, int half) const {
-    return reinterpret_cast<uint32_t*>(slot + (half * 8 + lane / 4) * kPitch + n * 16 + lane % 4 * 4);
-  }
-
-  // slot = slot + sample_scale * (scale * acc + shift), rounded once; see project_scale.
-  __device__ __forceinline__ void add_residual(const float (&acc)[kColumns][4], const float* scale, const float* shift,
-                                               const float* sample_scale, int image_pixels) const {
+  // y = x + sample_scale * (scale * acc + shift), rounded once; see project_scale. A lane's channels are 2 * kGroup neighbours of kGroup n8 blocks.
+  __device__ __forceinline__ void finish(T* y, const float (&acc)[kColumns][4], const float* scale, const float* shift, const float* sample_scale,
+                                         int image_pixels) const {
+    constexpr int kGroup = group_blocks(kColumns);
+    using Words = std::conditional_t<kGroup == 4, uint4, uint2>;
     float sample[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -371,28 +432,48 @@ struct ResultBlock {
       sample[half] = sample_scale && pixel < rows ? sample_scale[pixel / image_pixels] : 1.f;
     }
 #pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-      const float2 s = *reinterpret_cast<const float2*>(scale + n * 8 + lane % 4 * 2);
-      const float2 b = *reinterpret_cast<const float2*>(shift + n * 8 + lane % 4 * 2);
+    for (int group = 0; group < kColumns / kGroup; ++group) {
+      const int c = (group * 4 + lane % 4) * 2 * kGroup;
+      Words words[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) words[half] = *reinterpret_cast<const Words*>(slot + (half * 8 + lane / 4) * kPitch + c * 2);
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        const float2 s = *reinterpret_cast<const float2*>(scale + c + 2 * j), b = *reinterpret_cast<const float2*>(shift + c + 2 * j);
+        const float(&sums)[4] = acc[group * kGroup + j];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint32_t& word = reinterpret_cast<uint32_t*>(&words[half])[j];
+          const float2 x = ptx::unpack2<T>(word);
+          word = ptx::pack2<T>(fmaf(sample[half], fmaf(sums[2 * half], s.x, b.x), x.x), fmaf(sample[half], fmaf(sums[2 * half + 1], s.y, b.y), x.y));
+        }
+      }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 x = ptx::unpack2<T>(*word(n, half));
-        *word(n, half) = ptx::pack2<T>(fmaf(sample[half], fmaf(acc[n][2 * half], s.x, b.x), x.x),
-                                       fmaf(sample[half], fmaf(acc[n][2 * half + 1], s.y, b.y), x.y));
+        const int pixel = row + half * 8 + lane / 4;
+        T* const to = y + static_cast<size_t>(pixel) * channels + channel + c;
+        const bool exists = pixel < rows && channel + c < channels;
+        if constexpr (kGroup == 4) {
+          again::store_128_if(to, words[half], exists);
+        } else {
+          again::store_64_if(to, words[half].x, words[half].y, exists);
+        }
       }
     }
   }
 };
 
-// Word: how the expansion's activation runs under its last slice, but for the last rows'; NoWord: it doesn't.
-template <typename T, int kTile, bool kProject, typename Word>
+// Word: how the expansion's activation runs under products: the next tile's, or its last slice's but for the last rows'; NoWord: it doesn't.
+// kStays: of SliceLoader.
+template <typename T, int kTile, bool kProject, typename Word, bool kStays>
 __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
     linear_persistent_fwd_sm80(const __grid_constant__ LinearParams p) {
   constexpr PersistentTile kShape = persistent_tile(kTile);
   constexpr int kRows = kShape.row_blocks(), kColumns = kShape.column_blocks(), kThreads = kShape.threads();
   constexpr int kFinished = kRows / kShape.warps_k;  // row blocks whose result this warp stores
   constexpr int kSlots = kShape.x_slots;
-  constexpr bool kOverlaps = !std::is_same_v<Word, NoWord>;
+  constexpr bool kDefers = !std::is_same_v<Word, NoWord> && kShape.defers();
+  constexpr bool kOverlaps = !std::is_same_v<Word, NoWord> && !kDefers;
   using Result = ResultBlock<T, kColumns>;
   using Expanded = ExpandedBlock<T, kColumns>;
   extern __shared__ __align__(128) unsigned char smem[];
@@ -411,15 +492,20 @@ __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
   };
   if constexpr (!kProject) load_bias(blockIdx.x, vectors_of(0));  // and from then on a tile ahead
 
-  SliceLoader<T, kTile, kProject> loader(p);
+  SliceLoader<T, kTile, kProject, kStays> loader(p);
   uint32_t write = ring, read = ring;
 #pragma unroll
   for (int s = 0; s < kShape.stages - 1; ++s) {
 #pragma unroll
     for (int i = 0; i < loader.kCopies; ++i) loader.copy(write, i);
-    ptx::cp_async_commit();
+    if constexpr (kStays) loader.load_w(write);
+    if (!kStays || s < kShape.stages - 2) ptx::cp_async_commit();
     loader.advance();
     write = next_stage<kShape.stages, kShape.stage_bytes()>(write, ring);
+  }
+  if constexpr (kStays) {
+    loader.load_w(write);
+    ptx::cp_async_commit();
   }
   ptx::cp_async_wait<kShape.stages - 2>();
   __syncthreads();
@@ -455,6 +541,10 @@ __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
                   tile % tiles_n * kShape.n + kShape.warp_n(warp) * kColumns * 8, p.columns};
   };
 
+  std::conditional_t<kDefers, HeldTile<T, Word, kRows, kColumns>, NoWord> before;
+  const auto nothing = [](int) {};
+  if constexpr (kDefers) before.forget();
+
   int side = 0;  // of the vectors: a fast warp fills the next tile's while a slow one reads this one's
   for (int tile = blockIdx.x; tile < tiles; tile += p.grid, side ^= 1) {
     float* vectors = vectors_of(side);
@@ -463,13 +553,13 @@ __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
 #pragma unroll
       for (int m = 0; m < kSlots && m < kFinished; ++m) result(tile, m).load(static_cast<const T*>(p.t.x));
     } else {
-      load_bias(tile + p.grid, vectors_of(side ^ 1));
+      if constexpr (!kDefers) load_bias(tile + p.grid, vectors_of(side ^ 1));
     }
 
     float acc[kRows][kColumns][4];
     const int at = again::thread_index();
     const float* bias = vectors + kShape.warp_n(at / 32) * kColumns * 8 + at % 4 * 2 * Expanded::kGroup;
-    const bool begins = !kProject && kShape.warp_k(at / 32) == 0;  // one of the groups that share k
+    const bool begins = !kProject && !kDefers && kShape.warp_k(at / 32) == 0;  // one of the groups that share k
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
       constexpr int kGroup = Expanded::kGroup;
@@ -481,8 +571,26 @@ __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
         for (int m = 0; m < kRows; ++m) acc[m][n][i] = start;
       }
     }
+    if constexpr (kDefers) {  // half of the words in each of the first two slices
+      constexpr int kPairs = WarpProduct<T, kTile>::kPairs;
+      static_assert(kPairs == before.kWords, "a word every two pairs of products");
+      read = product.slice(acc, read, copies, turn, [&](int i) {
+        if (i % 2 == 1) before.step(i / 2, p.columns);
+      });
+      load_bias(tile + p.grid, vectors_of(side ^ 1));  // every warp has taken the tile before, which read what lies there
+      read = product.slice(acc, read, copies, turn, [&](int i) {
+        if (i % 2 == 1) before.step((kPairs + i) / 2, p.columns);
+      });
+#pragma unroll
+      for (int i = 0; i < before.kLag; ++i) before.step(before.kWords + i, p.columns);
 #pragma unroll 1
-    for (int s = kOverlaps ? 1 : 0; s < slices; ++s) read = product.slice(acc, read, copies, turn);
+      for (int s = 2; s < slices; ++s) read = product.slice(acc, read, copies, turn, nothing);
+      before.take(acc, bias, expanded(tile, 0));
+      continue;
+    } else {
+#pragma unroll 1
+      for (int s = kOverlaps ? 1 : 0; s < slices; ++s) read = product.slice(acc, read, copies, turn, nothing);
+    }
 
     if (slices < kShape.stages - 1) {  // what the tile began with came with its first slice's copies, which may not be there yet
       ptx::cp_async_commit();
@@ -502,7 +610,7 @@ __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
       auto share = [&](int m, int i) {
         if (i >= kLag) finish(m, i - kLag);
         const float(&sums)[4] = acc[m][Expanded::block_of(i)];
-        word[i % (kLag + 1)].template begin<T>(sums[2 * Expanded::half_of(i)], sums[2 * Expanded::half_of(i) + 1]);
+        word[i % (kLag + 1)].template begin<T>(Word::template halves<T>(sums[2 * Expanded::half_of(i)], sums[2 * Expanded::half_of(i) + 1]));
         if (i < kLast) return;
 #pragma unroll
         for (int rest = kLast - kLag + 1; rest <= kLast; ++rest) finish(m, rest);
@@ -524,15 +632,17 @@ __global__ void __launch_bounds__(persistent_tile(kTile).threads(), 1)
         ptx::cp_async_wait<kSlots - 1>();
         __syncwarp();
       }
-      block.add_residual(acc[m], scale, scale + kShape.n, p.t.sample_scale, p.image_pixels);
-      __syncwarp();
-      block.store(static_cast<T*>(p.output));
+      block.finish(static_cast<T*>(p.output), acc[m], scale, scale + kShape.n, p.t.sample_scale, p.image_pixels);
       __syncwarp();  // before the slot is filled again
       if (m + kSlots < kFinished) result(tile, m + kSlots).load(static_cast<const T*>(p.t.x));
       ptx::cp_async_commit();
     }
   }
   ptx::cp_async_wait<0>();
+  if constexpr (kDefers) {
+#pragma unroll
+    for (int i = 0; i < before.kWords + before.kLag; ++i) before.step(i, p.columns);
+  }
 }
 
 }  // namespace convfirst::block_fusion::sm80

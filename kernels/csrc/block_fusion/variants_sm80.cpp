@@ -1,6 +1,7 @@
 // The portable path's rows of the planner's table: what each kernel takes, how it is configured and what it should cost.
 #include <algorithm>
 #include <iterator>
+#include <type_traits>
 
 #include "first_sm80.h"
 #include "launch_sm80.h"
@@ -203,11 +204,14 @@ struct SplitRow {
 
 // ---- the same, with the persistent linear layers ----
 
-// Fitted to measured launches (NOTES.md): multiply-adds a clock that the main loop sustains, of the 1300 of mma.sync, a tile's clocks
+// Fitted to measured launches (NOTES.md): multiply-adds a clock that the main loop sustains, of the 1350 of mma.sync, a tile's clocks
 // outside it, microseconds of a launch, and bytes a microsecond of the device's memory.
 constexpr double kPersistentRate = 1150;
 constexpr double kPersistentTileClocks = 8000;
-constexpr double kPersistentSiluClocks = 6300;  // of the expansion's kernel for SiLU, whose epilogue is partly within it
+constexpr double kPersistentWordClocks = 6300;  // of an expansion whose activation is partly within it
+constexpr double kHeldRate = 1000;              // with the last tile's activation in it,
+constexpr double kHeldStaysRate = 1100;         // where W stays,
+constexpr double kHeldClocks = 3000;            // and what is left outside
 constexpr double kPersistentLaunch = 2.5;
 constexpr double kPersistentBytes = 2.6e6;
 
@@ -218,25 +222,37 @@ struct PersistentSplitRow {
 
   static int64_t tiles(const PersistentTile& t, int64_t rows, int columns) { return ceil_div(rows, t.m) * ceil_div(columns, t.n); }
 
-  static double linear_cost(int multiprocessors, const PersistentTile& t, int64_t rows, int columns, int depth, bool silu) {
-    const double outside = silu && t.overlaps() ? kPersistentSiluClocks : kPersistentTileClocks;
-    const int64_t waves = ceil_div(tiles(t, rows, columns), multiprocessors);
-    const double loop = static_cast<double>(t.m) * t.n * (ceil_div(depth, t.depth) * t.depth) / kPersistentRate;
-    return kPersistentLaunch + std::max(waves * (loop + outside) / kClockMhz, 2.0 * rows * (columns + depth) / kPersistentBytes);
+  static int64_t pixels(const Problem& p) { return p.batch * p.height * p.width; }
+
+  // Whether the expansion's kernel has the activation under products.
+  static bool words(const Problem& p, const PersistentTile& t) {
+    if (p.activation == Activation::kSilu) return t.overlaps();
+    return p.activation == Activation::kGelu && t.overlaps() && (t.defers() || p.dtype == DType::kHalf);
   }
 
-  static int best_tile(bool project, int multiprocessors, int64_t rows, int columns, int depth, bool silu) {
-    auto cost = [&](int i) { return linear_cost(multiprocessors, persistent_tile(i), rows, columns, depth, silu); };
-    int best = 0;
-    for (int i = 1; i < kPersistentTiles; ++i)
-      if (persistent_tile(i).serves(project) && cost(i) < cost(best)) best = i;
+  static double linear_cost(int multiprocessors, const PersistentTile& t, const Problem& p, bool project) {
+    const int columns = project ? p.channels : p.hidden, depth = project ? p.hidden : p.channels;
+    const int64_t slices = ceil_div(depth, t.depth), waves = ceil_div(tiles(t, pixels(p), columns), multiprocessors);
+    double rate = kPersistentRate, outside = kPersistentTileClocks;
+    if (!project && words(p, t)) {
+      const bool stays = slices == t.stages && multiprocessors % ceil_div(columns, t.n) == 0;
+      if (t.defers()) rate = stays ? kHeldStaysRate : kHeldRate;
+      outside = t.defers() ? kHeldClocks : kPersistentWordClocks;
+    }
+    const double loop = static_cast<double>(t.m) * t.n * slices * t.depth / rate;
+    return kPersistentLaunch + std::max(waves * (loop + outside) / kClockMhz, 2.0 * pixels(p) * (columns + depth) / kPersistentBytes);
+  }
+
+  static int best_tile(const Problem& p, int multiprocessors, bool project) {
+    auto cost = [&](int i) { return linear_cost(multiprocessors, persistent_tile(i), p, project); };
+    int best = -1;
+    for (int i = 0; i < kPersistentTiles; ++i)
+      if (persistent_tile(i).serves(project) && (best < 0 || cost(i) < cost(best))) best = i;
     return best;
   }
 
-  static int64_t pixels(const Problem& p) { return p.batch * p.height * p.width; }
-  static bool silu(const Problem& p) { return p.activation == Activation::kSilu; }
-  static int expand_tile(const Problem& p, int multiprocessors) { return best_tile(false, multiprocessors, pixels(p), p.hidden, p.channels, silu(p)); }
-  static int project_tile(const Problem& p, int multiprocessors) { return best_tile(true, multiprocessors, pixels(p), p.channels, p.hidden, false); }
+  static int expand_tile(const Problem& p, int multiprocessors) { return best_tile(p, multiprocessors, false); }
+  static int project_tile(const Problem& p, int multiprocessors) { return best_tile(p, multiprocessors, true); }
 
   static int linear_shared_memory(const Problem& p, int multiprocessors) {
     const PersistentTile expand = persistent_tile(expand_tile(p, multiprocessors));
@@ -260,8 +276,8 @@ struct PersistentSplitRow {
 
   static double cost(const Problem& p, const Device& d, const Config&) {
     const int expand = expand_tile(p, d.multiprocessors), project = project_tile(p, d.multiprocessors);
-    return first_plan(p, d).cost + linear_cost(d.multiprocessors, persistent_tile(expand), pixels(p), p.hidden, p.channels, silu(p)) +
-           linear_cost(d.multiprocessors, persistent_tile(project), pixels(p), p.channels, p.hidden, false);
+    return first_plan(p, d).cost + linear_cost(d.multiprocessors, persistent_tile(expand), p, false) +
+           linear_cost(d.multiprocessors, persistent_tile(project), p, true);
   }
 
   template <DType kType, bool kProject>
@@ -269,13 +285,18 @@ struct PersistentSplitRow {
     const PersistentTile t = persistent_tile(tile);
     params.grid = static_cast<int>(tiles(t, params.rows, params.columns));
     if (t.warps_k == 1) params.grid = std::min(params.grid, multiprocessors);
+    const auto start = [&](auto index) {
+      constexpr int kTile = decltype(index)::value;
+      if constexpr (persistent_tile(kTile).serves(kProject)) return PersistentLinear<kType, kTile, kProject>::launch(params, stream);
+      return -1;  // best_tile left it out
+    };
     switch (tile) {
-      case 0: return PersistentLinear<kType, 0, kProject>::launch(params, stream);
-      case 1: return PersistentLinear<kType, 1, kProject>::launch(params, stream);
-      case 2: return PersistentLinear<kType, 2, kProject>::launch(params, stream);
-      default:
-        if constexpr (kProject) return PersistentLinear<kType, 3, true>::launch(params, stream);
-        return -1;  // serves(false) left it out
+      case 0: return start(std::integral_constant<int, 0>{});
+      case 1: return start(std::integral_constant<int, 1>{});
+      case 2: return start(std::integral_constant<int, 2>{});
+      case 3: return start(std::integral_constant<int, 3>{});
+      case 4: return start(std::integral_constant<int, 4>{});
+      default: return start(std::integral_constant<int, 5>{});
     }
   }
 

@@ -4,8 +4,6 @@
 namespace convfirst::block_fusion::sm80 {
 
 template struct PersistentLinear<DType::kHalf, 0, false>;
-template struct PersistentLinear<DType::kHalf, 0, true>;
 template struct PersistentLinear<DType::kBFloat16, 0, false>;
-template struct PersistentLinear<DType::kBFloat16, 0, true>;
 
 }  // namespace convfirst::block_fusion::sm80
