@@ -105,7 +105,11 @@ MODELS = {
     "convnext_tiny": None,
     "convnext_small": None,
     "convnext_base": None,
+    "resnet50": None,
+    "vgg19": None,
 }
+# How they are created: branches that count, where training starts without them.
+MODEL_OPTIONS = {"resnet50": {"zero_init_last": False}, "vgg19": {}}
 
 # The order of results.
 NAMES = [*(shape.name for shapes in (BLOCKS, MBCONVS, GROUPED) for shape in shapes), *MODELS]
@@ -246,6 +250,8 @@ def models(
 ) -> Iterator[dict]:
     """Whole networks: accelerated, in a CUDA graph, against the plain network and its counterpart in Inductor.
 
+    VGG and ResNet, which have no residual blocks of ours, run their 3x3 convolutions on the kernels for those.
+
     Arguments as of `blocks`, and ``compiled``: what lies outside the blocks goes through Inductor on our side too.
     Rows have ``images_per_s``, and ``peak_mib`` and ``peer_peak_mib``, memory beyond weights and inputs, and its ratio.
     """
@@ -279,12 +285,13 @@ def _model_rows(
         return peers[key]
 
     network = _network(name, torch_dtype)
-    (problem, *_) = problems_of(network, (batch, 3, image_size, image_size), dtype)
+    problem = next(iter(problems_of(network, (batch, 3, image_size, image_size), dtype)), None)
     fused = copy.deepcopy(network)
     convfirst_kernels.accelerate(fused, kernels="required", frozen=True, whole_stages=True)
     with convfirst_kernels.force_path(path):
         _check_agreement(fused, network, inputs[0])
-        variant = plan(problem, Device.of(inputs[0].device.index))["chosen"]
+        device = Device.of(inputs[0].device.index)
+        label = "convolutions" if problem is None else plan(problem, device)["chosen"].split("_")[0]
         function = torch.compile(fused, dynamic=False) if compiled else fused
         graph, peak = _with_peak(lambda: capture(function, inputs, calls=2))
     flops = _network_flops(name, batch, image_size)
@@ -292,8 +299,8 @@ def _model_rows(
     yield None
     ours = _times(graph, iterations)
     for other, ((time_peer, peer_name), peer_peak) in others.items():
-        label, theirs = peer_name and f"{other} {peer_name}", time_peer(iterations)
-        row = _row(name, batch, dtype, variant.split("_")[0], ours, label, theirs, flops, matmul_tflops(torch_dtype))
+        peer_label, theirs = peer_name and f"{other} {peer_name}", time_peer(iterations)
+        row = _row(name, batch, dtype, label, ours, peer_label, theirs, flops, matmul_tflops(torch_dtype))
         row |= {
             "images_per_s": round(1e3 * batch / ours.ms, 1),
             "outside_blocks": "inductor" if compiled else "eager",
@@ -394,7 +401,8 @@ def _images(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
 
 def _network(name: str, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(name, ls_init_value=0.5).eval().to("cuda", dtype, memory_format=torch.channels_last)
+    options = MODEL_OPTIONS.get(name, {"ls_init_value": 0.5})
+    return timm.create_model(name, **options).eval().to("cuda", dtype, memory_format=torch.channels_last)
 
 
 def _block_flops(p: Problem) -> int:

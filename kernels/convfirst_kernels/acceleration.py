@@ -277,8 +277,12 @@ class Report:
         others = self.outside + self.heads + self.convolutions
         width = max((len(row.name) for row in self.rows + others), default=0)
         lines = [f"{len(self.swapped)} of {len(self.rows)} blocks fused (kernels={self.kernels!r})"]
+        if self.convolutions:
+            count = f"{sum(row.swapped for row in self.convolutions)} of {len(self.convolutions)}"
+            lines[0] += f", {count} 3x3 convolutions on kernels in calls measured to be faster"
         for row in self.rows + others:
-            lines.append(f"  {row.name:{width}}  {'fused' if row.swapped else 'as it was'}  {row.block}: {row.detail}")
+            state = "as it was" if not row.swapped else "on kernels" if row in self.convolutions else "fused"
+            lines.append(f"  {row.name:{width}}  {state}  {row.block}: {row.detail}")
         return "\n".join(lines)
 
 
@@ -286,7 +290,7 @@ def accelerate(
     model: nn.Module,
     kernels: str = "auto",
     frozen: bool = False,
-    winograd: bool = False,
+    winograd: bool = True,
     whole_stages: bool = False,
 ) -> Report:
     """Make the residual blocks of ConvFirst and of timm's ConvNeXt run as fused kernels, in place.
@@ -305,9 +309,9 @@ def accelerate(
             on a CPU, in PyTorch and any floating dtype, to test what surrounds them without a GPU.
         frozen: the weights will not change: pack them once and never look again. Under torch.compile it keeps the
             packing out of the compiled program.
-        winograd: also dense 3x3 convolutions of stride 1 elsewhere in the model, as VGG's and ResNet's: as Winograd's
-            in float32 without TF32, as direct convolution in 16 bits, in inference and calls of a size where that was
-            measured to be faster than cuDNN.
+        winograd: also let dense 3x3 convolutions of stride 1 elsewhere in the model, as VGG's and ResNet's, run in
+            inference as Winograd's in float32 without TF32 and as direct convolution in 16 bits, in calls of a size
+            where that was measured to be faster than cuDNN; a program of torch.compile is then one of that size.
         whole_stages: also run a stage of a frozen ConvFirst, its downsampling and its blocks, in one launch where its
             tiles of 32 pixels fit the device all at once: one image of 224 pixels, or several small ones. The launch's
             thread blocks wait for one another, so two such launches must never run at once on a device, as they might
@@ -395,7 +399,7 @@ def _examine(module: nn.Module) -> tuple[Parts | None, str | None]:
     weight = parts.conv.weight
     if weight.device.type != "cuda":
         return parts, None  # decided at each call, when the model may have moved to a GPU
-    dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16  # as autocast may ask
+    dtype = _expected_dtype(weight)
     conv = parts.conv
     reason = fused.refusal(
         weight.device, dtype, conv.in_channels, parts.expand.weight.shape[0], conv.kernel_size[0],
@@ -404,12 +408,17 @@ def _examine(module: nn.Module) -> tuple[Parts | None, str | None]:
     return parts, reason
 
 
+def _expected_dtype(weight: Tensor) -> torch.dtype:
+    """What a block of these weights is likely to be called in: their own 16-bit dtype, or what autocast may ask for."""
+    return weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16
+
+
 def _backward_note(parts: Parts | outside.OutsideParts) -> str:
     """What a report adds about a block whose gradients would be PyTorch's on the device that it is on."""
     if not isinstance(parts, Parts) or parts.conv.weight.device.type != "cuda":
         return ""
     weight = parts.conv.weight
-    dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16
+    dtype = _expected_dtype(weight)
     reason = _backward_refusal(parts, weight.device, dtype)
     return "" if reason is None else f"; gradients by PyTorch: {reason}"
 
@@ -445,7 +454,7 @@ def _statistics_refusal(parts: Parts) -> str | None:
     if not batch_norms.needs_statistics(parts):
         return None
     weight = parts.conv.weight
-    dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float16  # as autocast may ask
+    dtype = _expected_dtype(weight)
     kernels = "auto" if weight.device.type == "cuda" else "reference"  # else the model may move to a GPU yet
     return batch_norms.refusal(parts, weight.device, dtype, kernels)
 

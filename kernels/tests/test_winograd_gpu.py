@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from cases import draws_of
@@ -291,7 +292,8 @@ def test_auto_is_direct_convolution_in_16_bits(shape, dtype, seed):
         assert all(t.grad is not None and t.grad.isfinite().all() for t in ours)
 
 
-def test_accelerated_convolution_in_16_bits(seed):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_accelerated_convolution_in_16_bits(frozen, seed):
     """VGG's layer 3.2 at one image runs as direct convolution, which was measured to be faster there."""
     if torch.cuda.get_device_capability() != measured.CAPABILITY:
         pytest.skip("nothing was measured on this device")
@@ -302,11 +304,61 @@ def test_accelerated_convolution_in_16_bits(seed):
         conv.weight.copy_(weight)
         conv.bias.copy_(bias)
         expected = direct_conv2d(x, conv.weight, conv.bias, padding=1, kernels="required")
-        (row,) = ck.accelerate(net, winograd=True).convolutions
+        (row,) = ck.accelerate(net, frozen=frozen).convolutions
         assert row.swapped and swap.choose(conv, x, torch.float16) == "direct"
         assert torch.equal(net(x), expected)
-        conv.weight.mul_(2)  # filters are kept until then
-        assert torch.equal(net(x), direct_conv2d(x, conv.weight, conv.bias, padding=1, kernels="required"))
+        compiled = torch.compile(net, fullgraph=True)
+        assert torch.equal(compiled(x), expected)
+        if not frozen:
+            conv.weight.mul_(2)  # filters are kept until then
+            again = direct_conv2d(x, conv.weight, conv.bias, padding=1, kernels="required")
+            assert torch.equal(net(x), again) and torch.equal(compiled(x), again)
+    torch.compiler.reset()
+
+
+def test_accelerated_convolution_in_float32(seed):
+    """Winograd where TF32 is off, under torch.compile and in a CUDA graph, too; cuDNN where it is allowed."""
+    if torch.cuda.get_device_capability() != measured.CAPABILITY:
+        pytest.skip("nothing was measured on this device")
+    x, weight, bias = inputs((8, 28, 28, 256, 512, 1), torch.float32, seed)
+    conv = torch.nn.Conv2d(256, 512, 3, padding=1).to("cuda", memory_format=torch.channels_last).eval()
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+        conv.weight.copy_(weight)
+        conv.bias.copy_(bias)
+        ck.accelerate(torch.nn.Sequential(conv), frozen=True)
+        algorithm = swap.choose(conv, x, torch.float32)
+        assert algorithm in ("f2", "f4")
+        expected = winograd_conv2d(x, conv.weight, conv.bias, 1, algorithm=algorithm, kernels="required")
+        assert torch.equal(conv(x), expected)
+        assert torch.equal(torch.compile(torch.nn.Sequential(conv), fullgraph=True)(x), expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = conv(x)
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, expected)
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
+        assert swap.choose(conv, x, torch.float32) is None
+    torch.compiler.reset()
+
+
+def test_accelerated_networks(seed):
+    """The logits of VGG19 in float16, compiled for inference, are within twice eager float16's error."""
+    if torch.cuda.get_device_capability() != measured.CAPABILITY:
+        pytest.skip("nothing was measured on this device")
+    torch.manual_seed(seed)
+    net = timm.create_model("vgg19").eval().cuda()
+    x = torch.randn(2, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+        wide = net(x)
+        half = net.half().to(memory_format=torch.channels_last)
+        plain = half(x.half())
+        fast = ck.compile_for_inference(half, x.half(), outside="eager")
+        assert sum(row.swapped for row in fast.report.convolutions) >= 8
+        ours = fast(x.half())
+    error, bound = (ours.float() - wide).abs().max(), (plain.float() - wide).abs().max()
+    assert not torch.equal(ours, plain)  # they did run
+    assert error <= 2 * bound + 2 * torch.finfo(torch.float16).eps * wide.abs().max()
 
 
 def test_float64_and_f4_in_16_bits_run_the_reference(seed):

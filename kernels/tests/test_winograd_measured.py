@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import operator
 
 import pytest
 import torch
@@ -120,6 +121,30 @@ def test_runs_its_own_code_on_a_cpu():
     assert torch.equal(copy.deepcopy(conv)(x), expected)
 
 
+@pytest.mark.parametrize(("algorithm", "operators"), [("direct", ["direct_conv2d"]), ("f2", [])])
+def test_a_traced_program_does_not_transform_filters(monkeypatch, algorithm, operators):
+    """It is whole, and of one batch size, as the choice is."""
+    monkeypatch.setattr(measured, "faster", lambda dtype, batch, *_: algorithm if batch == 2 else None)
+    monkeypatch.setattr(
+        swap, "choose", lambda conv, x, dtype: swap._faster(dtype, operator.index(x.shape[0]), 14, 14, 64, 64)
+    )
+    conv = nn.Conv2d(64, 64, 3, padding=1).eval().requires_grad_(False)
+    x = torch.randn(2, 64, 14, 14).to(memory_format=torch.channels_last)
+    expected = conv(x)
+    conv.forward = swap.WinogradForward(conv, frozen=False)
+    graphs = []
+
+    def noting(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if "convfirst" in str(node.target)])
+        return graph
+
+    torch.compiler.reset()
+    net = torch.compile(nn.Sequential(conv), fullgraph=True, backend=noting)
+    torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(net(torch.cat([x, x])), torch.cat([expected, expected]))
+    assert [[name.split(".")[1] for name in graph] for graph in graphs] == [operators, []]
+
+
 def test_accelerate_finds_what_it_may_replace():
     class Net(nn.Module):
         def __init__(self):
@@ -133,8 +158,9 @@ def test_accelerate_finds_what_it_may_replace():
     net = Net().eval()
     x = torch.randn(1, 3, 8, 8)
     expected = net(x)
-    assert not convfirst_kernels.accelerate(net).convolutions and "forward" not in net.second.__dict__
-    report = convfirst_kernels.accelerate(net, winograd=True)
+    report = convfirst_kernels.accelerate(net, winograd=False)
+    assert not report.convolutions and "forward" not in net.second.__dict__
+    report = convfirst_kernels.accelerate(net)
     assert [(row.name, row.swapped) for row in report.convolutions] == [("first", False), ("second", True)]
     assert "second" in str(report) and "were not measured to be faster" in str(report)
     assert torch.equal(net(x), expected)

@@ -1,5 +1,6 @@
 """Winograd's or direct convolution in place of a model's 3x3 convolutions of stride 1, where measured to be faster."""
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -13,47 +14,55 @@ from convfirst_kernels.winograd import kernels, measured
 class WinogradForward:
     """Stands in for a convolution's ``forward``: Winograd or direct where measured to be faster, else its own code.
 
-    It lives in the module's ``__dict__``, where an attribute of that name hides the class's method. Converted filters
-    are kept until the weight changes. Where a gradient may be asked for, the convolution runs its own code.
+    It lives in the module's ``__dict__``, where an attribute of that name hides the class's method. Converted weights
+    are kept until they change. Where a gradient may be asked for, the convolution runs its own code. Under
+    torch.compile a program is of one batch and image size, since the choice depends on them.
     """
 
     def __init__(self, conv: nn.Conv2d, frozen: bool):
         self.conv = conv
         self.frozen = frozen
-        self.filters: dict[tuple, tuple] = {}
+        self.converted: dict[tuple, tuple] = {}
+        weight = conv.weight
+        # Now, so that no later stream finds it in progress, and since a traced program can't keep what it converts. Not
+        # in float32 where weights may change: they may be called under autocast alone.
+        if weight.device.type == "cuda" and (frozen or weight.dtype != torch.float32):
+            for algorithm in _algorithms(conv, weight.dtype):
+                self.operands(algorithm, weight.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         conv, dtype = self.conv, compute_dtype(x)
         algorithm = choose(conv, x, dtype)
-        if algorithm is None:
+        # A traced program would transform the filters at each call, which measurements leave out.
+        if algorithm is None or (algorithm != "direct" and torch.compiler.is_compiling() and not self.frozen):
             return type(conv).forward(conv, x)
-        bias = None if conv.bias is None else conv.bias.float()
-        x, filter = x.to(dtype), self.filter(algorithm, dtype)
+        x, (filter, bias) = x.to(dtype), self.operands(algorithm, dtype)
         if algorithm == "direct":
             geometry = (*conv.stride, *conv.padding, *conv.dilation)
             return torch.ops.convfirst.direct_conv2d(x, filter, bias, *geometry, "none")
         shape = (conv.out_channels, conv.padding[0])
         return torch.ops.convfirst.winograd_conv2d_filtered(x, filter, bias, *shape, algorithm, "none", "")
 
-    def filter(self, algorithm: str, dtype: torch.dtype) -> Tensor:
-        """As the algorithm takes it, of the dtype; kept while the weight holds good."""
-        weight, compiling = self.conv.weight, torch.compiler.is_compiling()
-        kept, state = self.filters.get((algorithm, dtype), (None, None))
+    def operands(self, algorithm: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Filter and bias as the algorithm takes them for x of that dtype; kept while the weights hold good."""
+        conv, compiling = self.conv, torch.compiler.is_compiling()
+        kept, state = self.converted.get((algorithm, dtype), (None, None))
         # A traced program can't look at version counters: only weights declared frozen outlive its calls.
-        if kept is not None and (self.frozen or (not compiling and state == _state(weight))):
+        if kept is not None and (self.frozen or (not compiling and state == _state(conv))):
             return kept
         with torch.no_grad():
-            made = weight.detach().to(dtype)
+            filter = conv.weight.detach().to(dtype)
             if algorithm == "direct":
-                made = made.contiguous(memory_format=torch.channels_last)
+                filter = filter.contiguous(memory_format=torch.channels_last)
             else:
-                made = torch.ops.convfirst.winograd_filter(made, algorithm, False)
+                filter = torch.ops.convfirst.winograd_filter(filter, algorithm, False)
+            made = filter, None if conv.bias is None else conv.bias.detach().float()
         if not compiling and not torch.cuda.is_current_stream_capturing():  # what is captured has not run yet
-            self.filters[algorithm, dtype] = (made, _state(weight))
+            self.converted[algorithm, dtype] = (made, _state(conv))
         return made
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "filters": {}}
+        return {**self.__dict__, "converted": {}}
 
 
 def read_convolution(module: nn.Module) -> str | None:
@@ -103,18 +112,32 @@ def choose(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> str | None:
     if torch.cuda.get_device_capability(x.device) != measured.CAPABILITY:
         return None
     grown = 2 * conv.padding[0] - 2
-    batch, channels, height, width = x.shape
-    name = str(dtype).removeprefix("torch.")
-    algorithm = measured.faster(name, batch, height + grown, width + grown, channels, conv.out_channels)
+    # index() makes a traced program one of this size: what was measured is of sizes.
+    batch, channels, height, width = map(operator.index, x.shape)
+    algorithm = _faster(dtype, batch, height + grown, width + grown, channels, conv.out_channels)
     if algorithm is None:
         return None
     if algorithm == "direct":
-        refused = direct.refusal(x, dtype) is not None or x.data_ptr() % 16 != 0
+        refused = direct.refusal(x, dtype)
     else:
-        refused = kernels.refusal(x.to(dtype), conv.out_channels, conv.padding[0], algorithm) is not None
-    return None if refused else algorithm
+        refused = kernels.refusal(x.to(dtype), conv.out_channels, conv.padding[0], algorithm)
+    return algorithm if refused is None else None
 
 
-def _state(weight: Tensor) -> tuple:
-    version = None if weight.is_inference() else weight._version
-    return weight.data_ptr(), version, weight.device
+@torch.compiler.assume_constant_result
+def _faster(dtype: torch.dtype, batch: int, height: int, width: int, channels: int, outputs: int) -> str | None:
+    return measured.faster(_name(dtype), batch, height, width, channels, outputs)
+
+
+def _algorithms(conv: nn.Conv2d, dtype: torch.dtype) -> set[str]:
+    """Those that calls in the dtype may choose."""
+    return {row.best()[1] for row in measured.table() if row.dtype == _name(dtype) and _speaks_for(row, conv)}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _state(conv: nn.Conv2d) -> tuple:
+    tensors = [tensor for tensor in (conv.weight, conv.bias) if tensor is not None]
+    return tuple((t.data_ptr(), None if t.is_inference() else t._version, t.device) for t in tensors)
