@@ -8,6 +8,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -74,6 +75,19 @@ class Trace:
     @property
     def macs(self) -> int:
         return sum(operation.macs for operation in self.operations)
+
+
+def meta_model(name: str) -> nn.Module:
+    """A model of timm's registry on the meta device, without weights.
+
+    A constructor may compute with tensors by an operator that PyTorch's meta device lacks, as RegNet's does with
+    `unique` in PyTorch 2.11; such a model is made on the CPU first.
+    """
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name)
+    except NotImplementedError:
+        return timm.create_model(name).to("meta")
 
 
 def trace(

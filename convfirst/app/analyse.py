@@ -13,7 +13,7 @@ import convfirst.models  # noqa: F401  registers ConvFirst with timm
 from convfirst.analysis.devices import DTYPES, load_device
 from convfirst.analysis.kernels import PARTITIONS, blocks, kernels, layers
 from convfirst.analysis.plots import draw_waterline
-from convfirst.analysis.trace import trace
+from convfirst.analysis.trace import meta_model, trace
 from convfirst.analysis.waterline import Waterline
 from convfirst.app.report import shown
 from convfirst.app.results import REPOSITORY
@@ -33,8 +33,7 @@ def analyse(config: DictConfig) -> dict[str, Waterline]:
     if not timm.is_model(config.timm_model):
         raise ValueError(f"timm_model={config.timm_model!r} is unknown to timm")
     ceilings = load_device(config.device, REPOSITORY / "results").ceilings(config.dtype, config.ceilings)
-    with torch.device("meta"):
-        model = timm.create_model(config.timm_model)
+    model = meta_model(config.timm_model)
     dtype = torch.float32 if config.dtype == "tfloat32" else getattr(torch, config.dtype)
     traced = trace(model, config.batch, config.image_size, dtype)
     sequences = {name: Waterline(kernels(traced, name), ceilings) for name in PARTITIONS}

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from convfirst.analysis.trace import meta_model
 from convfirst.app.data_loading import data_loading
 from convfirst.app.kernels import accelerate, check_kernels
 from convfirst.app.kernels_agreement import kernels_agreement
@@ -75,8 +76,7 @@ def cost(config: DictConfig) -> list[dict]:
     """Multiply-accumulates of convolutions and matrix products for one image, and parameters, of each model."""
     rows = []
     for name in config.cost.models:
-        with torch.device("meta"):
-            gmacs, mparams = _cost(timm.create_model(name), config.image_size)
+        gmacs, mparams = _cost(meta_model(name), config.image_size)
         rows.append({"name": name, "image_size": config.image_size, "gmacs": gmacs, "mparams": mparams})
     return rows
 

@@ -7,12 +7,24 @@ from torch import nn
 
 import convfirst.models  # noqa: F401  registers ConvFirst with timm
 from convfirst.analysis import blocks, kernels, layers, trace
+from convfirst.analysis.trace import meta_model
 from convfirst.models import ConvFirstBlock
 
 
 def create(name: str) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name)
+    return meta_model(name)
+
+
+def test_models_whose_constructor_the_meta_device_cannot_run(monkeypatch):
+    def constructor(name):
+        widths = torch.tensor([8, 8, 16])
+        if widths.is_meta:
+            raise NotImplementedError("aten::_unique2: attempted to run this operator with Meta tensors")
+        return nn.Linear(int(widths.max()), 4)
+
+    monkeypatch.setattr(timm, "create_model", constructor)
+    model = meta_model("regnety_016")
+    assert model.weight.is_meta and model.weight.shape == (4, 16)
 
 
 @pytest.mark.parametrize(

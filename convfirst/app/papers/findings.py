@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import timm
-import torch
-
 import convfirst.models  # noqa: F401  registers ConvFirst with timm
 from convfirst.analysis.devices import Device, device_names, load_device
-from convfirst.analysis.trace import Trace, trace
+from convfirst.analysis.trace import Trace, meta_model, trace
 from convfirst.app.report import table
 
 PAPERS = Path(__file__).parents[2] / "analysis/papers"
@@ -90,6 +87,4 @@ def claims(paper: dict, ours: Mapping[str, str]) -> str:
 @cache
 def traced(model: str, batch: int, image_size: int) -> Trace:
     """Trace of a model of timm's registry in float16."""
-    with torch.device("meta"):
-        network = timm.create_model(model)
-    return trace(network, batch, image_size)
+    return trace(meta_model(model), batch, image_size)
