@@ -250,7 +250,8 @@ def models(
 ) -> Iterator[dict]:
     """Whole networks: accelerated, in a CUDA graph, against the plain network and its counterpart in Inductor.
 
-    VGG and ResNet, which have no residual blocks of ours, run their 3x3 convolutions on the kernels for those.
+    VGG and ResNet, which have no residual blocks of ours, run their 3x3 convolutions on the kernels for those; in
+    float32 both sides are without TF32.
 
     Arguments as of `blocks`, and ``compiled``: what lies outside the blocks goes through Inductor on our side too.
     Rows have ``images_per_s``, and ``peak_mib`` and ``peer_peak_mib``, memory beyond weights and inputs, and its ratio.
@@ -259,6 +260,7 @@ def models(
     if not chosen:
         raise ValueError(f"select={select!r} matches none of {', '.join(MODELS)}")
     known = _peer_times(reuse)
+    torch.backends.cudnn.allow_tf32 = False
     peers: dict[tuple, tuple] = {}
     jobs = (
         _model_rows(name, dtype, batch, peer, known, path, iterations, compiled, image_size, peers)

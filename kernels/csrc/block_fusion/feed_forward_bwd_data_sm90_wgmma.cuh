@@ -10,7 +10,8 @@
 //
 //   what                       where                                               written by          released when
 //   A, dy tiles                shared, a warpgroup's slots                         TMA                 da stored
-//   W2, W1 (+ b1) chunks       shared, one ring: W2(0) W1(0) W2(1) W1(1) ..         TMA                 product done, per chunk
+//   W2, W1 chunks              shared, one ring: W2(0) W1(0) W2(1) W1(1) ..         TMA                 product done, per chunk
+//   b1                         device memory; L1 has it after the first tile       -                   -
 //   S, D, P, O                 32, 32, 16, C/2 registers                           wgmma, activation   -
 //   da tile                    shared, over the A tile; TMA store                  consumer            -
 //
@@ -36,7 +37,7 @@ struct BackwardRing {
   __device__ __forceinline__ void advance() {
     if (++slot == kSlots) slot = 0, phase ^= 1;
   }
-  __device__ __forceinline__ int before() const { return slot == 0 ? kSlots - 1 : slot - 1; }
+  __device__ __forceinline__ int before(int steps = 1) const { return slot < steps ? slot + kSlots - steps : slot - steps; }
 };
 
 template <class Traits>
@@ -70,8 +71,7 @@ __device__ void produce_backward_chunks(const BackwardDataParams& p, const CUten
       TransactionBarrier* full = next(Traits::kTileBytes);
       tma_load_2d(&w2_map, full, smem + ring.slot * Traits::kTileBytes, chunk * kHiddenChunk, 0);
       ring.advance();
-      full = next(Traits::kTileBytes + Traits::kBiasBytes);
-      bulk_load(p.bias + chunk * kHiddenChunk, full, smem + Traits::kBiasOffset + ring.slot * Traits::kBiasBytes, Traits::kBiasBytes);
+      full = next(Traits::kTileBytes);
 #pragma unroll
       for (int panel = 0; panel < Traits::kPanels; ++panel) {
         tma_load_2d(&w1_map, full, smem + ring.slot * Traits::kTileBytes + panel * Traits::kPanelBytes, panel * Traits::kPanel, chunk * kHiddenChunk);
@@ -113,29 +113,25 @@ struct BackwardDataConsumer {
   const BackwardDataBarriers<Traits> bar;
   uint32_t chunks, slots;  // addresses
   int warpgroup, warp, lane;
-  float scale;
   BackwardRing<Traits::kChunkSlots> ring;      // next to wait for
   BackwardRing<Traits::kTileSlots> tile_ring;
-  uint32_t w1;                                 // address of the current chunk of W1
-  int w1_slot, w2_slot;
 
-  __device__ __forceinline__ uint32_t wait_chunk(int& slot) {
-    slot = ring.slot;
-    wait_barrier(bar.full(slot), ring.phase);
+  // The address of the next chunk, once it is there.
+  __device__ __forceinline__ uint32_t wait_chunk() {
+    wait_barrier(bar.full(ring.slot), ring.phase);
     ring.advance();
-    return chunks + slot * Traits::kTileBytes;
+    return chunk_address(ring.before());
   }
+  __device__ __forceinline__ uint32_t chunk_address(int slot) const { return chunks + slot * Traits::kTileBytes; }
   __device__ __forceinline__ void release_chunk(int slot) const {
-    __syncwarp();  // the biases that lie behind a chunk are read by all lanes
     if (lane == 0) arrive_barrier(bar.empty(slot));
   }
 
   // D = dy W2, S = A W1^T of the next chunk.
   __device__ __forceinline__ void issue_first(Sums& s, Sums& d, uint32_t tile) {
     const uint64_t dy = matrix_descriptor<Traits::kRowBytes>(tile + Traits::kTileBytes), x = matrix_descriptor<Traits::kRowBytes>(tile);
-    const uint64_t w2 = mn_descriptor<128>(wait_chunk(w2_slot), Traits::kTileBytes);
-    w1 = wait_chunk(w1_slot);
-    const uint64_t b = matrix_descriptor<Traits::kRowBytes>(w1);
+    const uint64_t w2 = mn_descriptor<128>(wait_chunk(), Traits::kTileBytes);
+    const uint64_t b = matrix_descriptor<Traits::kRowBytes>(wait_chunk());
     fence_operands(s);
     fence_operands(d);
     cute::warpgroup_arrive();
@@ -164,12 +160,14 @@ struct BackwardDataConsumer {
     cute::warpgroup_commit_batch();
   }
 
-  __device__ __forceinline__ void differentiate(const Sums& s, const Sums& d, Operand& h, int part) const {
+  __device__ __forceinline__ void differentiate(const Sums& s, const Sums& d, Operand& h, int chunk, int part) const {
     constexpr int kCount = kHiddenChunk / 8 / Traits::kParts;
-    const uint32_t bias = chunks + Traits::kBiasOffset + w1_slot * Traits::kBiasBytes + lane % 4 * 8;
+    int unit = chunk * kHiddenChunk + lane % 4 * 2;  // the lane's first
+    asm volatile("" : "+r"(unit));                   // addresses are computed again, not kept in registers
+    const float* bias = p.bias + unit;
 #pragma unroll
     for (int j = kCount * part; j < kCount * (part + 1); ++j) {
-      const float2 b = load_shared_float2(bias + 32 * j);
+      const float2 b = __ldg(reinterpret_cast<const float2*>(bias + 8 * j));
       float v[4], unused;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -189,6 +187,7 @@ struct BackwardDataConsumer {
 
   // da = rstd (v - mean(v) - A mean(v A)) with v = o * scales, over the A tile; without a norm da = v.
   __device__ __forceinline__ void finish(const Output& o, uint32_t slot, int tile, const CUtensorMap& da_map) const {
+    const float scale = __ldg(p.scalars);
     float factor[2] = {scale, scale}, sum[2] = {0.f, 0.f}, dot[2] = {0.f, 0.f};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -251,39 +250,36 @@ struct BackwardDataConsumer {
     Operand h;
     issue_first(s, d, tile);
     under_first();
-    int held = -1;  // slot of the chunk of W1 whose product was in flight
-    const auto finish_chunk = [&] {
+    const auto finish_chunk = [&](int chunk) {
       cute::warpgroup_wait<0>();
       fence_operands(s);
       fence_operands(d);
       fence_operands(h);
       fence_operands(o);
-      release_chunk(w2_slot);
-      if (held >= 0) release_chunk(held);
-      held = w1_slot;
+      release_chunk(ring.before(2));                 // W2's
+      if (chunk > 0) release_chunk(ring.before(3));  // the chunk of W1 whose product was in flight
 #pragma unroll
       for (int part = 0; part < Traits::kParts; ++part) {
-        differentiate(s, d, h, part);
-        issue_output(o, h, w1, part);
+        differentiate(s, d, h, chunk, part);
+        issue_output(o, h, chunk_address(ring.before()), part);
       }
     };
 #pragma unroll 1
-    for (int left = p.chunks; --left > 0;) {
-      finish_chunk();
+    for (int chunk = 0; chunk < p.chunks - 1; ++chunk) {
+      finish_chunk(chunk);
       issue_first(s, d, tile);
     }
-    finish_chunk();
+    finish_chunk(p.chunks - 1);
     cute::warpgroup_wait<0>();
     fence_operands(o);
-    release_chunk(w1_slot);
+    release_chunk(ring.before());
   }
 
   // A warpgroup without a tile in the last round still turns the ring for the others.
   __device__ void skip() {
     for (int i = 0; i < 2 * p.chunks; ++i) {
-      int slot;
-      wait_chunk(slot);
-      release_chunk(slot);
+      wait_chunk();
+      release_chunk(ring.before());
     }
   }
 
@@ -355,7 +351,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     const int consumer = warp / 4 - 1;
     const uint32_t base = smem_address(smem);
     BackwardDataConsumer<Traits> worker{p,    bar,      base, base + Traits::kTilesOffset + consumer * Traits::kTileSlots * Traits::kSlotBytes,
-                                        consumer, warp % 4, static_cast<int>(threadIdx.x % 32), __ldg(p.scalars), {}, {}, 0, 0, 0};
+                                        consumer, warp % 4, static_cast<int>(threadIdx.x % 32)};
     worker.run(da_map);
   }
 #endif

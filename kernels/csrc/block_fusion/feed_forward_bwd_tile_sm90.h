@@ -62,12 +62,9 @@ struct BackwardDataTraits : BackwardTraits<kDType_, kChannels_, kActivation_> {
   static constexpr int kTileSlots = kChannels_ <= 128 ? 2 : 1;  // a warpgroup's, each of A and dy
   static constexpr int kSlotBytes = 2 * Base::kTileBytes;
   static constexpr int kTilesBytes = kWarpgroups * kTileSlots * kSlotBytes;
-  static constexpr int kBiasBytes = kHiddenChunk * 4;  // travels with a chunk of W1
-  static constexpr int kChunkSlots =
-      std::min(kMaxSlots, (kBackwardSharedMemory - kBackwardBarrierBytes - kTilesBytes) / (Base::kTileBytes + kBiasBytes));
+  static constexpr int kChunkSlots = std::min(kMaxSlots, (kBackwardSharedMemory - kBackwardBarrierBytes - kTilesBytes) / Base::kTileBytes);
   static constexpr int kTilesOffset = kChunkSlots * Base::kTileBytes;
-  static constexpr int kBiasOffset = kTilesOffset + kTilesBytes;
-  static constexpr int kBarrierOffset = kBiasOffset + kChunkSlots * kBiasBytes;
+  static constexpr int kBarrierOffset = kTilesOffset + kTilesBytes;
   static constexpr int kSharedMemory = kBarrierOffset + kBackwardBarrierBytes;
   static constexpr int kThreads = (kWarpgroups + 1) * 128;
   static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 240;
