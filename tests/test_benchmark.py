@@ -160,7 +160,8 @@ def test_runs_with_and_without_kernels_are_compared(tmp_path):
     assert compared["top1_difference"] == pytest.approx(0, abs=0.3)
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     config.append, config.kernels_agreement.jobs = True, 0  # no run may start
-    assert benchmark(config) == [plain, fused, compared]
+    assert benchmark(config) == [compared]
+    assert json.loads((tmp_path / "out.json").read_text())["rows"] == [plain, fused, compared]
     config.kernels_agreement.workloads.digits.overrides.append("optimizer.lr=1e-4")
     config.kernels_agreement.seconds = 0  # others would start, and have no time
     assert benchmark(config) == []

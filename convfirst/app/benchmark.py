@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from convfirst.analysis.trace import meta_model
 from convfirst.app.data_loading import data_loading
 from convfirst.app.kernels import accelerate, check_kernels
-from convfirst.app.kernels_agreement import kernels_agreement
+from convfirst.app.kernels_agreement import kernels_agreement, runs_made
 from convfirst.app.results import REPOSITORY, environment, gpu_slug, kept_rows, write_results
 from convfirst.app.timing import captured, median_ms
 from convfirst.app.training_step import training_step
@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MODES = ("eager", "eager+graph", "inductor", "inductor+graph")
 PER_GPU = ("blocks", "models", "winograd", "direct", "counters", "training")  # suites whose result files name the GPU
-RESUMED = ("kernels_agreement",)  # suites that read the rows kept by append=true themselves, to go on from them
+# Suites that go on from the rows that append=true keeps: what tells which of a file's rows these are.
+RESUMED: Mapping[str, Callable[[DictConfig, Path], list[dict]]] = {"kernels_agreement": runs_made}
 
 
 def benchmark(config: DictConfig) -> list[dict]:
@@ -46,7 +47,10 @@ def benchmark(config: DictConfig) -> list[dict]:
     gpu = f"-{gpu_slug()}" if config.suite in PER_GPU and torch.cuda.is_available() else ""
     output = REPOSITORY / Path(config.output or f"results/{config.suite.replace('_', '-')}{gpu}.json")
     here = environment()  # a commit made while a suite measures is not the one that it measures
-    kept = kept_rows(output, here) if config.append and config.suite not in RESUMED else []
+    kept: list[dict] = []
+    if config.append:
+        resumed = RESUMED.get(config.suite)
+        kept = kept_rows(output, here) if resumed is None else resumed(config, output)
     rows: list[dict] = []
     written = None
     try:

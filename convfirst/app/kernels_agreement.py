@@ -31,16 +31,15 @@ def kernels_agreement(config: DictConfig) -> Iterator[dict]:
     test loss and curve [[update, training loss], ...]; a comparison's row has means over seeds, their difference, and
     the noise that seeds alone explain (`compare`). The curves and ends are drawn beside the output file, as a PNG.
     After ``seconds`` (null: never) runs still going are stopped; then those seeds count whose both runs have ended.
-    With ``config.append`` runs that the output file has already, of the same overrides, are not made again; rows of
-    other runs are dropped.
+    With ``config.append`` runs that the output file has already, of the same overrides, are not made again, nor are
+    their rows among the results; comparisons take them in.
 
     Raises:
         RuntimeError: a run failed; the message ends with what it printed.
     """
     suite, output = config.kernels_agreement, REPOSITORY / Path(config.output or "results/kernels-agreement.json")
     end = time.monotonic() + (math.inf if suite.seconds is None else suite.seconds)
-    rows = _made(config, output)
-    yield from rows
+    rows = runs_made(config, output) if config.append else []
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         SampleTree(**suite.tree).write(tree, os.cpu_count())
@@ -78,10 +77,8 @@ def _commands(suite: DictConfig, tree: Path, folder: Path) -> Iterator[tuple[dic
                 yield about | {"run": str(folder / run_id)}, [*overrides, *common]
 
 
-def _made(config: DictConfig, output: Path) -> list[dict]:
+def runs_made(config: DictConfig, output: Path) -> list[dict]:
     """Rows of runs that the suite asks for and the output file has."""
-    if not config.append:
-        return []
     asked = {_identity(run) for run, _ in _commands(config.kernels_agreement, Path(), Path())}
     return [row for row in kept_rows(output, environment()) if "curve" in row and _identity(row) in asked]
 
