@@ -79,7 +79,7 @@ class FusedForward:
         if torch.compiler.is_compiling():
             # A traced program can't look at version counters: only weights declared frozen outlive its calls.
             return kept if fits and self.frozen else parts.pack(dtype, absorb=True)
-        key = None if self.frozen else tuple(_state(tensor) for tensor in tensors)
+        key = None if self.frozen else tuple(fused.state_of(tensor) for tensor in tensors)
         if fits and key == self.key:
             return kept
         with torch.inference_mode(False), torch.no_grad():
@@ -87,6 +87,9 @@ class FusedForward:
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # a captured packing has not run yet
             self.packed, self.packed_for, self.key = packed, (dtype, device), key
         return packed
+
+    def forget(self) -> None:
+        self.packed = None
 
     def prepare(self, parts: Parts | outside.OutsideParts) -> None:
         """Pack now what a 16-bit model on a GPU will need, so that no later stream finds a packing in progress."""
@@ -201,16 +204,13 @@ class StageForward:
 def forget(model: nn.Module) -> None:
     """Drop the packed weights that `accelerate` keeps, where weights changed unseen: sharded ones, for instance."""
     for module in model.modules():
-        if isinstance(stand_in := module.__dict__.get("forward"), FusedForward) and not stand_in.frozen:
-            stand_in.packed = None
+        stand_in = module.__dict__.get("forward")
+        if isinstance(stand_in, FusedForward | WinogradForward) and not stand_in.frozen:
+            stand_in.forget()
 
 
 def _asks_for_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _state(tensor: Tensor) -> tuple:
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype
 
 
 def sample_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
@@ -299,7 +299,9 @@ def accelerate(
     for, stems and downsampling layers become products of patches in PyTorch's operators, made for torch.compile.
     Parameters, buffers, state_dict, hooks on blocks, training, deepcopy and pickle stay as they were. Batch norms fold
     in evaluation mode; in training mode such blocks run as the stages of `batch_norms`, synchronised ones by their own
-    code. Put the model in channels_last: a fused block converts its input otherwise.
+    code. Put the model in channels_last: a fused block converts its input otherwise. A CUDA graph reads the packed
+    weights of when it was captured: capture it again after weights change. torch.jit.script and nn.DataParallel don't
+    follow what stands in for a ``forward``.
 
     Args:
         model: any module that contains such blocks.
@@ -311,7 +313,8 @@ def accelerate(
             packing out of the compiled program.
         winograd: also let dense 3x3 convolutions of stride 1 elsewhere in the model, as VGG's and ResNet's, run in
             inference as Winograd's in float32 without TF32 and as direct convolution in 16 bits, in calls of a size
-            where that was measured to be faster than cuDNN; a program of torch.compile is then one of that size.
+            where that was measured to be faster than cuDNN (channels_last, compute capability 9.0). Float32's F(4x4, 3x3)
+            rounds more than cuDNN does: `winograd.convolution.F4_BOUND`.
         whole_stages: also run a stage of a frozen ConvFirst, its downsampling and its blocks, in one launch where its
             tiles of 32 pixels fit the device all at once: one image of 224 pixels, or several small ones. The launch's
             thread blocks wait for one another, so two such launches must never run at once on a device, as they might
@@ -332,7 +335,7 @@ def accelerate(
     heads = [(name, head, *_examine_outside(head, outside.read_head)) for name, head in outside.find_heads(model)]
     found_stages = _find_stages(model)
     taken = [name for name, *_ in found + layers]
-    convolutions = find_convolutions(model, taken) if winograd or kernels == "off" else []
+    convolutions = find_convolutions(model, taken)
     if kernels == "off":
         for _, module, _, _ in found + layers + heads + convolutions:
             _restore(module)
@@ -344,6 +347,10 @@ def accelerate(
     if kernels == "required":
         _require(found)
     report = Report([], kernels)
+    if not winograd:
+        for _, conv, _, _ in convolutions:
+            _restore(conv)
+        convolutions = []
     for name, conv, detail, reason in convolutions:
         report.convolutions.append(Row(name, type(conv).__name__, detail if reason is None else reason, reason is None))
         if reason is None:

@@ -193,6 +193,11 @@ def operator_arguments(x: Tensor, weights: BlockWeights, sample_scale: Tensor | 
     return (x.to(weights.conv_weight.dtype), *tensors, sample_scale, group_width, activation, eps, has_norm)
 
 
+def state_of(tensor: Tensor) -> tuple:
+    """What tells that a tensor's values may have changed; never twice the same for those made in inference mode."""
+    return tensor.data_ptr(), object() if tensor.is_inference() else tensor._version, tensor.dtype
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the block computes in: autocast's where that is on, else x's."""
     device = x.device.type

@@ -309,6 +309,10 @@ def test_accelerated_convolution_in_16_bits(frozen, seed):
         assert torch.equal(net(x), expected)
         compiled = torch.compile(net, fullgraph=True)
         assert torch.equal(compiled(x), expected)
+        own, dynamic = torch.nn.Conv2d.forward(conv, x), torch.compile(net, fullgraph=True, dynamic=True)
+        torch.testing.assert_close(dynamic(x), own, atol=2e-2, rtol=1e-2)  # of any size: PyTorch's
+        beside = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view(1, 56, 56, 256).permute(0, 3, 1, 2)
+        torch.testing.assert_close(net(beside.copy_(x)), own, atol=2e-2, rtol=1e-2)  # no kernel takes such an address
         if not frozen:
             conv.weight.mul_(2)  # filters are kept until then
             again = direct_conv2d(x, conv.weight, conv.bias, padding=1, kernels="required")

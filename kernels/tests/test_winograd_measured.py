@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import operator
 
 import pytest
 import torch
@@ -104,7 +103,7 @@ def test_the_table_is_made_of_all_results(tmp_path, monkeypatch):
         (nn.Conv2d(64, 64, 3, padding=(0, 1)), "padding=(0, 1) of zeros; supported are 0, 1 and 2 zeros"),
         (nn.Conv2d(64, 64, 3, padding="same"), "padding='same' of zeros; supported are 0, 1 and 2 zeros"),
         (nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"), "padding=(1, 1) of reflect"),
-        (nn.Conv2d(3, 64, 3), "3 -> 64 channels were not measured to be faster than cuDNN"),
+        (nn.Conv2d(3, 64, 3), "3 -> 64 channels in float32 were not measured to be faster than cuDNN"),
     ],
 )
 def test_which_convolutions(conv, answer):
@@ -121,17 +120,28 @@ def test_runs_its_own_code_on_a_cpu():
     assert torch.equal(copy.deepcopy(conv)(x), expected)
 
 
+@pytest.fixture
+def direct_on_a_cpu(monkeypatch):
+    """Lets a swapped convolution take direct convolution for batches of 2, as on the GPU that was measured."""
+    monkeypatch.setattr(measured, "faster", lambda dtype, batch, *_: "direct" if batch == 2 else None)
+    monkeypatch.setattr(swap, "choose", lambda conv, x, dtype: swap._faster(dtype, x.shape[0], 14, 14, 64, 64))
+
+    def swapped(frozen: bool = False) -> nn.Conv2d:
+        conv = nn.Conv2d(64, 64, 3, padding=1).eval()
+        conv.forward = swap.WinogradForward(conv, frozen)
+        return conv
+
+    return swapped
+
+
+def own(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    return nn.Conv2d.forward(conv, x)
+
+
 @pytest.mark.parametrize(("algorithm", "operators"), [("direct", ["direct_conv2d"]), ("f2", [])])
-def test_a_traced_program_does_not_transform_filters(monkeypatch, algorithm, operators):
-    """It is whole, and of one batch size, as the choice is."""
-    monkeypatch.setattr(measured, "faster", lambda dtype, batch, *_: algorithm if batch == 2 else None)
-    monkeypatch.setattr(
-        swap, "choose", lambda conv, x, dtype: swap._faster(dtype, operator.index(x.shape[0]), 14, 14, 64, 64)
-    )
-    conv = nn.Conv2d(64, 64, 3, padding=1).eval().requires_grad_(False)
-    x = torch.randn(2, 64, 14, 14).to(memory_format=torch.channels_last)
-    expected = conv(x)
-    conv.forward = swap.WinogradForward(conv, frozen=False)
+def test_a_traced_program_does_not_transform_filters(direct_on_a_cpu, monkeypatch, algorithm, operators):
+    monkeypatch.setattr(swap, "choose", lambda conv, x, dtype: algorithm)
+    conv, x = direct_on_a_cpu().requires_grad_(False), torch.randn(2, 64, 14, 14).to(memory_format=torch.channels_last)
     graphs = []
 
     def noting(graph, inputs):
@@ -140,9 +150,79 @@ def test_a_traced_program_does_not_transform_filters(monkeypatch, algorithm, ope
 
     torch.compiler.reset()
     net = torch.compile(nn.Sequential(conv), fullgraph=True, backend=noting)
-    torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(net(torch.cat([x, x])), torch.cat([expected, expected]))
-    assert [[name.split(".")[1] for name in graph] for graph in graphs] == [operators, []]
+    torch.testing.assert_close(net(x), own(conv, x), atol=1e-5, rtol=1e-4)
+    assert [[name.split(".")[1] for name in graph] for graph in graphs] == [operators]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_traced_sizes_are_told_from_symbolic_ones(dynamic):
+    torch.compiler.reset()
+    program = torch.compile(
+        lambda x: x + (1 if all(map(swap._is_static, x.shape)) else 2), fullgraph=True, dynamic=dynamic, backend="eager"
+    )
+    assert [program(torch.zeros(n, 5))[0, 0].item() for n in (3, 8)] == [2 if dynamic else 1] * 2
+
+
+def test_converted_weights_follow_what_changes_them(direct_on_a_cpu):
+    """A step of a fused optimiser, which leaves version counters alone, and whatever forget() is called after."""
+    conv = direct_on_a_cpu()
+    x = torch.randn(2, 64, 14, 14).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(conv.parameters(), lr=1.0, fused=True)
+
+    def agrees() -> bool:
+        with torch.no_grad():
+            return torch.allclose(conv(x), own(conv, x), atol=1e-4)
+
+    assert agrees() and conv.forward.converted
+    conv(x).sum().backward()
+    optimizer.step()
+    assert agrees()
+    conv.weight.data.mul_(2)
+    convfirst_kernels.forget(nn.Sequential(conv))
+    assert agrees()
+    with torch.no_grad():
+        conv.weight.zero_()
+    assert agrees()
+
+
+def test_weights_made_in_inference_mode_are_not_taken_for_unchanged(direct_on_a_cpu):
+    with torch.inference_mode():
+        conv = direct_on_a_cpu()
+        x = torch.randn(2, 64, 14, 14).to(memory_format=torch.channels_last)
+        conv(x)
+        conv.load_state_dict(nn.Conv2d(64, 64, 3).state_dict())
+        torch.testing.assert_close(conv(x), own(conv, x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("trained", ["input", "weight", "bias"])
+def test_gradients_of_everything(direct_on_a_cpu, trained):
+    conv = direct_on_a_cpu().requires_grad_(False)
+    x = torch.randn(2, 64, 14, 14).to(memory_format=torch.channels_last)
+    tensor = x if trained == "input" else getattr(conv, trained)
+    tensor.requires_grad_()
+    conv(input=x).sum().backward()
+    assert tensor.grad is not None
+
+
+def test_frozen_weights_follow_their_module_to_another_device(direct_on_a_cpu):
+    conv = direct_on_a_cpu(frozen=True)
+    x = torch.randn(2, 64, 14, 14).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        conv(x)
+        filter, _ = conv.to("meta").forward.operands("direct", torch.float32, torch.device("meta"))
+    assert filter.is_meta
+
+
+def test_parameters_that_are_views_of_one_buffer(direct_on_a_cpu):
+    conv = direct_on_a_cpu()
+    buffer = torch.randn(1 + conv.weight.numel())
+    conv.weight = nn.Parameter(buffer[1:].view(64, 3, 3, 64).permute(0, 3, 1, 2))
+    filter, _ = conv.forward.operands("direct", torch.float32, torch.device("cpu"))
+    assert conv.weight.data_ptr() % 16 != 0 and filter.data_ptr() % 16 == 0 and torch.equal(filter, conv.weight)
+
+
+def test_nothing_was_measured_of_empty_batches():
+    assert measured.faster("float32", 0, 56, 56, 64, 64) is None
 
 
 def test_accelerate_finds_what_it_may_replace():
@@ -167,4 +247,7 @@ def test_accelerate_finds_what_it_may_replace():
     assert isinstance(net.second.forward, swap.WinogradForward) and "forward" not in net.first.__dict__
     assert list(net.state_dict()) == list(Net().state_dict())
     report.undo()
+    assert "forward" not in net.second.__dict__
+    convfirst_kernels.accelerate(net)
+    convfirst_kernels.accelerate(net, winograd=False)
     assert "forward" not in net.second.__dict__

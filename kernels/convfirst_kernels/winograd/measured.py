@@ -49,6 +49,8 @@ def table() -> tuple[Row, ...]:
 @cache
 def nearest(dtype: str, batch: int, height: int, width: int, channels: int, outputs: int) -> Row | None:
     """The measurement nearest to a convolution with an output of height x width, or None where none is within reach."""
+    if min(batch, height, width) < 1:
+        return None
     found, least = None, math.inf
     for row in table():
         if row.dtype != dtype:
