@@ -313,8 +313,8 @@ def accelerate(
             packing out of the compiled program.
         winograd: also let dense 3x3 convolutions of stride 1 elsewhere in the model, as VGG's and ResNet's, run in
             inference as Winograd's in float32 without TF32 and as direct convolution in 16 bits, in calls of a size
-            where that was measured to be faster than cuDNN (channels_last, compute capability 9.0). Float32's F(4x4, 3x3)
-            rounds more than cuDNN does: `winograd.convolution.F4_BOUND`.
+            where that was measured to be faster than cuDNN: channels_last, compute capability 9.0. F(4x4, 3x3) in
+            float32 rounds more than cuDNN does: `winograd.convolution.F4_BOUND`.
         whole_stages: also run a stage of a frozen ConvFirst, its downsampling and its blocks, in one launch where its
             tiles of 32 pixels fit the device all at once: one image of 224 pixels, or several small ones. The launch's
             thread blocks wait for one another, so two such launches must never run at once on a device, as they might
