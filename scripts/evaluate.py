@@ -5,6 +5,7 @@ from pathlib import Path
 
 import hydra
 from hydra.errors import InstantiationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from convfirst.app.evaluate import evaluate
@@ -15,7 +16,7 @@ from convfirst.app.overrides import check_overrides
 def main(config: DictConfig) -> None:
     try:
         evaluate(config)
-    except (InstantiationException, OSError, ModuleNotFoundError, ValueError) as error:
+    except (InstantiationException, MisconfigurationException, OSError, ModuleNotFoundError, ValueError) as error:
         sys.exit(f"error: {error.__cause__ or error}")
 
 

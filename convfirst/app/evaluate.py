@@ -1,5 +1,6 @@
 """Evaluation of a run's checkpoint, or of any timm model, on any test set."""
 
+import difflib
 import json
 import warnings
 from pathlib import Path
@@ -108,6 +109,9 @@ def _image_tree(run_data: DictConfig, given: dict[str, Any], augment: Augment) -
 
 
 def _from_timm(config: DictConfig) -> tuple[str, nn.Module, ImageDataModule]:
+    if ":" not in config.timm_model and not timm.is_model(config.timm_model):  # hf-hub:... and local-dir:... are others
+        close = ", ".join(difflib.get_close_matches(config.timm_model, timm.list_models(), 3)) or "none"
+        raise ValueError(f"timm_model={config.timm_model!r} is unknown to timm; close to it: {close}")
     overlay = {} if config.num_classes is None else {"num_classes": config.num_classes}
     if isinstance(config.pretrained, str):
         overlay["file"] = config.pretrained

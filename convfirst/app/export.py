@@ -39,6 +39,9 @@ def export(config: DictConfig) -> Path:
         ValueError: ``config.weights`` is not one of auto, ema, raw, or the checkpoint has no such weights.
         RuntimeError: what was read back differs from the model, or the upload failed; the folder is there then.
     """
+    for key in ("checkpoint", "output"):
+        if OmegaConf.is_missing(config, key):
+            raise ValueError(f"give {key}=...: export.py checkpoint=<run or checkpoint> output=<new folder>")
     output = Path(config.output)
     if output.exists():
         raise FileExistsError(f"output={output} exists; remove it or choose another folder")

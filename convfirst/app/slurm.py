@@ -14,15 +14,22 @@ from omegaconf import DictConfig
 from convfirst.training import StopRequested, plan_batch
 from convfirst.training.guard import REQUEUE_SIGNALS
 
+# Keys that differ between the jobs of a submission, separated by commas; a job can't tell them from its others.
+SWEPT = "CONVFIRST_SWEPT"
+
 
 class CheckSubmission(Callback):
-    """Hydra callback of ``launcher=slurm``: ends the program with one message before anything is submitted."""
+    """Hydra callback of ``launcher=slurm``: ends the program with one message before anything is submitted.
+
+    Otherwise it tells the jobs, by an environment variable that Slurm hands on, what is swept.
+    """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
             check_submission(config)
         except ValueError as error:
             sys.exit(f"error: {error}")  # Hydra turns a callback's Exception into a warning and goes on
+        os.environ[SWEPT] = ",".join(sorted(_swept(config)))
 
 
 def check_submission(config: DictConfig) -> None:
@@ -71,7 +78,8 @@ def check_submission(config: DictConfig) -> None:
 def _swept(config: DictConfig) -> set[str]:
     """Keys that have another value in each job."""
     overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-    return {override.key_or_group for override in overrides if override.is_sweep_override()}
+    swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
+    return swept | set(config.hydra.sweeper.get("params") or ())
 
 
 def _check_equal(name: str, value: Any, other_name: str, other: Any) -> None:

@@ -20,6 +20,7 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
@@ -48,6 +49,16 @@ from convfirst.training.curves import plot_curves
 
 log = logging.getLogger(__name__)
 
+# What a setting or the machine may be at fault for: one line says so, without a traceback.
+_EXPECTED = (
+    InstantiationException,
+    MisconfigurationException,
+    ModuleNotFoundError,
+    NonFiniteLossError,
+    OSError,
+    ValueError,
+)
+
 
 def main(config: DictConfig) -> None:
     """Train and exit with the status that `train.py --help` lists; a mistake in the input ends in one message.
@@ -64,11 +75,12 @@ def main(config: DictConfig) -> None:
             print(f"{signal.Signals(stop.signum).name}: {saved}; the same command goes on from there.", flush=True)
             slurm.requeue(stop.signum)
             sys.exit(128 + stop.signum)
-    except (InstantiationException, ValueError, OSError, ModuleNotFoundError, NonFiniteLossError) as error:
+    except _EXPECTED as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
-        sys.exit(f"error: {cause}")
+        devices = f"trainer.accelerator={config.trainer.accelerator}, trainer.devices={config.trainer.devices}: "
+        sys.exit(f"error: {devices if isinstance(cause, MisconfigurationException) else ''}{cause}")
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -279,13 +291,21 @@ def _prepare_directory(run: RunDirectory, config: DictConfig) -> None:
 
 
 def _name_sweep_job(config: DictConfig) -> None:
-    """Give each job of a sweep its own run, named after its overrides, so that the same sweep finds it again."""
+    """Give each job of a sweep its own run, named after its overrides, so that the same sweep finds it again.
+
+    Of a submission to Slurm the overrides that are swept count alone: where there are none, the run is ``run_id``.
+    """
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return
     overrides = sorted(HydraConfig.get().overrides.task)
     if not any(override.startswith("run_id=") for override in overrides):
-        kept = [o for o in overrides if o.split("=")[0] not in ("run_root", "resume", "overwrite", "launcher")]
-        config.run_id = f"{config.run_id}-{hashlib.sha256(' '.join(kept).encode()).hexdigest()[:8]}"
+        keys = {override: override.lstrip("+~").split("=")[0] for override in overrides}
+        if (swept := os.environ.get(slurm.SWEPT)) is not None:
+            kept = [override for override in overrides if keys[override] in swept.split(",")]
+        else:
+            kept = [o for o in overrides if keys[o] not in ("run_root", "resume", "overwrite", "launcher")]
+        if kept:
+            config.run_id = f"{config.run_id}-{hashlib.sha256(' '.join(kept).encode()).hexdigest()[:8]}"
 
 
 def _refuse_sweep_of_subprocesses(trainer: Trainer) -> None:

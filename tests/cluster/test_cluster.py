@@ -77,7 +77,7 @@ def test_slurm_requeues_a_run_that_goes_on(tmp_path, whole, way):
     """sbatch: warned by SIGUSR1, then preempted by another job. submitit: SIGTERM and SIGUSR2, its own rehearsal."""
     if way == "submitit":
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    options = [*TWO, f"run_root={tmp_path}", SLOW, "logger=wandb", "run_id=digits"]
+    options = [*TWO, f"run_root={tmp_path}", SLOW, "logger=wandb"]
     script = [
         str(HERE / "slurm_single_node.sh"),
         sys.executable,

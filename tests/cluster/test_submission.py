@@ -1,14 +1,18 @@
 """What is refused before it is submitted, and which signals requeue a job; no Slurm is needed."""
 
+import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import open_dict
+from hydra.types import RunMode
+from omegaconf import OmegaConf, open_dict
 
-from convfirst.app.slurm import check_submission, requeue
+from convfirst.app import train
+from convfirst.app.slurm import SWEPT, CheckSubmission, check_submission, requeue
 from tests.training.helpers import REPOSITORY
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
@@ -41,6 +45,34 @@ def test_what_fits_together_is_submitted(overrides):
     check_submission(config)
     launcher = config.hydra.launcher
     assert (launcher.nodes, launcher.tasks_per_node) == (config.trainer.num_nodes, config.trainer.devices)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "swept"),
+    [(FITS, ""), ([*FITS, "seed=0,1", "+model.dims=[8,16],[8,8]"], "model.dims,seed")],
+)
+def test_jobs_are_told_what_is_swept(overrides, swept, monkeypatch):
+    monkeypatch.setenv(SWEPT, "")
+    CheckSubmission().on_multirun_start(submission(*overrides))
+    assert os.environ[SWEPT] == swept
+
+
+def test_runs_are_named_after_what_is_swept(monkeypatch):
+    """So that a run goes on when its submission is repeated with other resources."""
+    hydra = SimpleNamespace(mode=RunMode.MULTIRUN, overrides=SimpleNamespace(task=[]))
+    monkeypatch.setattr(train.HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(train.HydraConfig, "get", lambda: hydra)
+
+    def name(swept: str, *overrides: str) -> str:
+        monkeypatch.setenv(SWEPT, swept)
+        hydra.overrides.task, config = list(overrides), OmegaConf.create({"run_id": "digits"})
+        train._name_sweep_job(config)
+        return config.run_id
+
+    assert name("", "trainer.num_nodes=4", "recipe=digits") == name("", "trainer.num_nodes=2") == "digits"
+    first = name("seed", "seed=1", "trainer.num_nodes=4")
+    assert first == name("seed", "trainer.num_nodes=2", "seed=1") != name("seed", "seed=2", "trainer.num_nodes=4")
+    assert name("seed", "seed=1", "run_id=mine") == "digits"  # as given: composed before
 
 
 @pytest.mark.parametrize(
