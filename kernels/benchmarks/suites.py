@@ -289,7 +289,8 @@ def _model_rows(
     network = _network(name, torch_dtype)
     problem = next(iter(problems_of(network, (batch, 3, image_size, image_size), dtype)), None)
     fused = copy.deepcopy(network)
-    convfirst_kernels.accelerate(fused, kernels="required", frozen=True, whole_stages=True)
+    kernels = "auto" if problem is None else "required"  # which is about blocks
+    convfirst_kernels.accelerate(fused, kernels=kernels, frozen=True, whole_stages=True)
     with convfirst_kernels.force_path(path):
         _check_agreement(fused, network, inputs[0])
         device = Device.of(inputs[0].device.index)

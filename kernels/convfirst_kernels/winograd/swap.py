@@ -135,7 +135,7 @@ def choose(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> str | None:
     """The algorithm that was measured to be faster than cuDNN on this call, or None: the convolution's own code."""
     if x.device.type != "cuda" or x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         return None
-    if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":
+    if dtype == torch.float32 and _tf32_allowed():
         return None  # cuDNN then takes TF32 on tensor cores, which is faster, and what the user allows
     if torch.cuda.get_device_capability(x.device) != measured.CAPABILITY or x.device != conv.weight.device:
         return None
@@ -154,6 +154,11 @@ def choose(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> str | None:
     else:
         refused = kernels.refusal(x.to(dtype), conv.out_channels, conv.padding[0], algorithm)
     return algorithm if refused is None else None
+
+
+@torch.compiler.assume_constant_result  # Dynamo can't read it
+def _tf32_allowed() -> bool:
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def _is_static(size: int) -> bool:
