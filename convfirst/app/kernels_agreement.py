@@ -181,6 +181,7 @@ def plot(rows: list[dict], target: Path) -> None:
             ends.scatter([run["loss"] for run in runs], [run["top1"] for run in runs], color=colour, marker=marker)
         curves.set(title=workload, xlabel="update", ylabel="training loss")
         ends.set(title="where each seed ended", xlabel="test loss", ylabel="test top-1 (%)")
+        ends.locator_params(axis="x", nbins=5)  # their labels must not touch
         curves.legend(frameon=False)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
