@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MODES = ("eager", "eager+graph", "inductor", "inductor+graph")
-PER_GPU = ("blocks", "models", "winograd", "direct", "counters", "training")  # suites whose result files name the GPU
+# Suites whose result files name the GPU.
+PER_GPU = ("blocks", "models", "winograd", "direct", "counters", "training", "throughput", "latency")
 # Suites that go on from the rows that append=true keeps: what tells which of a file's rows these are.
 RESUMED: Mapping[str, Callable[[DictConfig, Path], list[dict]]] = {"kernels_agreement": runs_made}
 
@@ -35,8 +36,8 @@ RESUMED: Mapping[str, Callable[[DictConfig, Path], list[dict]]] = {"kernels_agre
 def benchmark(config: DictConfig) -> list[dict]:
     """Run the suite ``config.suite``, print its rows, write them to ``config.output`` and return them.
 
-    Without an output the file is results/<suite>.json, with hyphens for underscores; the suites of the kernels and of
-    training add the GPU: results/blocks-h100.json.
+    Without an output the file is results/<suite>.json, with hyphens for underscores; those of `PER_GPU` add the GPU:
+    results/blocks-h100.json.
 
     Raises:
         ValueError: the suite or one of its options is unknown; the message names what is accepted. Or append=true, and
