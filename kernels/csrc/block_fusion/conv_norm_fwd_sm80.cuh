@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(conv_tile(kDepthwise).threads)
   if (threadIdx.x < 4) reinterpret_cast<uint32_t*>(smem + layout.zero)[threadIdx.x] = 0u;
 
   conv_stage<T, kDepthwise, kTile.pixels, kTile.slice, kTile.threads>(p, origin, rows, smem + layout.region,
-                                                                      ptx::smem_address(smem + layout.zero), smem, pitch);
+                                                                      ptx::smem_address(smem + layout.zero), smem, pitch, [] {});
   auto store = [&](int row, int chunk, uint4 value) {
     const int pixel = rows.pixel[row];
     if (pixel >= 0) *reinterpret_cast<uint4*>(output + static_cast<size_t>(pixel) * p.channels + chunk * 8) = value;

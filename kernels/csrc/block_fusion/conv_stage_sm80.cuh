@@ -306,10 +306,11 @@ __device__ __forceinline__ void depthwise_conv_slice(const BlockParams& p, const
 }
 
 // The whole convolution: x of the block's tile -> a [kPixels][channels] in shared memory, bias added, rounded to T once. The
-// ring of slices starts at `region`; on return every thread may overwrite it.
-template <typename T, bool kDepthwise, int kPixels, int kSlice, int kThreads>
+// ring of slices starts at `region`; on return every thread may overwrite it. meanwhile() runs while the first copies fly; what it
+// writes to shared memory is there when the first slice is.
+template <typename T, bool kDepthwise, int kPixels, int kSlice, int kThreads, typename Meanwhile>
 __device__ __forceinline__ void conv_stage(const BlockParams& p, const TileOrigin& origin, const TileRows<kPixels>& rows,
-                                           unsigned char* region, uint32_t zero, unsigned char* a, int a_pitch) {
+                                           unsigned char* region, uint32_t zero, unsigned char* a, int a_pitch, Meanwhile meanwhile) {
   const uint32_t ring = ptx::smem_address(region);
   const int slice_bytes = p.geometry.halo_pixels * row_bytes(kSlice);
   const int slices = (p.channels + kSlice - 1) / kSlice;
@@ -317,11 +318,12 @@ __device__ __forceinline__ void conv_stage(const BlockParams& p, const TileOrigi
     if (s < slices) load_slice<T, kSlice, kThreads>(p, origin, ring + s * slice_bytes, s);
     ptx::cp_async_commit();
   }
-  fill_tile_rows<kPixels, kThreads>(p, origin, rows);  // while the copies fly
+  fill_tile_rows<kPixels, kThreads>(p, origin, rows);
+  meanwhile();
   int buffer = 0;
   for (int s = 0; s < slices; ++s) {
     ptx::cp_async_wait(p.buffers - 1);
-    __syncthreads();  // slice s and, the first time, the rows' table
+    __syncthreads();  // slice s and, the first time, the rows' table and what meanwhile() wrote
     const int offset = buffer * slice_bytes;
     if constexpr (kDepthwise) {
       depthwise_conv_slice<T, kPixels, kSlice, kThreads>(p, origin, region + offset, a, a_pitch, s);

@@ -93,7 +93,7 @@ inline bool laid_out(const Problem& q, const Device& device, int parts_down, int
 
 // Clocks of a block: its slices and the norm of its pixels; two on a multiprocessor take 1.4 times one's. Fitted to measured times (NOTES.md).
 inline double diagonal_cost(const Problem& q, const Device& device, const DiagonalPlan& plan) {
-  const double block = diagonal::ceil_div(q.channels, kDiagonalSlice) * 7400.0 + plan.rows() * plan.columns * q.channels / 19.2;
+  const double block = diagonal::ceil_div(q.channels, kDiagonalSlice) * 7100.0 + plan.rows() * plan.columns * q.channels / 19.2;
   const int share = std::min(diagonal::resident(plan), diagonal::ceil_div(plan.grid, device.multiprocessors));
   const double rounds = diagonal::ceil_div(plan.grid, static_cast<int64_t>(device.multiprocessors) * share);
   return 5 + rounds * (share > 1 ? 1.4 : 1) * block / 1700;

@@ -25,11 +25,11 @@
 
 #include <type_traits>
 
-#include "../common/activation_half2.cuh"
 #include "../common/again.cuh"
 #include "../common/ptx.cuh"
 #include "launch_sm80.h"
 #include "matmul_stage_sm80.cuh"
+#include "word_sm80.cuh"
 
 namespace convfirst::block_fusion::sm80 {
 
@@ -252,54 +252,6 @@ __device__ __forceinline__ void sum_over_k(float (&acc)[kRows][kColumns][4], uns
       acc[m][n][3] += other.w;
     }
 }
-
-// Two channels' activation in two parts: the tanh between them is under way while the warp does other things. They begin with half of the sums,
-// rounded, as PyTorch rounds a linear layer's result.
-template <Activation kActivation>
-struct FloatWord {
-  float low, high, tanh_low, tanh_high;
-
-  template <typename T>
-  __device__ __forceinline__ static uint32_t halves(float low, float high) {
-    return ptx::pack2<T>(0.5f * low, 0.5f * high);
-  }
-
-  template <typename T>
-  __device__ __forceinline__ void begin(uint32_t v) {
-    const float2 half = ptx::unpack2<T>(v);
-    constexpr bool kGelu = kActivation == Activation::kGelu;
-    low = half.x, high = half.y;
-    tanh_low = ptx::tanh_approx(kGelu ? detail::half_logit(2.f * low) : low);
-    tanh_high = ptx::tanh_approx(kGelu ? detail::half_logit(2.f * high) : high);
-  }
-
-  template <typename T>
-  __device__ __forceinline__ uint32_t value() const {
-    return ptx::pack2<T>(fmaf(low, tanh_low, low), fmaf(high, tanh_high, high));
-  }
-};
-
-// The same in float16.
-template <Activation kActivation>
-struct HalfWord {
-  uint32_t half, tanh;
-
-  template <typename T>
-  __device__ __forceinline__ static uint32_t halves(float low, float high) {
-    return half2::multiply(ptx::pack2<T>(low, high), half2::both(0.5f));
-  }
-
-  template <typename T>
-  __device__ __forceinline__ void begin(uint32_t v) {
-    half = v;
-    tanh = kActivation == Activation::kGelu ? half2::gelu_tanh(v) : half2::tanh_approx(v);
-  }
-
-  template <typename T>
-  __device__ __forceinline__ uint32_t value() const {
-    return half2::fma(half, tanh, half);
-  }
-};
 
 // Neither: the whole epilogue after the last slice.
 struct NoWord {};

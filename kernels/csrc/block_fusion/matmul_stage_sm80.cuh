@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/activation.cuh"
+#include "../common/again.cuh"
 #include "../common/ptx.cuh"
 #include "params.h"
 
@@ -151,6 +152,76 @@ struct ResultTile {
           *word = ptx::pack2<T>(fmaf(sample[m][half], fmaf(acc[m][n][2 * half], s.x, b.x), x.x),
                                 fmaf(sample[m][half], fmaf(acc[m][n][2 * half + 1], s.y, b.y), x.y));
         }
+    }
+  }
+};
+
+// The same of a warp that owns its rows and whose columns are permuted (place_of): a lane has 8 neighbouring channels of every 32, and the
+// result goes from registers to device memory. x waits in shared memory, where only the lane that copied it reads it.
+template <typename T, int kRows, int kColumns, typename RowPixel>
+struct DirectResult {
+  static constexpr int kGroups = kColumns / 4;
+  static_assert(kColumns % 4 == 0, "groups of 32 channels");
+  unsigned char* stage;  // rows of all warps, 16 * kRows one after another each
+  int pitch;
+  int channels;
+  RowPixel row_pixel;
+
+  __device__ __forceinline__ unsigned char* place(unsigned thread) const { return stage + thread / 32 * (16 * kRows) * pitch + thread % 32 * 16; }
+  __device__ __forceinline__ static int offset_of(int i, int group) { return (i * kGroups + group) * 512; }
+
+  // Starts copying x; the caller commits. The lane's place is worked out here: kept across the products it costs registers that they need.
+  __device__ __forceinline__ void load(const T* x) const {
+    const unsigned thread = again::thread_index(), lane = thread % 32;
+    const uint32_t to = ptx::smem_address(place(thread));
+#pragma unroll
+    for (int i = 0; i < 2 * kRows; ++i) {
+      const int pixel = row_pixel(i * 8 + lane / 4);
+      const T* from = x + static_cast<size_t>(max(pixel, 0)) * channels + lane % 4 * 8;
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        const bool valid = pixel >= 0 && group * 32 + static_cast<int>(lane % 4) * 8 < channels;
+        ptx::cp_async16(to + offset_of(i, group), from + group * 32, valid);
+      }
+    }
+  }
+
+  // y = x + sample_scale * (scale * acc + shift), rounded once; see project_scale. x has arrived.
+  __device__ __forceinline__ void store(const float (&acc)[kRows][kColumns][4], const float* scale, const float* shift,
+                                        const float* sample_scale, int image_pixels, T* y) const {
+    const unsigned thread = again::thread_index(), lane = thread % 32;
+    const unsigned char* from = place(thread);
+    int pixel[2 * kRows];
+    float sample[2 * kRows];
+#pragma unroll
+    for (int i = 0; i < 2 * kRows; ++i) {
+      pixel[i] = row_pixel(i * 8 + lane / 4);
+      sample[i] = sample_scale && pixel[i] >= 0 ? sample_scale[pixel[i] / image_pixels] : 1.f;
+    }
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const int channel = group * 32 + lane % 4 * 8;
+      float s[8], b[8];
+#pragma unroll
+      for (int j = 0; j < 8; j += 4) {
+        *reinterpret_cast<float4*>(s + j) = *reinterpret_cast<const float4*>(scale + channel + j);
+        *reinterpret_cast<float4*>(b + j) = *reinterpret_cast<const float4*>(shift + channel + j);
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * kRows; ++i) {
+        const uint4 raw = *reinterpret_cast<const uint4*>(from + offset_of(i, group));
+        const uint32_t x[4] = {raw.x, raw.y, raw.z, raw.w};
+        uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float2 was = ptx::unpack2<T>(x[j]);
+          const float(&sums)[4] = acc[i / 2][group * 4 + j];
+          words[j] = ptx::pack2<T>(fmaf(sample[i], fmaf(sums[i % 2 * 2], s[2 * j], b[2 * j]), was.x),
+                                   fmaf(sample[i], fmaf(sums[i % 2 * 2 + 1], s[2 * j + 1], b[2 * j + 1]), was.y));
+        }
+        if (pixel[i] >= 0 && channel < channels)
+          *reinterpret_cast<uint4*>(y + static_cast<size_t>(pixel[i]) * channels + channel) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
     }
   }
 };

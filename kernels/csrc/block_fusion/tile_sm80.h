@@ -21,7 +21,7 @@ struct FusedTile {
   int warps_m;
   int warps_n;       // 1: the hidden chunk stays in registers between the products
   int hidden_chunk;
-  int slots;         // ring of weight chunks, W1 and W2 alternating
+  int slots;         // ring of weight chunks, W1 and W2 alternating; 4: both at once where a warp owns its rows
   int min_blocks;    // blocks a multiprocessor holds at once; bounds the registers
   int slice;         // channels the convolution stage loads at once
 

@@ -13,7 +13,8 @@ namespace {
 // The cost model, fitted to the H200's measured times (NOTES.md, "Portable path"): multiply-adds a clock a multiprocessor sustains
 // in each stage, and the clocks of a tile's fixed part. Grouped convolution is counted by taps, not by group width.
 constexpr double kClockMhz = 1700;
-constexpr double kFusedRate = 520;
+constexpr double kFusedRate = 720;        // where a warp owns its rows
+constexpr double kFusedSharedRate = 520;  // where warps share them
 constexpr double kLinearRate = 650;
 constexpr double kGroupedRate = 512;
 constexpr double kDepthwiseRate = 56;
@@ -74,7 +75,8 @@ struct FusedRow {
 
   // A tile's products at a rate of multiply-adds a clock, its convolution, and a fixed part; the blocks of a multiprocessor share it.
   static double cost(const Problem& p, const Device& d, const Config& c) {
-    const double products = 2.0 * c.tile_pixels * kWidth * (ceil_div(p.hidden, kTile.hidden_chunk) * kTile.hidden_chunk) / kFusedRate;
+    const double rate = kTile.warps_n == 1 ? kFusedRate : kFusedSharedRate;
+    const double products = 2.0 * c.tile_pixels * kWidth * (ceil_div(p.hidden, kTile.hidden_chunk) * kTile.hidden_chunk) / rate;
     const double taps = p.kernel_size * p.kernel_size;
     const double conv = c.tile_pixels * kWidth * taps / (kDepthwise ? kDepthwiseRate : kGroupedRate);
     const int blocks = std::max(1, std::min(kTile.min_blocks, (d.max_shared_memory + 1024) / (c.shared_memory + 1024)));
@@ -210,7 +212,7 @@ constexpr double kPersistentRate = 1150;
 constexpr double kPersistentTileClocks = 8000;
 constexpr double kPersistentWordClocks = 6300;  // of an expansion whose activation is partly within it
 constexpr double kHeldRate = 1000;              // with the last tile's activation in it,
-constexpr double kHeldStaysRate = 1100;         // where W stays,
+constexpr double kHeldStaysRate = 1050;         // where W stays,
 constexpr double kHeldClocks = 3000;            // and what is left outside
 constexpr double kPersistentLaunch = 2.5;
 constexpr double kPersistentBytes = 2.6e6;

@@ -79,6 +79,15 @@ __device__ __forceinline__ void copy_async_128_if(uint32_t destination, const vo
       "l"(source), "r"(valid ? 16 : 0), "r"(static_cast<int>(wanted)));
 }
 
+// ptx::cp_async4 where `wanted`, without a branch.
+__device__ __forceinline__ void copy_async_32_if(uint32_t destination, const void* source, bool valid, bool wanted) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.b32 p, %3, 0;\n"
+      "@p cp.async.ca.shared.global [%0], [%1], 4, %2;\n}" ::"r"(destination),
+      "l"(source), "r"(valid ? 4 : 0), "r"(static_cast<int>(wanted)));
+}
+
 // v: what follows from it is worked out here, not kept from elsewhere.
 __device__ __forceinline__ int value(int v) {
   asm volatile("" : "+r"(v));

@@ -39,6 +39,10 @@ inline void copy_async_128_if(uint32_t destination, const void* source, bool val
   if (wanted) ptx::cp_async16(destination, source, valid);
 }
 
+inline void copy_async_32_if(uint32_t destination, const void* source, bool valid, bool wanted) {
+  if (wanted) ptx::cp_async4(destination, source, valid);
+}
+
 inline void store_128_below(void* to, const uint4& v, int at, int end) { store_128_if(to, v, at < end); }
 
 }  // namespace convfirst::again
