@@ -16,7 +16,10 @@ RESULTS = Path(REPOSITORY / "results/gpu-tests.json")
 
 
 class Tally:
-    """Counts tests by outcome; a test that fails in setup or teardown, or can't be collected, has failed."""
+    """Counts tests by outcome; a test that fails in setup or teardown, or can't be collected, has failed.
+
+    It writes the result as soon as the last test has ended: a run that is stopped while it prints has its file.
+    """
 
     def __init__(self) -> None:
         self.outcomes: dict[str, str] = {}
@@ -30,8 +33,14 @@ class Tally:
         if not report.passed:
             self.outcomes[report.nodeid] = report.outcome
 
-    def count(self, outcome: str) -> int:
-        return list(self.outcomes.values()).count(outcome)
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self) -> None:
+        tree = git_object("HEAD:kernels", variable="KERNELS_TREE")
+        write_json(RESULTS, {"kernels_tree": tree, **self.counts(), **environment()})
+
+    def counts(self) -> dict[str, int]:
+        outcomes = list(self.outcomes.values())
+        return {outcome: outcomes.count(outcome) for outcome in ("passed", "failed", "skipped")}
 
 
 def main(paths: list[str]) -> int:
@@ -42,10 +51,7 @@ def main(paths: list[str]) -> int:
     default = [path for path in ("tests", "kernels/tests") if (REPOSITORY / path).is_dir()]
     options = ["-m", "gpu", "-c", str(REPOSITORY / "pyproject.toml"), "--rootdir", str(REPOSITORY)]
     code = pytest.main([*options, *(paths or default)], plugins=[tally])
-    result = {outcome: tally.count(outcome) for outcome in ("passed", "failed", "skipped")}
-    tree = git_object("HEAD:kernels", variable="KERNELS_TREE")
-    write_json(RESULTS, {"kernels_tree": tree, **result, **environment()})
-    print(f"wrote {RESULTS}: {result}")
+    print(f"wrote {RESULTS}: {tally.counts()}")
     return int(code)
 
 
