@@ -81,6 +81,15 @@ def main(config: DictConfig) -> None:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         devices = f"trainer.accelerator={config.trainer.accelerator}, trainer.devices={config.trainer.devices}: "
         sys.exit(f"error: {devices if isinstance(cause, MisconfigurationException) else ''}{cause}")
+    except Exception as error:
+        if not _is_wandbs(error) or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        sys.exit(f"error: logger=wandb: {str(error).rstrip('.')}; or give logger.wandb.offline=true")
+
+
+def _is_wandbs(error: Exception) -> bool:
+    """Whether Weights & Biases refused something, such as a run without a login."""
+    return "wandb" in sys.modules and isinstance(error, sys.modules["wandb"].errors.Error)
 
 
 def train(config: DictConfig) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import re
+import subprocess
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from lightning import Callback
 from convfirst.app.train import train
 from convfirst.data.sample_tree import SampleTree
 from convfirst.training import NonFiniteLossError
-from tests.training.helpers import Dies, assert_same_weights, last_checkpoint, losses, tiny_config
+from tests.training.helpers import Dies, assert_same_weights, last_checkpoint, losses, start, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +153,17 @@ class RuinAfter(Callback):
             for model in (module.model, module.ema.module):
                 torch.nn.init.zeros_(model.head.fc.weight)
                 torch.nn.init.zeros_(model.head.fc.bias)
+
+
+def test_wandb_without_a_login_is_one_message(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for variable, value in (("HOME", str(tmp_path)), ("NETRC", str(tmp_path / "netrc")), ("WANDB_MODE", "online")):
+        monkeypatch.setenv(variable, value)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    process = start(tmp_path, "logger=wandb", stdin=subprocess.DEVNULL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in output, output
+    assert re.search("error: logger=wandb: .*; or give logger.wandb.offline=true", output), output
 
 
 def test_wandb_offline_is_one_run_across_a_resume(tmp_path):
