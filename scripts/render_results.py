@@ -2,7 +2,7 @@
 
 They say what to show in comments, and this script fills in what stands between them and their end:
 
-    <!-- table results/throughput.json name:model batch images_per_s:images/s where path=inductor -->
+    <!-- table results/throughput-h200.json name:model batch images_per_s:images/s where path=inductor -->
     <!-- plot results/models-h100.json efficiency by name over path -->
     <!-- end -->
 
