@@ -170,7 +170,8 @@ class StageForward:
                 self.down = stages.pack_down(weight, bias, eps, has_norm)
         self.weights, self.workspace = weights, stages.workspace(weights.conv_weight.device)
         for forward, own in zip(forwards, stages.unpack_stage(weights), strict=True):
-            forward.packed = own
+            scaled = forward.packed.layer_scale is not None  # a factor of one would cost the blocks' kernels time
+            forward.packed = own if scaled else own._replace(layer_scale=None)
 
     def __call__(self, x: Tensor) -> Tensor:
         down = self.down

@@ -42,20 +42,27 @@ class Parts:
         return found if self.scale is None else [*found, self.scale]
 
     def pack(self, dtype: torch.dtype, absorb: bool = False) -> BlockWeights:
-        """The operator's weights for inputs of ``dtype``, batch norms folded in float32. Differentiable.
+        """The operator's weights for inputs of ``dtype``, batch norms folded in float32.
 
-        ``absorb`` also multiplies the layer norm's affine part and the layer scale into the matrices beside them, in
-        float32: the kernel is spared a pass over its registers for each.
+        Differentiable without ``absorb``, which is for inference. It multiplies the layer norm's affine part and the
+        layer scale into the matrices beside them, in float32, so that the kernel is spared a pass over its registers
+        for each. A batch norm after the projection is no such factor: it becomes a layer scale of its own. What a
+        weight loses by rounding is the same in every pixel and image, so no average over them makes it less, and
+        weights of 16 bits that a norm's factors leave alone lose nothing.
         """
-        conv, conv_bias = fold(self.conv, self.conv_norm)
+        conv, conv_bias = self.conv.weight, self.conv.bias
         expand, expand_bias = fold(self.expand, self.expand_norm)
         project, project_bias = fold(self.project, self.project_norm)
         norm, scale = self.norm, self.scale
         norm_weight, norm_bias = (norm.weight, norm.bias) if norm else (None, None)
+        if self.conv_norm is not None:
+            expand, expand_bias = _after_affine(expand, expand_bias, *affine(self.conv_norm))
         if absorb and norm_weight is not None:
             expand, expand_bias = _after_affine(expand, expand_bias, norm_weight, norm_bias)
             norm_weight = norm_bias = None
-        if absorb and scale is not None:
+        if absorb and self.project_norm is not None:
+            project, project_bias, scale = _behind(self.project, self.project_norm, scale)
+        elif absorb and scale is not None:
             project = project.flatten(1).float() * scale.float()[:, None]
             project_bias = None if project_bias is None else project_bias.float() * scale.float()
             scale = None
@@ -72,17 +79,36 @@ class Parts:
         return f"C={self.conv.in_channels} hidden={hidden} k={size} group_width={width} {self.activation} {norm}"
 
 
+def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Factor and shift of each channel by a batch norm in evaluation mode, float32."""
+    factor = (norm.running_var.float() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight.float()
+    shift = -norm.running_mean.float() * factor
+    return factor, shift if norm.bias is None else shift + norm.bias.float()
+
+
 def fold(linear: nn.Module, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a convolution or linear layer with the batch norm in evaluation mode that follows it."""
     weight, bias = linear.weight, linear.bias
     if norm is None:
         return weight, bias
-    factor = (norm.running_var.float() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        factor = factor * norm.weight.float()
-    mean = norm.running_mean.float() if bias is None else norm.running_mean.float() - bias.float()
-    shift = -mean * factor if norm.bias is None else norm.bias.float() - mean * factor
+    factor, shift = affine(norm)
+    if bias is not None:
+        shift = shift + bias.float() * factor
     return weight.float() * factor.reshape(-1, *[1] * (weight.dim() - 1)), shift
+
+
+def _behind(linear: nn.Module, norm: nn.Module, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight and bias of a linear layer, and the factors of its result, that a batch norm and then ``scale`` make."""
+    factor, shift = affine(norm)
+    if linear.bias is not None:
+        shift = shift + linear.bias.float() * factor
+    # A channel whose factor is zero is its shift, which can't come before such a factor.
+    lost = factor.abs() < 1e-20
+    factor = factor.masked_fill(lost, 1.0)
+    weight = linear.weight.flatten(1).masked_fill(lost[:, None], 0.0)
+    return weight, shift / factor, factor if scale is None else factor * scale.float()
 
 
 def _after_affine(

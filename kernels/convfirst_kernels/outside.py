@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from convfirst_kernels import patches
 from convfirst_kernels.block import pack_vector
-from convfirst_kernels.blocks import Unsupported, _activation, _after_affine, _split_norm, fold
+from convfirst_kernels.blocks import Unsupported, _activation, _after_affine, _split_norm, affine, fold
 from convfirst_kernels.planner import Device
 
 operators = torch.ops.convfirst
@@ -176,7 +176,11 @@ class DownsampleParts:
         weight = conv.weight.permute(0, 2, 3, 1).reshape(conv.out_channels, -1).float()
         bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
         norm = self.layer_norm
-        scale, shift = _affine(self.batch_norm) if norm is None else (norm.weight, norm.bias)
+        scale = shift = None
+        if norm is not None:
+            scale, shift = norm.weight, norm.bias
+        elif self.batch_norm is not None:
+            scale, shift = affine(self.batch_norm)
         if scale is not None:
             weight, bias = _after_affine(weight, bias, scale.repeat(4), None if shift is None else shift.repeat(4))
         bias, weight = pack_vector(bias), weight.to(dtype).contiguous()
@@ -371,17 +375,6 @@ def _check_conv(conv: nn.Conv2d, size: int, stride: int, padding: int) -> None:
 def _check_image(conv: nn.Conv2d) -> None:
     if conv.in_channels != 3:
         raise Unsupported(f"its images have {conv.in_channels} channels; supported are 3")
-
-
-def _affine(norm: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
-    """A batch norm in evaluation mode as ``v * scale + shift``, in float32."""
-    if norm is None:
-        return None, None
-    scale = (norm.running_var.float() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.float()
-    shift = -norm.running_mean.float() * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.float()
 
 
 def _tensors(conv: nn.Conv2d, batch_norm: nn.Module | None, layer_norm: nn.Module | None) -> list[Tensor]:

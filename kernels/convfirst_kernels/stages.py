@@ -23,7 +23,7 @@ class StageWeights(NamedTuple):
     expand_weight: Tensor  # [blocks, 4 C, C]
     expand_vectors: Tensor  # [blocks * 4 C * 2], float32: bias and the sum of expand_weight's row, side by side
     project_weight: Tensor  # [blocks, C, 4 C]
-    project_bias: Tensor  # [blocks * C], float32
+    project_vectors: Tensor  # [blocks * C * 2], float32: bias and layer scale, side by side
     activation: str
     eps: float
     has_norm: bool
@@ -64,28 +64,30 @@ def run_stage(x: Tensor, weights: StageWeights, down: DownWeights | None, worksp
 def pack_stage(blocks: Sequence[BlockWeights]) -> StageWeights | None:
     """Stack the weights of a stage's blocks, or None where they differ in shape or have what the kernel does not do.
 
-    It does 3x3 convolutions in groups of 8 and an expansion of 4; a norm's affine part and a layer scale must have been
-    absorbed by the matrices (`Parts.pack`).
+    It does 3x3 convolutions in groups of 8 and an expansion of 4; a norm's affine part must have been absorbed by the
+    matrices (`Parts.pack`).
     """
     first = blocks[0]
     channels = first.conv_weight.shape[1]
     if first.conv_weight.shape != (9, channels, 8) or first.expand_weight.shape != (4 * channels, channels):
         return None
     for block in blocks:
-        if any(vector is not None for vector in (block.norm_weight, block.norm_bias, block.layer_scale)):
+        if any(vector is not None for vector in (block.norm_weight, block.norm_bias)):
             return None
         if block[-3:] != first[-3:] or [_shape(t) for t in block[:-3]] != [_shape(t) for t in first[:-3]]:
             return None
     expand = torch.stack([block.expand_weight for block in blocks])
     expand_bias = _joined([block.expand_bias for block in blocks], expand.new_zeros(4 * channels, dtype=torch.float32))
     none = expand.new_zeros(channels, dtype=torch.float32)
+    project_bias = _joined([block.project_bias for block in blocks], none)
+    layer_scale = _joined([block.layer_scale for block in blocks], torch.ones_like(none))
     return StageWeights(
         torch.stack([block.conv_weight for block in blocks]),
         _joined([block.conv_bias for block in blocks], none),
         expand,
         torch.stack([expand_bias, expand.float().sum(-1).flatten()], -1).flatten(),
         torch.stack([block.project_weight for block in blocks]),
-        _joined([block.project_bias for block in blocks], none),
+        torch.stack([project_bias, layer_scale], -1).flatten(),
         first.activation,
         first.eps,
         first.has_norm,
@@ -93,14 +95,16 @@ def pack_stage(blocks: Sequence[BlockWeights]) -> StageWeights | None:
 
 
 def unpack_stage(weights: StageWeights) -> list[BlockWeights]:
-    """The weights of each block, those that are large in the stage's memory; biases that were absent are zero."""
+    """The weights of each block, those that are large in the stage's memory; absent biases are zero, scales one."""
     count = weights.conv_weight.shape[0]
-    conv_bias, project_bias = weights.conv_bias.view(count, -1), weights.project_bias.view(count, -1)
+    conv_bias = weights.conv_bias.view(count, -1)
+    project_bias, layer_scale = (t.contiguous() for t in weights.project_vectors.view(count, -1, 2).unbind(-1))
     expand_bias = weights.expand_vectors.view(count, -1, 2)[..., 0].contiguous()
     return [
         BlockWeights(
             weights.conv_weight[i], conv_bias[i], None, None, weights.expand_weight[i], expand_bias[i],
-            weights.project_weight[i], project_bias[i], None, weights.activation, weights.eps, weights.has_norm,
+            weights.project_weight[i], project_bias[i], layer_scale[i], weights.activation, weights.eps,
+            weights.has_norm,
         )
         for i in range(count)
     ]  # fmt: skip
@@ -143,7 +147,7 @@ def conv_first_stage(
     expand_weight: Tensor,
     expand_vectors: Tensor,
     project_weight: Tensor,
-    project_bias: Tensor,
+    project_vectors: Tensor,
     down_weight: Tensor | None,
     down_vectors: Tensor | None,
     workspace: Tensor,
@@ -167,7 +171,8 @@ def conv_first_stage(
         RuntimeError: on a GPU, the operator refuses an argument; the message names it and what is supported.
     """
     stacked = StageWeights(
-        conv_weight, conv_bias, expand_weight, expand_vectors, project_weight, project_bias, activation, eps, has_norm
+        conv_weight, conv_bias, expand_weight, expand_vectors, project_weight, project_vectors, activation, eps,
+        has_norm,
     )  # fmt: skip
     y = x
     if down_weight is not None:

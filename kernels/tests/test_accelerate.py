@@ -12,7 +12,7 @@ from torch import nn
 
 import convfirst_kernels as ck
 from convfirst_kernels.acceleration import FusedForward
-from convfirst_kernels.block import run_block
+from convfirst_kernels.block import pack_conv_weight, run_block
 from convfirst_kernels.blocks import Parts, fold, read_block
 
 timm = pytest.importorskip("timm")
@@ -159,11 +159,7 @@ def test_compiles_without_graph_break(name, frozen, images, monkeypatch):
         torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["convfirst", "convfirst-bare", "convnext", "convnext-conv-mlp"])
-def test_trains(name, images, covered):
-    """Gradients of every parameter are those of the plain network."""
-    network = build(name, drop_path_rate=0.0).train()
-
+def check_gradients(network: nn.Module, images: torch.Tensor) -> None:
     def gradients():
         network.zero_grad()
         network(images).square().sum().backward()
@@ -172,9 +168,25 @@ def test_trains(name, images, covered):
     plain = gradients()
     ck.accelerate(network)
     fused = gradients()
-    assert covered
     for key, gradient in plain.items():
         torch.testing.assert_close(fused[key], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max() + 1))
+
+
+def test_batch_norms_in_evaluation_mode_are_trained(images, covered):
+    """Gradients of every parameter, of a norm's factor of zero too."""
+    network = build("convfirst-batchnorm", drop_path_rate=0.0)
+    with torch.no_grad():
+        network.stages[1].blocks[0].project_norm.weight[:3] = 0.0
+    check_gradients(network, images)
+    assert covered
+
+
+@pytest.mark.parametrize("name", ["convfirst", "convfirst-bare", "convnext", "convnext-conv-mlp"])
+def test_trains(name, images, covered):
+    """Gradients of every parameter are those of the plain network."""
+    network = build(name, drop_path_rate=0.0).train()
+    check_gradients(network, images)
+    assert covered
 
 
 def test_batch_norm_in_training_takes_the_batchs_statistics(images, covered):
@@ -344,6 +356,26 @@ def test_absorbed_vectors_leave_the_result_alone(name):
         torch.testing.assert_close(
             run_block(x, absorbed, kernels="off"), run_block(x, plain, kernels="off"), rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_batch_norms_around_a_block(bias):
+    """Their factors leave the convolution's and the projection's weights alone; a factor of zero leaves its shift."""
+    block = build("convfirst-batchnorm").stages[1].blocks[0]
+    with torch.no_grad():
+        block.project_norm.weight[:3] = torch.tensor([0.0, -0.7, 1e-30])
+        block.norm.weight[1] = 0.0
+        if bias:
+            for layer in (block.conv, block.project):
+                layer.bias = nn.Parameter(torch.randn(layer.out_channels))
+        parts = read_block(block)
+        packed = parts.pack(torch.float32, absorb=True)
+        x = torch.randn(2, 64, 9, 7).to(memory_format=torch.channels_last)
+        torch.testing.assert_close(run_block(x, packed, kernels="off"), block(x), rtol=1e-4, atol=1e-5)
+        assert torch.equal(packed.conv_weight, pack_conv_weight(block.conv.weight, torch.float32))
+        assert torch.equal(packed.project_weight[3:], block.project.weight.flatten(1)[3:])
+        half = parts.pack(torch.bfloat16, absorb=True)
+        assert torch.equal(half.project_weight[3:], block.project.weight.flatten(1)[3:].bfloat16())
 
 
 def test_half_precision_batch_norm_folds_in_float32():

@@ -20,7 +20,7 @@ class Stage:
 
     def __init__(self, problem: Problem, count: int, begins: bool, seed: int, biases: bool = True):
         p = problem
-        case = Case(p, biases=biases, affine=False, layer_scale=False)
+        case = Case(p, biases=biases, affine=False, layer_scale=biases)
         drawn = [list(inputs(case, seed + i)) for i in range(count)]
         for arguments in drawn:
             arguments[7] = (arguments[7] * 0.3).contiguous()  # many blocks, and values stay of one size

@@ -67,13 +67,13 @@ __device__ __forceinline__ LatencyParams tile_params(const StageTensors& t) {
 template <class Traits>
 struct StageWeights {
   const char *conv, *expand;
-  const float *conv_bias, *project_bias;
-  const float2* expand_vectors;
+  const float* conv_bias;
+  const float2 *expand_vectors, *project_vectors;
 
   __device__ __forceinline__ void advance() {
     constexpr int kC = Traits::kChannels, kHidden = Traits::kHidden;
     conv += Traits::kTaps * kC * 16, expand += kHidden * kC * 2;
-    conv_bias += kC, project_bias += kC, expand_vectors += kHidden;
+    conv_bias += kC, project_vectors += kC, expand_vectors += kHidden;
   }
 };
 
@@ -83,7 +83,7 @@ struct StageHeld {
   StageWeights<Traits> from;
   uint4 w1[Traits::kExpandRows][Traits::kExpandSteps][2];
   float2 expand_vectors[Traits::kExpandRows][2];
-  float project_bias[Traits::kOutputs];
+  float2 project_vectors[Traits::kOutputs];
   ConvWeights conv_weights;
   float2 conv_bias;
   LatencyPlaces<Traits> places;
@@ -406,7 +406,7 @@ struct LatencyStage : StageParts<Traits, LatencyBlock<Traits>> {
     from.expand = static_cast<const char*>(t.expand_weight) + unit * Traits::kChannels * 2 +
                   (this->expand_part() * Traits::kExpandSteps * 4 + lane % 4) * 16;
     from.expand_vectors = reinterpret_cast<const float2*>(t.expand_vectors) + unit;
-    from.project_bias = t.project_bias + rank * Traits::kOwned + output_channel(0);
+    from.project_vectors = reinterpret_cast<const float2*>(t.project_vectors) + rank * Traits::kOwned + output_channel(0);
     return from;
   }
 
@@ -421,9 +421,9 @@ struct LatencyStage : StageParts<Traits, LatencyBlock<Traits>> {
     for (int i = 0; i < 2 * Traits::kExpandRows; ++i) vectors[i / 2][i % 2] = load_float2(from.expand_vectors + i * 8);
   }
 
-  __device__ __forceinline__ void load_project_bias(float (&bias)[Traits::kOutputs], const Weights& from) const {
+  __device__ __forceinline__ void load_project_vectors(float2 (&vectors)[Traits::kOutputs], const Weights& from) const {
 #pragma unroll
-    for (int i = 0; i < Traits::kOutputs; ++i) bias[i] = __ldg(from.project_bias + i * 16);
+    for (int i = 0; i < Traits::kOutputs; ++i) vectors[i] = load_float2(from.project_vectors + i * 16);
   }
 
   // {r, -r m} of pixel `lane`.
@@ -523,15 +523,16 @@ struct LatencyStage : StageParts<Traits, LatencyBlock<Traits>> {
   }
 
   // Threads of neighbouring channels swap a pixel, so that each has a pair of channels.
-  __device__ __forceinline__ void finish(const float (&bias)[Traits::kOutputs], bool last, char* words, uint32_t flag) const {
+  __device__ __forceinline__ void finish(const float2 (&vectors)[Traits::kOutputs], bool last, char* words, uint32_t flag) const {
 #pragma unroll
     for (int i = 0; i < Traits::kOutputs; ++i) {
-      float2 v = make_float2(bias[i], bias[i]);
+      float2 v = make_float2(vectors[i].x, vectors[i].x);
 #pragma unroll
       for (int source = 0; source < Traits::kSources; ++source) {
         const float2 part = unpack2<Element>(load_shared_32(smem + Layout::kReduce + (source * kWordsOfSource + i * 256 + thread) * 4));
         v.x += part.x, v.y += part.y;
       }
+      v.x *= vectors[i].y, v.y *= vectors[i].y;
       const int channel = output_channel(i), odd = channel & 1;
       const float other = __shfl_xor_sync(~0u, odd ? v.x : v.y, 16);
       this->finish_pair(channel - odd, output_pixel() + odd, odd ? make_float2(other, v.y) : make_float2(v.x, other), last, words, flag);
@@ -548,7 +549,7 @@ __device__ __forceinline__ void prepare_stage(const Stage& stage, StageHeld<Trai
   held.from = stage.locate(t);
   stage.load_conv(held.conv_weights, held.conv_bias, held.from);
   stage.load_expand(held.w1, held.expand_vectors, held.from);
-  stage.load_project_bias(held.project_bias, held.from);
+  stage.load_project_vectors(held.project_vectors, held.from);
   stage.fill_zeros();
   stage.prepare(held.places);
   if constexpr (Traits::kChannels > 64) {
@@ -624,8 +625,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) latency_stage_fwd_sm90(co
     stage.load_expand(held.w1, held.expand_vectors, held.from);
     stage.wait_for_all(stage.reduced(), phase);
     if (!last) stage.expect(stage.reduced(), Traits::kReduceBytes);
-    stage.finish(held.project_bias, last, words.of_block(b + 1), words.flag(b + 1));
-    stage.load_project_bias(held.project_bias, held.from);
+    stage.finish(held.project_vectors, last, words.of_block(b + 1), words.flag(b + 1));
+    stage.load_project_vectors(held.project_vectors, held.from);
   }
   leave(words.workspace, words.flag(t.blocks - 1));
 #endif

@@ -17,7 +17,7 @@ int64_t check_stage(const StageArguments& a) {
   kChecks.weight("project_weight", a.project_weight, a.x, {blocks, channels, hidden}, "[blocks, channels, 4 channels]");
   kChecks.vector("conv_bias", a.conv_bias, a.x, blocks * channels, "[blocks x channels]");
   kChecks.vector("expand_vectors", a.expand_vectors, a.x, blocks * hidden * 2, "[blocks x 4 channels x 2]");
-  kChecks.vector("project_bias", a.project_bias, a.x, blocks * channels, "[blocks x channels]");
+  kChecks.vector("project_vectors", a.project_vectors, a.x, blocks * channels * 2, "[blocks x channels x 2]");
   if (a.down_weight.has_value() != a.down_vectors.has_value()) kChecks.refuse("down_weight and down_vectors come together or not at all");
   if (a.down_weight) {
     kChecks.weight("down_weight", *a.down_weight, a.x, {channels, 4 * a.x.size(1)}, "[channels, 2 x 2 x channels of x]");
@@ -32,7 +32,7 @@ int64_t check_stage(const StageArguments& a) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(convfirst, m) {
   m.def("conv_first_stage(Tensor x, Tensor conv_weight, Tensor conv_bias, Tensor expand_weight, Tensor expand_vectors, "
-        "Tensor project_weight, Tensor project_bias, Tensor? down_weight, Tensor? down_vectors, Tensor(a!) workspace, str activation, "
+        "Tensor project_weight, Tensor project_vectors, Tensor? down_weight, Tensor? down_vectors, Tensor(a!) workspace, str activation, "
         "float eps, bool has_norm, float down_eps, bool down_norm) -> Tensor");
   m.def("conv_first_stage_refusal(int batch, int height, int width, int channels, int blocks, str dtype, str activation, int index) -> str");
 }

@@ -15,7 +15,7 @@ struct StageArguments {
   Tensor expand_weight;
   Tensor expand_vectors;
   Tensor project_weight;
-  Tensor project_bias;
+  Tensor project_vectors;
   MaybeTensor down_weight;
   MaybeTensor down_vectors;
   Tensor workspace;

@@ -33,10 +33,10 @@ std::string refusal(int64_t batch, int64_t height, int64_t width, int64_t channe
 }
 
 Tensor conv_first_stage(const Tensor& x, const Tensor& conv_weight, const Tensor& conv_bias, const Tensor& expand_weight,
-                        const Tensor& expand_vectors, const Tensor& project_weight, const Tensor& project_bias,
+                        const Tensor& expand_vectors, const Tensor& project_weight, const Tensor& project_vectors,
                         const MaybeTensor& down_weight, const MaybeTensor& down_vectors, const Tensor& workspace,
                         const std::string& activation, double eps, bool has_norm, double down_eps, bool down_norm) {
-  const int64_t blocks = check_stage({x, conv_weight, conv_bias, expand_weight, expand_vectors, project_weight, project_bias, down_weight, down_vectors,
+  const int64_t blocks = check_stage({x, conv_weight, conv_bias, expand_weight, expand_vectors, project_weight, project_vectors, down_weight, down_vectors,
                                       workspace, activation, eps, has_norm});
   kChecks.cuda("x", x);
   const int index = x.get_device_index();
@@ -57,7 +57,7 @@ Tensor conv_first_stage(const Tensor& x, const Tensor& conv_weight, const Tensor
   }
   const sm90::StageTensors tensors{x.const_data_ptr(), y.mutable_data_ptr(), conv_weight.const_data_ptr(), floats(conv_bias),
                                    expand_weight.const_data_ptr(), floats(expand_vectors),
-                                   project_weight.const_data_ptr(), floats(project_bias), workspace.mutable_data_ptr(),
+                                   project_weight.const_data_ptr(), floats(project_vectors), workspace.mutable_data_ptr(),
                                    static_cast<float>(eps), has_norm, static_cast<int>(q.height), static_cast<int>(q.width),
                                    static_cast<int>(pixels), q.blocks, 0, down_weight ? down_weight->const_data_ptr() : nullptr,
                                    down_vectors ? floats(*down_vectors) : nullptr, static_cast<float>(down_eps), down_norm,

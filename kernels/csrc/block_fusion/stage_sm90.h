@@ -16,7 +16,7 @@ struct StageTensors {
   const void* expand_weight;   // [blocks, hidden, channels]
   const float* expand_vectors;  // [blocks, hidden, 2]: bias, sum of expand_weight's row
   const void* project_weight;  // [blocks, channels, hidden]
-  const float* project_bias;   // [blocks, channels]
+  const float* project_vectors;  // [blocks, channels, 2]: bias, factor of the sum and the bias
   void* workspace;             // before the first launch that uses it its counters are zero, the rest ones
   float eps;
   int has_norm;

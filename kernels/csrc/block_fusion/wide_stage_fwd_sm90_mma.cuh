@@ -72,7 +72,7 @@ struct WideStage : StageParts<Traits, LatencyTile<Traits>> {
     const int unit = first_unit() + expand_row() * 16 + lane / 4;
     from.expand = static_cast<const char*>(t.expand_weight) + unit * Traits::kChannels * 2 + (expand_part() * Traits::kExpandSteps * 4 + lane % 4) * 16;
     from.expand_vectors = reinterpret_cast<const float2*>(t.expand_vectors) + unit;
-    from.project_bias = t.project_bias + rank * Traits::kOwned + output_channel();
+    from.project_vectors = reinterpret_cast<const float2*>(t.project_vectors) + rank * Traits::kOwned + output_channel();
     return from;
   }
 
@@ -85,7 +85,7 @@ struct WideStage : StageParts<Traits, LatencyTile<Traits>> {
     for (int i = 0; i < 2; ++i) vectors[0][i] = load_float2(from.expand_vectors + i * 8);
   }
 
-  __device__ __forceinline__ void load_project_bias(float (&bias)[1], const Weights& from) const { bias[0] = __ldg(from.project_bias); }
+  __device__ __forceinline__ void load_project_vectors(float2 (&vectors)[1], const Weights& from) const { vectors[0] = load_float2(from.project_vectors); }
 
   // 8 channels or units of 16 (or 8) pixels, that this warp stored at `from` behind one another, as words.
   template <int kPieces>
@@ -305,10 +305,11 @@ struct WideStage : StageParts<Traits, LatencyTile<Traits>> {
     if (output_channel() % 2 == 0) this->begin_pair(output_channel(), output_pixel(), make_float2(v, other), words, flag);
   }
 
-  __device__ __forceinline__ void finish(float bias, bool last, char* words, uint32_t flag) const {
-    float v = bias;
+  __device__ __forceinline__ void finish(float2 vectors, bool last, char* words, uint32_t flag) const {
+    float v = vectors.x;
 #pragma unroll
     for (int i = 0; i < 4; ++i) v += __uint_as_float(load_shared_32(smem + Layout::kSums + (i * Traits::kThreads + thread) * 4));
+    v *= vectors.y;
     const float other = __shfl_xor_sync(~0u, v, 16);  // of the next channel
     if (output_channel() % 2 == 0) this->finish_pair(output_channel(), output_pixel(), make_float2(v, other), last, words, flag);
   }
@@ -368,8 +369,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) wide_stage_fwd_sm90(const
     stage.project(b, words_sums, flag);
     stage.gather_sums(words_sums, flag);
     __syncthreads();
-    stage.finish(held.project_bias[0], last, words.of_block(b + 1), words.flag(b + 1));
-    stage.load_project_bias(held.project_bias, held.from);
+    stage.finish(held.project_vectors[0], last, words.of_block(b + 1), words.flag(b + 1));
+    stage.load_project_vectors(held.project_vectors, held.from);
   }
   leave(words.workspace, words.flag(t.blocks - 1));
 #endif
