@@ -22,7 +22,7 @@ CLASSES = 100
 
 
 def build(name: str, options: dict, dtype: torch.dtype, seed: int) -> torch.nn.Module:
-    """A network with weights that let its blocks matter, exact in ``dtype``, in evaluation mode."""
+    """A network with weights that let its blocks matter, of ``dtype``, in evaluation mode."""
     torch.manual_seed(seed)
     model = timm.create_model(name.split("-")[0], num_classes=CLASSES, ls_init_value=0.5, **options)
     with torch.no_grad():
@@ -85,12 +85,19 @@ def logits(model: torch.nn.Module, images: torch.Tensor, batch: int = 128) -> to
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits(name, dtype, seed, monkeypatch):
+    """Within twice the error of PyTorch's own 16 bits, beside the float32 network and that of the rounded weights.
+
+    Folded batch norms make other weights and round those, where PyTorch's path has nothing more to round. So beside
+    rounded weights they get three times its error; beside the float32 network, which rounds both, twice as all others.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # eager is compared with itself bit by bit
-    model = build(name, NETWORKS[name], dtype, seed)
-    give_margins(model, dtype, seed + 1)
+    unrounded = build(name, NETWORKS[name], torch.float32, seed)
+    give_margins(unrounded, dtype, seed + 1)
+    model = copy.deepcopy(unrounded).to(dtype)
     images, _ = pictures_of_classes(IMAGES, 224, seed + 2)
     images = images.to(dtype).float()
-    truth = logits(copy.deepcopy(model).float(), images)
+    rounded = logits(copy.deepcopy(model).float(), images)
+    truth = logits(unrounded, images)
     eager = logits(model, images)
     report = ck.accelerate(model, kernels="required")
     assert not report.skipped
@@ -99,10 +106,12 @@ def test_logits(name, dtype, seed, monkeypatch):
     torch.testing.assert_close(logits(model, images[:128]), eager[:128], rtol=0, atol=0, equal_nan=True)
     finite = eager.isfinite().all(1)  # an image in thousands overflows float16 in PyTorch, whose error is the bound
     assert finite.float().mean() >= 0.999
-    fused, truth, eager = fused[finite], truth[finite], eager[finite]
-    error, eager_error = (fused - truth).abs().max(), (eager - truth).abs().max()
-    assert error <= 2 * eager_error, f"logits off by {error:.4g}, eager by {eager_error:.4g}"
-    same, eager_same = (float((y.argmax(1) == truth.argmax(1)).float().mean()) for y in (fused, eager))
+    fused, truth, rounded, eager = fused[finite], truth[finite], rounded[finite], eager[finite]
+    rounded_factor = 3 if NETWORKS[name].get("norm") == "batchnorm" else 2
+    for beside, wide, factor in (("float32", truth, 2), ("rounded weights", rounded, rounded_factor)):
+        error, eager_error = (fused - wide).abs().max(), (eager - wide).abs().max()
+        assert error <= factor * eager_error, f"{beside}: logits off by {error:.4g}, eager by {eager_error:.4g}"
+    same, eager_same = (float((y.argmax(1) == rounded.argmax(1)).float().mean()) for y in (fused, eager))
     assert same >= 0.999, f"argmax agrees on {same:.4f}, eager's on {eager_same:.4f}"
 
 
