@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
@@ -82,13 +83,13 @@ def draw_efficiency_gap(points: Sequence[Point], title: str, path: Path) -> None
     if unknown:
         aside = panels[0, 0]
         for x, point in enumerate(unknown):
-            _draw_point(aside, x, point, left=False)
+            _draw_point(aside, x, point)
         aside.set_xticks([])
         aside.set_xlim(-0.5, len(unknown) + 0.8)
         aside.set_xlabel(_UNKNOWN)
     main = panels[0, -1]
-    for i, point in enumerate(known):
-        _draw_point(main, point.accuracy.top1, point, left=i % 2 == 0)
+    for point in known:
+        _draw_point(main, point.accuracy.top1, point)
     main.margins(x=0.15)
     main.set_xlabel("ImageNet-1K top-1 (%), as published")
     panels[0, 0].set_ylabel("time of one image in the batch (µs)")
@@ -103,6 +104,7 @@ def draw_efficiency_gap(points: Sequence[Point], title: str, path: Path) -> None
     ]
     main.legend(handles=handles, fontsize=8, loc="upper left")
     figure.suptitle(title, fontsize=10)
+    _part_labels(figure)
     _save(figure, path)
 
 
@@ -112,7 +114,7 @@ def _by_accuracy(points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
     return known, [point for point in points if point.accuracy.top1 is None]
 
 
-def _draw_point(axes: Axes, x: float, point: Point, left: bool) -> None:
+def _draw_point(axes: Axes, x: float, point: Point) -> None:
     colour, ideal = COLOURS[point.accuracy.family], 1e6 * point.ideal_s
     axes.plot(x, ideal, marker="_", color=colour, markersize=12, markeredgewidth=2)
     label, height = point.accuracy.model, ideal
@@ -121,10 +123,35 @@ def _draw_point(axes: Axes, x: float, point: Point, left: bool) -> None:
         axes.plot([x, x], [ideal, height], color=colour, linewidth=3, alpha=0.35, solid_capstyle="butt")
         axes.plot(x, height, marker="o", color=colour, markersize=6)
         label += f" {point.efficiency:.0%}"
-    aside: dict[str, Any] = {"xytext": (-9 if left else 9, 0), "ha": "right" if left else "left", "va": "center"}
-    if point.measured_s is None:
-        aside = {"xytext": (0, -4), "ha": "center", "va": "top"}
-    axes.annotate(label, (x, height), textcoords="offset points", fontsize=7, **aside)
+    axes.annotate(label, (x, height), textcoords="offset points", fontsize=7, **_PLACES[0])
+
+
+# Of a label beside its point, the best first.
+_PLACES: tuple[dict[str, Any], ...] = tuple(
+    {"xytext": (x, y), "ha": {1: "left", 0: "center", -1: "right"}[(x > 0) - (x < 0)], "va": "center"}
+    for x, y in ((8, 0), (-8, 0), (0, 10), (0, -10), (8, 8), (-8, 8), (8, -8), (-8, -8), (8, 16), (-8, 16), (8, -16))
+)
+
+
+def _part_labels(figure: Figure) -> None:
+    """Move each label to the first place where it covers no other label and no point and lies inside its axes."""
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        points = [line.get_window_extent().padded(4) for line in axes.lines if line.get_marker() == "o"]
+        legend = axes.get_legend()
+        taken = points if legend is None else [*points, legend.get_window_extent()]
+        for label in axes.texts:
+            for place in _PLACES:
+                label.xyann = place["xytext"]
+                label.set(horizontalalignment=place["ha"], verticalalignment=place["va"])
+                extent = label.get_window_extent()
+                inside = axes.bbox.x0 <= extent.x0 and extent.x1 <= axes.bbox.x1
+                if inside and not extent.count_overlaps(taken):
+                    break
+            else:
+                label.xyann = _PLACES[0]["xytext"]
+                label.set(horizontalalignment="left")
+            taken = [*taken, label.get_window_extent()]
 
 
 def write_efficiency_gap_page(points: Sequence[Point], title: str, path: Path) -> None:
