@@ -1,4 +1,4 @@
-"""The portable kernels of one folder of csrc, compiled for the CPU against the stand-ins of the folder emulation."""
+"""Kernels compiled for the CPU, against the stand-ins of the folder emulation for what only a GPU has."""
 
 import ctypes
 import fcntl
@@ -6,13 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 KERNELS = Path(__file__).parents[1]
+CSRC = KERNELS / "csrc"
 EMULATION = Path(__file__).parent / "emulation"
+MINUTE = 60
 DTYPES = ("float16", "bfloat16")
 ACTIVATIONS = ("relu", "silu", "gelu")
 
@@ -67,21 +70,77 @@ def built(algorithm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def _build(algorithm: str, folder: Path, target: Path) -> None:
+def library(
+    name: str,
+    algorithm: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    sources: Iterable[str],
+    stand_ins: Mapping[str, Iterable[str]],
+    *options: str,
+) -> ctypes.CDLL:
+    """emulation/``name``/emulate.cpp for the kernels of one folder of csrc, ``algorithm``, as a library.
+
+    ``sources`` and ``stand_ins`` are what it sees in the place of csrc, see `_lay_out`; ``options`` are g++'s.
+    """
+    folder = tmp_path_factory.mktemp(name)
+    command = [*_compiler(algorithm, folder), *options]
+    # Without these a process keeps one function or variable of a name for all its libraries: of the fake encoders of
+    # tensor maps, for one.
+    command += ["-shared", "-Wl,-Bsymbolic", "-fno-gnu-unique"]
+    _lay_out(folder, sources, stand_ins)
+    target = folder / "emulation.so"
+    source = EMULATION / name / "emulate.cpp"
+    subprocess.run([*command, str(source), "-o", str(target)], check=True, timeout=10 * MINUTE)
+    return ctypes.CDLL(str(target))
+
+
+def hopper_library(
+    name: str,
+    algorithm: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    sources: Iterable[str],
+    stand_ins: Mapping[str, Iterable[str]],
+) -> ctypes.CDLL:
+    """A `library` of kernels whose operands TMA brings and wgmma multiplies: C++ for both."""
+    sources = ("direct", "block_fusion", "common/activation.cuh", *sources)
+    products = [f"downsample_gemm_sm90/{stand_in}" for stand_in in ("sm90.cuh", "sm90_mn_major.cuh", "launch.cuh")]
+    stand_ins = {"common": ("ptx.cuh", "cuda_on_cpu.h", *products), **stand_ins}
+    return library(name, algorithm, tmp_path_factory, sources, stand_ins, "-O2", "-Dsm90=sm80")
+
+
+def _compiler(algorithm: str, folder: Path) -> list[str]:
+    """g++ for sources that find csrc in the folder; skips the test where it or CUDA's headers are missing."""
     locate = [sys.executable, str(KERNELS / "cmake/locate.py"), "nvcc"]
     nvcc = subprocess.run(locate, capture_output=True, text=True).stdout.strip()
     if not shutil.which("g++") or not nvcc:
         pytest.skip("needs g++ and the CUDA headers")
-    for part in ("common", "block_fusion", "mbconv", "patch"):
-        shutil.copytree(KERNELS / "csrc" / part, folder / part)
-    for stand_in in ("ptx.cuh", "mma_1688.cuh", "half2.cuh", "launch.cuh", "cuda_on_cpu.h"):
-        shutil.copy(EMULATION / stand_in, folder / "common" / stand_in)
-    for stand_in in ("again", "grid_sm90", "sm90"):
-        shutil.copy(EMULATION / f"conv_norm_sm90/{stand_in}.cuh", folder / "common")
-    shutil.copy(EMULATION / "patch/sync.cuh", folder / "patch/sync.cuh")
     include = Path(nvcc).parents[1] / "include"
-    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", f"-DEMULATED={algorithm}"]
-    command += [f"-I{path}" for path in (folder, include, include / "cccl")]
+    includes = [f"-I{path}" for path in (folder, EMULATION, include, include / "cccl")]
+    return ["g++", "-std=c++17", "-w", "-fPIC", f"-DEMULATED={algorithm}", *includes]
+
+
+def _lay_out(folder: Path, sources: Iterable[str], stand_ins: Mapping[str, Iterable[str]]) -> None:
+    """Copies of folders and files of csrc (patterns), and in the folders named stand-ins, which replace them."""
+    for pattern in sources:
+        for source in CSRC.glob(pattern):
+            target = folder / source.relative_to(CSRC)
+            if source.is_dir():
+                shutil.copytree(source, target)
+            else:
+                target.parent.mkdir(exist_ok=True)
+                shutil.copy(source, target)
+    for part, files in stand_ins.items():
+        (folder / part).mkdir(exist_ok=True)
+        for file in files:
+            shutil.copy(EMULATION / file, folder / part)
+
+
+def _build(algorithm: str, folder: Path, target: Path) -> None:
+    command = [*_compiler(algorithm, folder), "-O1"]
+    own = [f"conv_norm_sm90/{stand_in}.cuh" for stand_in in ("again", "grid_sm90", "sm90")]
+    common = ("ptx.cuh", "mma_1688.cuh", "half2.cuh", "launch.cuh", "cuda_on_cpu.h", *own)
+    parts = ("common", "block_fusion", "mbconv", "patch")
+    _lay_out(folder, parts, {"common": common, "patch": ("patch/sync.cuh",)})
     if algorithm == "patch":
         sources = [folder / "patch/patch_sm80.cu", EMULATION / "patch/emulate.cpp"]
     else:

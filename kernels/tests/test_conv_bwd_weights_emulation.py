@@ -4,29 +4,19 @@ It checks indexing, padding, bounds, waits and barriers without a GPU, and says 
 """
 
 import ctypes
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from cases import guarded
+from emulated import CDevice, library
 
 from convfirst_kernels import backward
 
-KERNELS = Path(__file__).parents[1]
-EMULATION = Path(__file__).parent / "emulation"
-MINUTE = 60
 DTYPES = (torch.float16, torch.bfloat16)
 
 
 class CProblem(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int) for n in "batch height width channels kernel_size group_width dtype".split()]
-
-
-class CDevice(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("capability", "multiprocessors", "max_shared_memory")]
 
 
 class CPlan(ctypes.Structure):
@@ -35,25 +25,10 @@ class CPlan(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    locate = [sys.executable, str(KERNELS / "cmake/locate.py"), "nvcc"]
-    nvcc = subprocess.run(locate, capture_output=True, text=True).stdout.strip()
-    if not shutil.which("g++") or not nvcc:
-        pytest.skip("needs g++ and the CUDA headers")
-    folder = tmp_path_factory.mktemp("conv_bwd_weights")
-    (folder / "block_fusion").mkdir()
-    for source in (*(KERNELS / "csrc/block_fusion").glob("*_bwd_weights*"), KERNELS / "csrc/block_fusion/params.h"):
-        shutil.copy(source, folder / "block_fusion")
-    (folder / "common").mkdir()
-    for stand_in in ("ptx.cuh", "launch.cuh", "cuda_on_cpu.h"):
-        shutil.copy(EMULATION / stand_in, folder / "common")
-    include = Path(nvcc).parents[1] / "include"
-    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-DEMULATED=block_fusion"]
-    command += [f"-I{folder}", f"-I{EMULATION}", f"-I{include}", f"-I{include / 'cccl'}"]
-    library = folder / "emulation.so"
-    source = EMULATION / "conv_bwd_weights/emulate.cpp"
-    subprocess.run([*command, str(source), "-o", str(library)], check=True, timeout=10 * MINUTE)
-    return ctypes.CDLL(str(library))
+def emulator(tmp_path_factory) -> ctypes.CDLL:
+    sources = ("block_fusion/*_bwd_weights*", "block_fusion/params.h")
+    stand_ins = {"common": ("ptx.cuh", "launch.cuh", "cuda_on_cpu.h")}
+    return library("conv_bwd_weights", "block_fusion", tmp_path_factory, sources, stand_ins, "-O1")
 
 
 def problem(batch, height, width, channels, kernel_size, group_width, dtype=0) -> CProblem:

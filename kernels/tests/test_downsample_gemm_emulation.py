@@ -6,20 +6,12 @@ speed.
 """
 
 import ctypes
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from cases import guards_intact, worst_ratio
-from emulated import DTYPES
+from emulated import DTYPES, hopper_library
 from patch_cases import Patch, module, parts_of, patch_inputs
-
-KERNELS = Path(__file__).parents[1]
-EMULATION = Path(__file__).parent / "emulation"
-MINUTE = 60
 
 
 class CDownsampleGemm(ctypes.Structure):
@@ -31,25 +23,7 @@ class CDownsampleGemm(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> ctypes.CDLL:
-    locate = [sys.executable, str(KERNELS / "cmake/locate.py"), "nvcc"]
-    nvcc = subprocess.run(locate, capture_output=True, text=True).stdout.strip()
-    if not shutil.which("g++") or not nvcc:
-        pytest.skip("needs g++ and the CUDA headers")
-    folder = tmp_path_factory.mktemp("downsample_gemm")
-    for part in ("direct", "block_fusion", "patch"):
-        shutil.copytree(KERNELS / "csrc" / part, folder / part)
-    (folder / "common").mkdir()
-    shutil.copy(KERNELS / "csrc/common/activation.cuh", folder / "common")
-    for stand_in in ("ptx.cuh", "cuda_on_cpu.h", "downsample_gemm_sm90/sm90.cuh", "downsample_gemm_sm90/launch.cuh"):
-        shutil.copy(EMULATION / stand_in, folder / "common")
-    (folder / "common/sm90_mn_major.cuh").write_text('#include "sm90.cuh"\n')
-    include = Path(nvcc).parents[1] / "include"
-    command = ["g++", "-std=c++17", "-O2", "-w", "-fPIC", "-shared", "-Wl,-Bsymbolic", "-Dsm90=sm80"]
-    command += ["-DEMULATED=patch", *(f"-I{path}" for path in (folder, include, include / "cccl"))]
-    target = folder / "emulation.so"
-    source = EMULATION / "downsample_gemm_sm90/emulate.cpp"
-    subprocess.run([*command, str(source), "-o", str(target)], check=True, timeout=10 * MINUTE)
-    return ctypes.CDLL(str(target))
+    return hopper_library("downsample_gemm_sm90", "patch", tmp_path_factory, ["patch"], {})
 
 
 def emulate(library, x, packed: tuple, tile: int, multiprocessors: int, at_once: bool, backwards: bool):

@@ -6,18 +6,11 @@ poisoned and warps run in either order. It says nothing about speed, nor about w
 
 import ctypes
 import mmap
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-
-KERNELS = Path(__file__).parents[1]
-EMULATION = Path(__file__).parent / "emulation"
-MINUTE = 60
+from emulated import library
 
 
 class CProblem(ctypes.Structure):
@@ -31,28 +24,11 @@ class CTensors(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    locate = [sys.executable, str(KERNELS / "cmake/locate.py"), "nvcc"]
-    nvcc = subprocess.run(locate, capture_output=True, text=True).stdout.strip()
-    if not shutil.which("g++") or not nvcc:
-        pytest.skip("needs g++ and the CUDA headers")
-    folder = tmp_path_factory.mktemp("conv_norm")
-    (folder / "common").mkdir()
-    (folder / "block_fusion").mkdir()
-    for header in ("params.h", "conv_norm_extras.h"):
-        shutil.copy(KERNELS / "csrc/block_fusion" / header, folder / "block_fusion")
-    for name in ("conv_norm", "grouped_conv_norm", "image_conv_norm"):
-        for end in ("sm90.h", "sm90.cpp", "fwd_sm90.cuh"):
-            shutil.copy(KERNELS / f"csrc/block_fusion/{name}_{end}", folder / "block_fusion")
-    own = [f"conv_norm_sm90/{name}.cuh" for name in ("again", "grid_sm90", "sm90")]
-    for stand_in in ("ptx.cuh", "cuda_on_cpu.h", *own):
-        shutil.copy(EMULATION / stand_in, folder / "common")
-    include = Path(nvcc).parents[1] / "include"
-    command = ["g++", "-std=c++17", "-O2", "-w", "-fPIC", "-shared", "-Dsm90=sm80", "-DEMULATED=block_fusion"]
-    command += [f"-I{folder}", f"-I{include}", f"-I{include / 'cccl'}", str(EMULATION / "conv_norm_sm90/emulate.cpp")]
-    library = folder / "emulation.so"
-    subprocess.run([*command, "-o", str(library)], check=True, timeout=10 * MINUTE)
-    return ctypes.CDLL(str(library))
+def emulator(tmp_path_factory) -> ctypes.CDLL:
+    sources = [f"block_fusion/{file}" for file in ("params.h", "conv_norm_extras.h", "*conv_norm*sm90*")]
+    own = [f"conv_norm_sm90/{stand_in}.cuh" for stand_in in ("again", "grid_sm90", "sm90")]
+    stand_ins = {"common": ("ptx.cuh", "cuda_on_cpu.h", *own)}
+    return library("conv_norm_sm90", "block_fusion", tmp_path_factory, sources, stand_ins, "-O2", "-Dsm90=sm80")
 
 
 def guarded(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -4,20 +4,14 @@ It checks indexing, padding, bounds and barriers without a GPU, and says nothing
 """
 
 import ctypes
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from emulated import library
 
 from convfirst_kernels.winograd import reference
 
-KERNELS = Path(__file__).parents[1]
-EMULATION = Path(__file__).parent / "emulation"
-MINUTE = 60
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = ("none", "relu", "silu", "gelu")
 ACTIVATE = {"none": lambda y: y, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
@@ -37,22 +31,9 @@ class CTensors(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    locate = [sys.executable, str(KERNELS / "cmake/locate.py"), "nvcc"]
-    nvcc = subprocess.run(locate, capture_output=True, text=True).stdout.strip()
-    if not shutil.which("g++") or not nvcc:
-        pytest.skip("needs g++ and the CUDA headers")
-    folder = tmp_path_factory.mktemp("winograd")
-    shutil.copytree(KERNELS / "csrc/winograd", folder / "winograd")
-    (folder / "common").mkdir()
-    for stand_in in ("ptx.cuh", "launch.cuh", "cuda_on_cpu.h"):
-        shutil.copy(EMULATION / stand_in, folder / "common")
-    include = Path(nvcc).parents[1] / "include"
-    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-DEMULATED=winograd"]
-    command += [f"-I{folder}", f"-I{include}", f"-I{include / 'cccl'}", str(EMULATION / "winograd/emulate.cpp")]
-    library = folder / "emulation.so"
-    subprocess.run([*command, "-o", str(library)], check=True, timeout=10 * MINUTE)
-    return ctypes.CDLL(str(library))
+def emulator(tmp_path_factory) -> ctypes.CDLL:
+    stand_ins = {"common": ("ptx.cuh", "launch.cuh", "cuda_on_cpu.h")}
+    return library("winograd", "winograd", tmp_path_factory, ["winograd"], stand_ins, "-O1")
 
 
 def transformed(emulator, weight: torch.Tensor, m: int) -> torch.Tensor:

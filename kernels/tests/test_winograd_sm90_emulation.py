@@ -5,47 +5,20 @@ warps run in either order, and shared memory is poisoned. It says nothing about 
 """
 
 import ctypes
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from emulated import hopper_library
 from test_winograd_emulation import ACTIVATE, ACTIVATIONS, DTYPES, CProblem, CTensors
 
 from convfirst_kernels.winograd import cook_toom
 
-KERNELS = Path(__file__).parents[1]
-EMULATION = Path(__file__).parent / "emulation"
-MINUTE = 60
-
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> ctypes.CDLL:
-    locate = [sys.executable, str(KERNELS / "cmake/locate.py"), "nvcc"]
-    nvcc = subprocess.run(locate, capture_output=True, text=True).stdout.strip()
-    if not shutil.which("g++") or not nvcc:
-        pytest.skip("needs g++ and the CUDA headers")
-    folder = tmp_path_factory.mktemp("winograd_sm90")
-    for part in ("direct", "block_fusion", "winograd"):
-        shutil.copytree(KERNELS / "csrc" / part, folder / part)
-    for name in ("common", "patch"):
-        (folder / name).mkdir()
-    shutil.copy(KERNELS / "csrc/common/activation.cuh", folder / "common")
-    for stand_in in ("ptx.cuh", "cuda_on_cpu.h", "downsample_gemm_sm90/sm90.cuh", "downsample_gemm_sm90/launch.cuh"):
-        shutil.copy(EMULATION / stand_in, folder / "common")
-    shutil.copy(EMULATION / "patch/sync.cuh", folder / "patch")
-    shutil.copy(EMULATION / "winograd_sm90/pairs_sm90.cuh", folder / "winograd")
-    include = Path(nvcc).parents[1] / "include"
-    command = ["g++", "-std=c++17", "-O2", "-w", "-fPIC", "-shared", "-Wl,-Bsymbolic", "-Dsm90=sm80"]
-    command += ["-fno-gnu-unique"]  # or a process keeps one fake encoder of tensor maps for all such libraries
-    command += ["-DEMULATED=winograd", *(f"-I{path}" for path in (folder, include, include / "cccl"))]
-    target = folder / "emulation.so"
-    source = EMULATION / "winograd_sm90/emulate.cpp"
-    subprocess.run([*command, "-x", "c++", str(source), "-o", str(target)], check=True, timeout=10 * MINUTE)
-    return ctypes.CDLL(str(target))
+    stand_ins = {"patch": ["patch/sync.cuh"], "winograd": ["winograd_sm90/pairs_sm90.cuh"]}
+    return hopper_library("winograd_sm90", "winograd", tmp_path_factory, ["winograd"], stand_ins)
 
 
 def transformed(weight: torch.Tensor) -> torch.Tensor:
