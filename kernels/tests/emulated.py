@@ -1,4 +1,4 @@
-"""Kernels compiled for the CPU, against the stand-ins of the folder emulation for what only a GPU has."""
+"""Code of csrc compiled for the CPU: kernels against the stand-ins of the folder emulation, planners as they are."""
 
 import ctypes
 import fcntl
@@ -27,6 +27,20 @@ class CDevice(ctypes.Structure):
 H100 = CDevice(90, 132, 232448)
 A100 = CDevice(80, 108, 166912)
 RTX_3090 = CDevice(86, 82, 101376)
+
+
+class CBlockProblem(ctypes.Structure):
+    """block_fusion::Problem."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "height", "width")]
+    _fields_ += [(n, ctypes.c_int) for n in "channels hidden kernel_size group_width dtype activation".split()]
+    _fields_ += [("has_norm", ctypes.c_bool)]
+
+
+class CBlockTensors(ctypes.Structure):
+    """block_fusion::Tensors."""
+
+    _fields_ = [(f"tensor{i}", ctypes.c_void_p) for i in range(12)] + [("eps", ctypes.c_float)]
 
 
 class Emulated:
@@ -106,6 +120,17 @@ def hopper_library(
     products = [f"downsample_gemm_sm90/{stand_in}" for stand_in in ("sm90.cuh", "sm90_mn_major.cuh", "launch.cuh")]
     stand_ins = {"common": ("ptx.cuh", "cuda_on_cpu.h", *products), **stand_ins}
     return library(name, algorithm, tmp_path_factory, sources, stand_ins, "-O2", "-Dsm90=sm80")
+
+
+def host_library(source: str, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """C++ that includes headers of csrc without CUDA, as a library."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("host")
+    (folder / "source.cpp").write_text(source)
+    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fPIC", "-shared", f"-I{CSRC}"]
+    subprocess.run(["g++", *flags, "source.cpp", "-o", "host.so"], cwd=folder, check=True, timeout=10 * MINUTE)
+    return ctypes.CDLL(str(folder / "host.so"))
 
 
 def _compiler(algorithm: str, folder: Path) -> list[str]:

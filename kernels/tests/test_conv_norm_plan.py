@@ -1,13 +1,10 @@
 """Tiles, clusters and shared memory of the Hopper convolution with LayerNorm: pure host functions, built with g++."""
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
+from emulated import host_library
 
-CSRC = Path(__file__).parents[1] / "csrc"
 SHARED_MEMORY = 232448  # bytes a block on an H100 or H200 may opt in to
 CONVNEXT = ((56, 96), (28, 192), (14, 384), (7, 768))
 CONV_FIRST = ((56, 64), (28, 128), (14, 256), (7, 512), (225, 64))
@@ -106,15 +103,8 @@ GROUPED_FIELDS = (
 
 
 @pytest.fixture(scope="module")
-def planner(tmp_path_factory):
-    if not shutil.which("g++"):
-        pytest.skip("needs g++")
-    folder = tmp_path_factory.mktemp("conv_norm_plan")
-    (folder / "plan.cpp").write_text(SOURCE)
-    library = folder / "plan.so"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fPIC", "-shared", f"-I{CSRC}"]
-    subprocess.run(["g++", *flags, str(folder / "plan.cpp"), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
+def planner(tmp_path_factory) -> ctypes.CDLL:
+    loaded = host_library(SOURCE, tmp_path_factory)
     loaded.cost.restype = loaded.image_cost_of.restype = ctypes.c_double
     return loaded
 

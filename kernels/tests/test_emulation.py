@@ -4,25 +4,13 @@ It checks indexing, bounds, waits and barriers of every kernel without a GPU: co
 the waits allow, and the warps run in either order. It says nothing about speed or about the hardware's tanh.
 """
 
-import ctypes
-
 import pytest
 import torch
 from cases import Case, guards_intact, inputs, oracle, worst_ratio
-from emulated import ACTIVATIONS, DTYPES, H100, RTX_3090, CDevice, Emulated, emulated
+from emulated import ACTIVATIONS, DTYPES, H100, RTX_3090, CBlockProblem, CBlockTensors, CDevice, Emulated, emulated
 
 from convfirst_kernels import reference
 from convfirst_kernels.planner import Problem
-
-
-class CProblem(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "height", "width")]
-    _fields_ += [(n, ctypes.c_int) for n in "channels hidden kernel_size group_width dtype activation".split()]
-    _fields_ += [("has_norm", ctypes.c_bool)]
-
-
-class CTensors(ctypes.Structure):
-    _fields_ = [(f"tensor{i}", ctypes.c_void_p) for i in range(12)] + [("eps", ctypes.c_float)]
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +21,13 @@ def rows(tmp_path_factory) -> Emulated:
 def emulate(rows: Emulated, name: str, case: Case, arguments: tuple, device: CDevice, at_once: bool, backwards: bool):
     """The row's result, or None where it doesn't cover the case."""
     p = case.problem
-    problem = CProblem(
+    problem = CBlockProblem(
         p.batch, p.height, p.width, p.channels, p.hidden, p.kernel_size, p.group_width,
         DTYPES.index(p.dtype), ACTIVATIONS.index(p.activation), p.has_norm,
     )  # fmt: skip
     y = torch.full_like(arguments[0], float("nan"))
     pointers = [None if a is None else a.data_ptr() for a in (*arguments[:11], y)]
-    covered = rows.launch(name, problem, CTensors(*pointers, arguments[13]), device, at_once, backwards)
+    covered = rows.launch(name, problem, CBlockTensors(*pointers, arguments[13]), device, at_once, backwards)
     return y if covered else None
 
 

@@ -10,17 +10,7 @@ import mmap
 import pytest
 import torch
 import torch.nn.functional as F
-from emulated import library
-
-
-class CProblem(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "height", "width")]
-    _fields_ += [(n, ctypes.c_int) for n in "channels hidden kernel_size group_width dtype activation".split()]
-    _fields_ += [("has_norm", ctypes.c_bool)]
-
-
-class CTensors(ctypes.Structure):
-    _fields_ = [(f"tensor{i}", ctypes.c_void_p) for i in range(12)] + [("eps", ctypes.c_float)]
+from emulated import CBlockProblem, CBlockTensors, library
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +107,9 @@ def test_it_computes_convolution_and_norm(emulator, case):
         (guarded(1 + random(channels, scale=0.2)), guarded(random(channels))) if case % 4 else (None, None)
     )
     a = guarded(torch.full_like(x, float("nan")))
-    problem = CProblem(batch, height, width, channels, 4 * channels, kernel_size, group_width, case % 2, 2, norm)
+    problem = CBlockProblem(batch, height, width, channels, 4 * channels, kernel_size, group_width, case % 2, 2, norm)
     pointers = [None if t is None else t.data_ptr() for t in (x, packed, bias, norm_weight, norm_bias)]
-    tensors = CTensors(*pointers, *[None] * 7, 1e-6)
+    tensors = CBlockTensors(*pointers, *[None] * 7, 1e-6)
     results = []
     for backwards in (0, 1):
         a.fill_(float("nan"))
@@ -164,9 +154,9 @@ def test_whole_images(emulator, case):
     residual = guarded(random(batch, height, width, channels).to(dtype)) if extras and not norm else None
     rstd = guarded(torch.full((batch * height * width,), float("nan"))) if extras and norm else None
     a = guarded(torch.full_like(x, float("nan")))
-    problem = CProblem(batch, height, width, channels, 4 * channels, 7, 1, case % 2, 2, norm)
+    problem = CBlockProblem(batch, height, width, channels, 4 * channels, 7, 1, case % 2, 2, norm)
     pointers = [None if t is None else t.data_ptr() for t in (x, packed, bias, *affine)]
-    tensors = CTensors(*pointers, *[None] * 7, 1e-6)
+    tensors = CBlockTensors(*pointers, *[None] * 7, 1e-6)
     training = (ctypes.c_void_p * 2)(*(None if t is None else t.data_ptr() for t in (residual, rstd)))
     results = []
     for backwards in (0, 1):

@@ -1,13 +1,10 @@
 """Which first launch the portable split path takes, and its tiles: pure host functions, built with g++."""
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
+from emulated import host_library
 
-CSRC = Path(__file__).parents[1] / "csrc"
 H200 = (132, 232448)
 A100 = (108, 166912)
 RTX_4090 = (128, 101376)
@@ -49,14 +46,8 @@ FIELDS = (
 
 
 @pytest.fixture(scope="module")
-def planner(tmp_path_factory):
-    if not shutil.which("g++"):
-        pytest.skip("needs g++")
-    folder = tmp_path_factory.mktemp("first_plan")
-    (folder / "plan.cpp").write_text(SOURCE)
-    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fPIC", "-shared", f"-I{CSRC}"]
-    subprocess.run(["g++", *flags, str(folder / "plan.cpp"), "-o", str(folder / "plan.so")], check=True)
-    return ctypes.CDLL(str(folder / "plan.so"))
+def planner(tmp_path_factory) -> ctypes.CDLL:
+    return host_library(SOURCE, tmp_path_factory)
 
 
 def diagonal(planner, shape, device):

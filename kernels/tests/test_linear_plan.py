@@ -1,13 +1,10 @@
 """The Hopper linear layers' choice of tile: pure arithmetic of waves, compiled and run on the CPU."""
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
+from emulated import host_library
 
-CSRC = Path(__file__).parents[1] / "csrc"
 SOURCE = """
 #include "block_fusion/linear_sm90.h"
 using namespace convfirst::block_fusion;
@@ -29,14 +26,8 @@ NAMES = "warpgroups columns cluster grid rounds shared_memory slots cost serves"
 
 
 @pytest.fixture(scope="module")
-def planner(tmp_path_factory):
-    if not shutil.which("c++"):
-        pytest.skip("needs a C++ compiler")
-    folder = tmp_path_factory.mktemp("linear_plan")
-    (folder / "plan.cpp").write_text(SOURCE)
-    command = ["c++", "-std=c++17", "-shared", "-fPIC", f"-I{CSRC}", "plan.cpp", "-o", "plan.so"]
-    subprocess.run(command, cwd=folder, check=True)
-    return ctypes.CDLL(str(folder / "plan.so"))
+def planner(tmp_path_factory) -> ctypes.CDLL:
+    return host_library(SOURCE, tmp_path_factory)
 
 
 def plan(planner, layer, rows, columns, depth):
