@@ -17,7 +17,7 @@ class Unsupported(Exception):
 
 @dataclass
 class Parts:
-    """The modules of one conv-first block; a batch norm stands beside the convolution that it folds into."""
+    """The modules of one conv-first block; a batch norm stands beside the convolution that it follows."""
 
     conv: nn.Conv2d
     conv_norm: nn.Module | None  # batch norm
