@@ -139,6 +139,7 @@ def blocks(
     chosen = [block for block in BLOCKS if re.search(select, block.name)]
     if not chosen:
         raise ValueError(f"select={select!r} matches none of {', '.join(block.name for block in BLOCKS)}")
+    torch.backends.cudnn.benchmark = True  # cuDNN's fastest, under Inductor too
     known = _peer_times(reuse)
     jobs = (
         _block_row(block, dtype, batch, peer, known, path, iterations)
@@ -260,7 +261,7 @@ def models(
     if not chosen:
         raise ValueError(f"select={select!r} matches none of {', '.join(MODELS)}")
     known = _peer_times(reuse)
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True  # cuDNN's fastest, on both sides
     peers: dict[tuple, tuple] = {}
     jobs = (
         _model_rows(name, dtype, batch, peer, known, path, iterations, compiled, image_size, peers)
