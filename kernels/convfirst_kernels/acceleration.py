@@ -258,6 +258,7 @@ class Report:
     outside: list[Row] = field(default_factory=list)  # stems and downsampling layers
     heads: list[Row] = field(default_factory=list)
     convolutions: list[Row] = field(default_factory=list)  # 3x3, stride 1, outside of all those
+    note: str = ""  # what the rows leave open
     _blocks: list[nn.Module] = field(default_factory=list, repr=False)
 
     @property
@@ -281,6 +282,7 @@ class Report:
         if self.convolutions:
             count = f"{sum(row.swapped for row in self.convolutions)} of {len(self.convolutions)}"
             lines[0] += f", {count} 3x3 convolutions on kernels in calls measured to be faster"
+        lines += [self.note] if self.note else []
         for row in self.rows + others:
             state = "as it was" if not row.swapped else "on kernels" if row in self.convolutions else "fused"
             lines.append(f"  {row.name:{width}}  {state}  {row.block}: {row.detail}")
@@ -373,6 +375,8 @@ def accelerate(
         if all(isinstance(block.__dict__.get("forward"), FusedForward) for block in stage.blocks):
             stage.forward = StageForward(stage)
             report._blocks.append(stage)
+    if kernels == "auto" and report.swapped and all(p.conv.weight.device.type != "cuda" for _, _, p, _ in found if p):
+        report.note = "the weights are on no GPU: until they are, every call runs the model's own code"
     if report.skipped:
         first = report.skipped[0]
         counts = len(report.skipped), len(found)

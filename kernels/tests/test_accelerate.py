@@ -254,6 +254,7 @@ class TestReport:
         family = "convfirst" if len(report.rows) == 5 else "convnext"
         assert len(report.rows) == BLOCKS[family]
         assert str(report).startswith(f"{BLOCKS[family]} of {BLOCKS[family]} blocks fused (kernels='auto')")
+        assert "the weights are on no GPU" in str(report)
         assert "stages.3.blocks.0" in str(report)
 
     def test_says_why_not(self, caplog):
