@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from convfirst_kernels.block import BlockWeights, pack_block
+from convfirst_kernels.block import BlockWeights, pack_block, pack_matrix
 
 _LAYER_NORMS = {"LayerNorm", "LayerNorm2d", "LayerNormFp32", "LayerNorm2dFp32"}
 _BATCH_NORMS = {"BatchNorm2d", "SyncBatchNorm"}
+_MOST_BIAS = 1e4  # of a projection before its scale: float16 holds it
 
 
 class Unsupported(Exception):
@@ -48,20 +49,25 @@ class Parts:
         layer scale into the matrices beside them, in float32, so that the kernel is spared a pass over its registers
         for each. A batch norm after the projection is no such factor: it becomes a layer scale of its own. What a
         weight loses by rounding is the same in every pixel and image, so no average over them makes it less, and
-        weights of 16 bits that a norm's factors leave alone lose nothing.
+        weights of 16 bits that a norm's factors leave alone lose nothing. The convolution's norm takes its mean out
+        before anything is rounded, as the convolution's bias; its factor goes into the expansion.
         """
         conv, conv_bias = self.conv.weight, self.conv.bias
         expand, expand_bias = fold(self.expand, self.expand_norm)
-        project, project_bias = fold(self.project, self.project_norm)
-        norm, scale = self.norm, self.scale
+        project, project_bias, scale = self.project.weight, self.project.bias, self.scale
+        norm = self.norm
         norm_weight, norm_bias = (norm.weight, norm.bias) if norm else (None, None)
         if self.conv_norm is not None:
-            expand, expand_bias = _after_affine(expand, expand_bias, *affine(self.conv_norm))
+            mean = self.conv_norm.running_mean.float()
+            conv_bias = -mean if conv_bias is None else conv_bias.float() - mean
+            expand, expand_bias = _after_affine(expand, expand_bias, affine(self.conv_norm)[0], self.conv_norm.bias)
         if absorb and norm_weight is not None:
             expand, expand_bias = _after_affine(expand, expand_bias, norm_weight, norm_bias)
             norm_weight = norm_bias = None
         if absorb and self.project_norm is not None:
             project, project_bias, scale = _behind(self.project, self.project_norm, scale)
+        elif self.project_norm is not None:
+            project, project_bias = fold(self.project, self.project_norm)
         elif absorb and scale is not None:
             project = project.flatten(1).float() * scale.float()[:, None]
             project_bias = None if project_bias is None else project_bias.float() * scale.float()
@@ -104,20 +110,21 @@ def _behind(linear: nn.Module, norm: nn.Module, scale: Tensor | None) -> tuple[T
     factor, shift = affine(norm)
     if linear.bias is not None:
         shift = shift + linear.bias.float() * factor
-    # A channel whose factor is zero is its shift, which can't come before such a factor.
-    lost = factor.abs() < 1e-20
-    factor = factor.masked_fill(lost, 1.0)
-    weight = linear.weight.flatten(1).masked_fill(lost[:, None], 0.0)
-    return weight, shift / factor, factor if scale is None else factor * scale.float()
+    # The shift comes before the factor; where it is most of the channel, a factor as small would make it too large.
+    least = shift.abs() / _MOST_BIAS
+    behind = torch.where(factor.abs() >= least, factor, least)
+    behind = behind.masked_fill(behind == 0, 1.0)
+    weight = linear.weight.flatten(1).float() * (factor / behind)[:, None]
+    return weight, shift / behind, behind if scale is None else behind * scale.float()
 
 
 def _after_affine(
     weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the linear layer that takes ``v`` where ``weight, bias`` took ``v * scale + shift``."""
-    matrix = weight.flatten(1).float()
+    matrix = pack_matrix(weight, torch.float32)
     if shift is not None:
-        moved = matrix @ shift.float()
+        moved = (matrix * shift.float()).sum(1)  # autocast would round a product of matrices
         bias = moved if bias is None else bias.float() + moved
     return matrix * scale.float(), bias
 

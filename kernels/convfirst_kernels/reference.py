@@ -38,7 +38,7 @@ def conv_first_block(
         sample_scale: [N] or None: drop path's factor for each sample.
         activation: "relu", "silu" or "gelu" (exact).
         eps: of the norm.
-        has_norm: False where there is no norm, or a batch norm was folded into the convolution.
+        has_norm: False where there is no norm, or batch norms were folded into the layers around it.
 
     Returns:
         [N, C, H, W] in x's dtype.

@@ -170,6 +170,7 @@ def check_gradients(network: nn.Module, images: torch.Tensor) -> None:
     fused = gradients()
     for key, gradient in plain.items():
         torch.testing.assert_close(fused[key], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max() + 1))
+        assert fused[key].stride() == gradient.stride(), key  # or DDP copies it
 
 
 def test_batch_norms_in_evaluation_mode_are_trained(images, covered):
@@ -364,7 +365,8 @@ def test_batch_norms_around_a_block(bias):
     """Their factors leave the convolution's and the projection's weights alone; a factor of zero leaves its shift."""
     block = build("convfirst-batchnorm").stages[1].blocks[0]
     with torch.no_grad():
-        block.project_norm.weight[:3] = torch.tensor([0.0, -0.7, 1e-30])
+        block.project_norm.weight[:3] = torch.tensor([0.0, 1e-6, 1e-30])
+        block.project_norm.weight[3] = -0.7
         block.norm.weight[1] = 0.0
         if bias:
             for layer in (block.conv, block.project):
@@ -374,9 +376,22 @@ def test_batch_norms_around_a_block(bias):
         x = torch.randn(2, 64, 9, 7).to(memory_format=torch.channels_last)
         torch.testing.assert_close(run_block(x, packed, kernels="off"), block(x), rtol=1e-4, atol=1e-5)
         assert torch.equal(packed.conv_weight, pack_conv_weight(block.conv.weight, torch.float32))
+        # The mean leaves in float32, before the kernel rounds the convolution's results.
+        assert torch.equal(packed.conv_bias, (block.conv.bias if bias else 0) - block.norm.running_mean)
         assert torch.equal(packed.project_weight[3:], block.project.weight.flatten(1)[3:])
+        assert packed.project_bias.abs().max() < 65504  # which float16 holds
         half = parts.pack(torch.bfloat16, absorb=True)
         assert torch.equal(half.project_weight[3:], block.project.weight.flatten(1)[3:].bfloat16())
+
+
+def test_packing_ignores_autocast():
+    parts = read_block(build("convfirst-batchnorm").stages[1].blocks[0])
+    with torch.no_grad():
+        expected = parts.pack(torch.bfloat16, absorb=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            packed = parts.pack(torch.bfloat16, absorb=True)
+    for a, b in zip(packed[:9], expected[:9], strict=True):
+        assert a is b is None or torch.equal(a, b)
 
 
 def test_half_precision_batch_norm_folds_in_float32():

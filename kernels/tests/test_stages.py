@@ -83,10 +83,11 @@ def test_only_where_asked_for():
     torch.testing.assert_close(model(x), y)
 
 
-@pytest.fixture
-def covered_nano(monkeypatch):
+@pytest.fixture(params=["layernorm", "batchnorm"])
+def covered_nano(monkeypatch, request):
     """A frozen ConvFirst whose stages take up to three images, as on a GPU that covers them."""
-    model = timm.create_model("convfirst_nano", num_classes=7).half().eval().requires_grad_(False)
+    model = timm.create_model("convfirst_nano", num_classes=7, norm=request.param, ls_init_value=0.3)
+    model = model.half().eval().requires_grad_(False)
     ck.accelerate(model, frozen=True, whole_stages=True)
     for stand_in in stand_ins(model):
         layers = [block.__dict__["forward"] for block in stand_in.stage.blocks]
@@ -97,6 +98,9 @@ def covered_nano(monkeypatch):
             layer.packed_for = torch.float16, torch.device("cpu")
         stand_in._pack()
         assert stand_in.weights is not None
+        # A factor of one would cost the blocks' own kernels a pass over their results.
+        blocks = [block.__dict__["forward"].packed for block in stand_in.stage.blocks]
+        assert all((packed.layer_scale is None) == (request.param == "layernorm") for packed in blocks)
 
     @torch.compiler.assume_constant_result
     def refusal(batch: int, *problem) -> str:

@@ -143,11 +143,13 @@ def test_more_than_the_workspace_holds():
     assert "workspace" in stages.refusal(1, 7, 7, 512, 9, "float16", "silu", 0)
 
 
-@pytest.mark.parametrize("outside", ["eager", "inductor"])
-def test_network(outside, seed):
+@pytest.mark.parametrize(
+    ("outside", "norm"), [("eager", "layernorm"), ("inductor", "layernorm"), ("eager", "batchnorm")]
+)
+def test_network(outside, norm, seed):
     """ConvFirst-T for one image: every stage is one launch, and the logits are within twice PyTorch's own error."""
     torch.manual_seed(seed)
-    model = timm.create_model("convfirst_tiny").cuda().half().eval()
+    model = timm.create_model("convfirst_tiny", norm=norm).cuda().half().eval()
     for name, parameter in model.named_parameters():
         if name.endswith("gamma"):
             parameter.data.fill_(0.3)  # every block counts
