@@ -123,21 +123,38 @@ def _draw_point(axes: Axes, x: float, point: Point) -> None:
         axes.plot([x, x], [ideal, height], color=colour, linewidth=3, alpha=0.35, solid_capstyle="butt")
         axes.plot(x, height, marker="o", color=colour, markersize=6)
         label += f" {point.efficiency:.0%}"
-    axes.annotate(label, (x, height), textcoords="offset points", fontsize=7, **_PLACES[0])
+    text = axes.annotate(label, (x, height), textcoords="offset points", fontsize=7, **_PLACES[0])
+    text.set_in_layout(False)  # or the panels would move under labels that have found their places
 
 
 # Of a label beside its point, the best first.
 _PLACES: tuple[dict[str, Any], ...] = tuple(
     {"xytext": (x, y), "ha": {1: "left", 0: "center", -1: "right"}[(x > 0) - (x < 0)], "va": "center"}
-    for x, y in ((8, 0), (-8, 0), (0, 10), (0, -10), (8, 8), (-8, 8), (8, -8), (-8, -8), (8, 16), (-8, 16), (8, -16))
+    for x, y in (
+        (8, 0),
+        (-8, 0),
+        (0, 10),
+        (0, -10),
+        (8, 8),
+        (-8, 8),
+        (8, -8),
+        (-8, -8),
+        (8, 16),
+        (-8, 16),
+        (8, -16),
+        (-8, -16),
+    )
 )
 
 
 def _part_labels(figure: Figure) -> None:
-    """Move each label to the first place where it covers no other label and no point and lies inside its axes."""
+    """Move each label to the first place where it covers no other label, point or ideal and lies inside its axes."""
     figure.draw_without_rendering()
     for axes in figure.axes:
-        points = [line.get_window_extent().padded(4) for line in axes.lines if line.get_marker() == "o"]
+        padding = {"o": 4, "_": 2}
+        points = [
+            line.get_window_extent().padded(padding[m]) for line in axes.lines if (m := line.get_marker()) in padding
+        ]
         legend = axes.get_legend()
         taken = points if legend is None else [*points, legend.get_window_extent()]
         for label in axes.texts:
