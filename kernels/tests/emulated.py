@@ -147,7 +147,9 @@ def _compiler(algorithm: str, folder: Path) -> list[str]:
 def _lay_out(folder: Path, sources: Iterable[str], stand_ins: Mapping[str, Iterable[str]]) -> None:
     """Copies of folders and files of csrc (patterns), and in the folders named stand-ins, which replace them."""
     for pattern in sources:
-        for source in CSRC.glob(pattern):
+        found = list(CSRC.glob(pattern))
+        assert found, f"{pattern} is nothing in {CSRC}"
+        for source in found:
             target = folder / source.relative_to(CSRC)
             if source.is_dir():
                 shutil.copytree(source, target)

@@ -112,7 +112,8 @@ def test_logits(name, dtype, seed, monkeypatch):
         error, eager_error = (fused - wide).abs().max(), (eager - wide).abs().max()
         assert error <= factor * eager_error, f"{beside}: logits off by {error:.4g}, eager by {eager_error:.4g}"
     same, eager_same = (float((y.argmax(1) == rounded.argmax(1)).float().mean()) for y in (fused, eager))
-    assert same >= 0.999, f"argmax agrees on {same:.4f}, eager's on {eager_same:.4f}"
+    # In bfloat16 PyTorch's own path misses 99.9 % of so few images now and then.
+    assert same >= min(0.999, eager_same), f"argmax agrees on {same:.4f}, eager's on {eager_same:.4f}"
 
 
 @pytest.mark.parametrize("name", SMALL_NETWORKS)
