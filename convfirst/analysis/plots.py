@@ -123,52 +123,33 @@ def _draw_point(axes: Axes, x: float, point: Point) -> None:
         axes.plot([x, x], [ideal, height], color=colour, linewidth=3, alpha=0.35, solid_capstyle="butt")
         axes.plot(x, height, marker="o", color=colour, markersize=6)
         label += f" {point.efficiency:.0%}"
-    text = axes.annotate(label, (x, height), textcoords="offset points", fontsize=7, **_PLACES[0])
+    text = axes.annotate(label, (x, height), xytext=_OFFSETS[0], textcoords="offset points", fontsize=7, va="center")
     text.set_in_layout(False)  # or the panels would move under labels that have found their places
 
 
-# Of a label beside its point, the best first.
-_PLACES: tuple[dict[str, Any], ...] = tuple(
-    {"xytext": (x, y), "ha": {1: "left", 0: "center", -1: "right"}[(x > 0) - (x < 0)], "va": "center"}
-    for x, y in (
-        (8, 0),
-        (-8, 0),
-        (0, 10),
-        (0, -10),
-        (8, 8),
-        (-8, 8),
-        (8, -8),
-        (-8, -8),
-        (8, 16),
-        (-8, 16),
-        (8, -16),
-        (-8, -16),
-    )
-)
+# From a point to its label, the best first.
+_OFFSETS = (
+    (8, 0), (-8, 0), (0, 10), (0, -10), (8, 8), (-8, 8), (8, -8), (-8, -8), (8, 16), (-8, 16), (8, -16), (-8, -16),
+)  # fmt: skip
 
 
 def _part_labels(figure: Figure) -> None:
     """Move each label to the first place where it covers no other label, point or ideal and lies inside its axes."""
     figure.draw_without_rendering()
+    padding = {"o": 4, "_": 2}
     for axes in figure.axes:
-        padding = {"o": 4, "_": 2}
-        points = [
-            line.get_window_extent().padded(padding[m]) for line in axes.lines if (m := line.get_marker()) in padding
-        ]
-        legend = axes.get_legend()
-        taken = points if legend is None else [*points, legend.get_window_extent()]
+        marks = [line for line in axes.lines if line.get_marker() in padding]
+        taken = [line.get_window_extent().padded(padding[line.get_marker()]) for line in marks]
+        taken += [legend.get_window_extent() for legend in [axes.get_legend()] if legend is not None]
         for label in axes.texts:
-            for place in _PLACES:
-                label.xyann = place["xytext"]
-                label.set(horizontalalignment=place["ha"], verticalalignment=place["va"])
+            for x, y in (*_OFFSETS, _OFFSETS[0]):  # the first again where none is free
+                label.xyann = x, y
+                label.set_horizontalalignment("left" if x > 0 else "right" if x < 0 else "center")
                 extent = label.get_window_extent()
                 inside = axes.bbox.x0 <= extent.x0 and extent.x1 <= axes.bbox.x1
                 if inside and not extent.count_overlaps(taken):
                     break
-            else:
-                label.xyann = _PLACES[0]["xytext"]
-                label.set(horizontalalignment="left")
-            taken = [*taken, label.get_window_extent()]
+            taken.append(extent)
 
 
 def write_efficiency_gap_page(points: Sequence[Point], title: str, path: Path) -> None:
