@@ -87,8 +87,9 @@ def logits(model: torch.nn.Module, images: torch.Tensor, batch: int = 128) -> to
 def test_logits(name, dtype, seed, monkeypatch):
     """Within twice the error of PyTorch's own 16 bits, beside the float32 network and that of the rounded weights.
 
-    Folded batch norms make other weights and round those, where PyTorch's path has nothing more to round. So beside
-    rounded weights they get three times its error; beside the float32 network, which rounds both, twice as all others.
+    Twice both its root mean square and its largest. Folded batch norms make other weights and round those, where
+    PyTorch's path has nothing more to round; so beside rounded weights, and there alone, the largest of their errors,
+    which came as far as 1.98 times PyTorch's in 70 draws, may be 2.5 times it.
     """
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # eager is compared with itself bit by bit
     unrounded = build(name, NETWORKS[name], torch.float32, seed)
@@ -107,13 +108,16 @@ def test_logits(name, dtype, seed, monkeypatch):
     finite = eager.isfinite().all(1)  # an image in thousands overflows float16 in PyTorch, whose error is the bound
     assert finite.float().mean() >= 0.999
     fused, truth, rounded, eager = fused[finite], truth[finite], rounded[finite], eager[finite]
-    rounded_factor = 3 if NETWORKS[name].get("norm") == "batchnorm" else 2
+    rounded_factor = 2.5 if NETWORKS[name].get("norm") == "batchnorm" else 2
     for beside, wide, factor in (("float32", truth, 2), ("rounded weights", rounded, rounded_factor)):
         error, eager_error = (fused - wide).abs().max(), (eager - wide).abs().max()
         assert error <= factor * eager_error, f"{beside}: logits off by {error:.4g}, eager by {eager_error:.4g}"
+        rms, eager_rms = (fused - wide).square().mean().sqrt(), (eager - wide).square().mean().sqrt()
+        assert rms <= 2 * eager_rms, f"{beside}: root mean square {rms:.4g}, eager's {eager_rms:.4g}"
     same, eager_same = (float((y.argmax(1) == rounded.argmax(1)).float().mean()) for y in (fused, eager))
     # In bfloat16 PyTorch's own path misses 99.9 % of so few images now and then.
-    assert same >= min(0.999, eager_same), f"argmax agrees on {same:.4f}, eager's on {eager_same:.4f}"
+    floor = 0.999 if dtype == torch.float16 else min(0.999, eager_same)
+    assert same >= floor, f"argmax agrees on {same:.4f}, eager's on {eager_same:.4f}"
 
 
 @pytest.mark.parametrize("name", SMALL_NETWORKS)
