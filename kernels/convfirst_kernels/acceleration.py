@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from convfirst_kernels import backward, batch_norms, kept, outside, outside_training, stages
 from convfirst_kernels import block as fused
 from convfirst_kernels.blocks import Parts, Unsupported, check_hooks, read_block
+from convfirst_kernels.winograd.runs import RunsForward, find_runs
 from convfirst_kernels.winograd.swap import WinogradForward, find_convolutions
 
 launch = torch.ops.convfirst.conv_first_block
@@ -317,7 +318,9 @@ def accelerate(
         winograd: also let dense 3x3 convolutions of stride 1 elsewhere in the model, as VGG's and ResNet's, run in
             inference as Winograd's in float32 without TF32 and as direct convolution in 16 bits, in calls of a size
             where that was measured to be faster than cuDNN: channels_last, compute capability 9.0. F(4x4, 3x3) in
-            float32 rounds more than cuDNN does: `winograd.convolution.F4_BOUND`.
+            float32 rounds more than cuDNN does: `winograd.convolution.F4_BOUND`. Frozen and in evaluation mode, in
+            nn.Sequential and the blocks of timm's and torchvision's ResNet, the batch norm and the activation that
+            follow such a convolution are part of its kernel.
         whole_stages: also run a stage of a frozen ConvFirst, its downsampling and its blocks, in one launch where its
             tiles of 32 pixels fit the device all at once: one image of 224 pixels, or several small ones. The launch's
             thread blocks wait for one another, so two such launches must never run at once on a device, as they might
@@ -339,8 +342,11 @@ def accelerate(
     found_stages = _find_stages(model)
     taken = [name for name, *_ in found + layers]
     convolutions = find_convolutions(model, taken)
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), WinogradForward | RunsForward):
+            _restore(module)
     if kernels == "off":
-        for _, module, _, _ in found + layers + heads + convolutions:
+        for _, module, _, _ in found + layers + heads:
             _restore(module)
         for stage in found_stages:
             _restore(stage)
@@ -350,15 +356,7 @@ def accelerate(
     if kernels == "required":
         _require(found)
     report = Report([], kernels)
-    if not winograd:
-        for _, conv, _, _ in convolutions:
-            _restore(conv)
-        convolutions = []
-    for name, conv, detail, reason in convolutions:
-        report.convolutions.append(Row(name, type(conv).__name__, detail if reason is None else reason, reason is None))
-        if reason is None:
-            conv.forward = WinogradForward(conv, frozen)
-            report._blocks.append(conv)
+    _swap_convolutions(model, convolutions if winograd else [], frozen, report)
     for entries, rows, stand_in in (
         (found, report.rows, FusedForward),
         (layers, report.outside, OutsideForward),
@@ -382,6 +380,21 @@ def accelerate(
         counts = len(report.skipped), len(found)
         _log.warning("%d of %d blocks stay as they are, e.g. %s: %s", *counts, first.name, first.detail)
     return report
+
+
+def _swap_convolutions(model: nn.Module, convolutions: list[tuple], frozen: bool, report: Report) -> None:
+    """Put convolutions on kernels, those of frozen weights together with what follows them."""
+    swapped = [conv for _, conv, _, reason in convolutions if reason is None]
+    holders = find_runs(model, swapped) if frozen else []
+    runs = {run.conv: run for holder in holders for run in holder.runs}
+    for name, conv, detail, reason in convolutions:
+        detail = runs[conv].describe() if conv in runs else detail if reason is None else reason
+        report.convolutions.append(Row(name, type(conv).__name__, detail, reason is None))
+    stand_ins = [(holder.module, holder) for holder in holders]
+    stand_ins += [(conv, WinogradForward(conv, frozen)) for conv in swapped if conv not in runs]
+    for module, stand_in in stand_ins:
+        module.forward = stand_in
+        report._blocks.append(module)
 
 
 def _find_stages(model: nn.Module) -> list[nn.Module]:
@@ -487,5 +500,5 @@ def _require(found: list) -> None:
 
 
 def _restore(block: nn.Module) -> None:
-    if isinstance(block.__dict__.get("forward"), FusedForward | StageForward | WinogradForward):
+    if isinstance(block.__dict__.get("forward"), FusedForward | StageForward | WinogradForward | RunsForward):
         del block.forward

@@ -346,23 +346,32 @@ def test_accelerated_convolution_in_float32(seed):
     torch.compiler.reset()
 
 
-def test_accelerated_networks(seed):
-    """The logits of VGG19 in float16, compiled for inference, are within twice eager float16's error."""
+@pytest.mark.parametrize(("name", "runs"), [("vgg19", 8), ("resnet50", 13)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_accelerated_networks(name, runs, dtype, seed):
+    """The logits of 16-bit networks, compiled for inference, are within twice eager PyTorch's error."""
     if torch.cuda.get_device_capability() != measured.CAPABILITY:
         pytest.skip("nothing was measured on this device")
     torch.manual_seed(seed)
-    net = timm.create_model("vgg19").eval().cuda()
+    net = timm.create_model(name).eval().cuda()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.1)
     x = torch.randn(2, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
         wide = net(x)
-        half = net.half().to(memory_format=torch.channels_last)
-        plain = half(x.half())
-        fast = ck.compile_for_inference(half, x.half(), outside="eager")
-        assert sum(row.swapped for row in fast.report.convolutions) >= 8
-        ours = fast(x.half())
+        narrow = net.to(dtype, memory_format=torch.channels_last)
+        plain = narrow(x.to(dtype))
+        fast = ck.compile_for_inference(narrow, x.to(dtype), outside="eager")
+        rows = fast.report.convolutions
+        assert sum(row.swapped and "ReLU" in row.detail for row in rows) >= runs, str(fast.report)
+        ours = fast(x.to(dtype))
     error, bound = (ours.float() - wide).abs().max(), (plain.float() - wide).abs().max()
     assert not torch.equal(ours, plain)  # they did run
-    assert error <= 2 * bound + 2 * torch.finfo(torch.float16).eps * wide.abs().max()
+    assert error <= 2 * bound + 2 * torch.finfo(dtype).eps * wide.abs().max(), f"off by {error:.4g}, eager {bound:.4g}"
 
 
 def test_float64_and_f4_in_16_bits_run_the_reference(seed):

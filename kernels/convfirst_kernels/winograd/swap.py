@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from convfirst_kernels.block import compute_dtype, state_of
+from convfirst_kernels.blocks import _activation, fold
 from convfirst_kernels.direct import convolution as direct
 from convfirst_kernels.winograd import kernels, measured
 
@@ -19,12 +20,17 @@ class WinogradForward:
 
     It lives in the module's ``__dict__``, where an attribute of that name hides the class's method. Converted weights
     are kept until they change. Where a gradient may be asked for, and in a program of torch.compile whose sizes are
-    symbolic, the convolution runs its own code.
+    symbolic, the convolution runs its own code. With the batch norm in evaluation mode and the activation that follow
+    it, it is the three of them as one kernel, for frozen weights alone.
     """
 
-    def __init__(self, conv: nn.Conv2d, frozen: bool):
+    def __init__(
+        self, conv: nn.Conv2d, frozen: bool, norm: nn.Module | None = None, activation: nn.Module | None = None
+    ):
         self.conv = conv
         self.frozen = frozen
+        self.norm = norm
+        self.activation = activation
         self.converted: dict[tuple, tuple] = {}
         weight = conv.weight
         # Now, so that no later stream finds it in progress, and since a traced program can't keep what it converts. Not
@@ -37,17 +43,28 @@ class WinogradForward:
         conv, dtype, frozen = self.conv, compute_dtype(input), self.frozen
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (input, *conv.parameters())):
             self.forget()  # an update is near, and fused optimisers leave version counters alone
-            return type(conv).forward(conv, input)
+            return self._own(input)
         algorithm = choose(conv, input, dtype)
         # A traced program would transform the filters at each call, which measurements leave out.
         if algorithm is None or (algorithm != "direct" and torch.compiler.is_compiling() and not frozen):
-            return type(conv).forward(conv, input)
+            return self._own(input)
         x, (filter, bias) = input.to(dtype), self.operands(algorithm, dtype, input.device)
+        activation = "none" if self.activation is None else _activation(self.activation)
         if algorithm == "direct":
             geometry = (*conv.stride, *conv.padding, *conv.dilation)
-            return torch.ops.convfirst.direct_conv2d(x, filter, bias, *geometry, "none")
+            return torch.ops.convfirst.direct_conv2d(x, filter, bias, *geometry, activation)
         shape = (conv.out_channels, conv.padding[0])
-        return torch.ops.convfirst.winograd_conv2d_filtered(x, filter, bias, *shape, algorithm, "none", "")
+        return torch.ops.convfirst.winograd_conv2d_filtered(x, filter, bias, *shape, algorithm, activation, "")
+
+    def _own(self, input: Tensor) -> Tensor:
+        y = type(self.conv).forward(self.conv, input)
+        for module in (self.norm, self.activation):
+            y = y if module is None else module(y)
+        return y
+
+    def describe(self) -> str:
+        followers = [type(module).__name__ for module in (self.norm, self.activation) if module is not None]
+        return ", ".join([f"{self.conv.in_channels} -> {self.conv.out_channels} channels", *followers])
 
     def forget(self) -> None:
         if not self.frozen:
@@ -61,9 +78,9 @@ class WinogradForward:
         if kept is not None and (self.frozen or (not compiling and state == self._state())):
             return kept
         if compiling:
-            return _converted(self.conv, algorithm, dtype)
+            return _converted(self.conv, self.norm, algorithm, dtype)
         with torch.inference_mode(False), torch.no_grad():
-            made = tuple(map(_aligned, _converted(self.conv, algorithm, dtype)))
+            made = tuple(map(_aligned, _converted(self.conv, self.norm, algorithm, dtype)))
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # what is captured has not run yet
             self.converted[algorithm, dtype, device] = (made, self._state())
         return made
@@ -75,13 +92,16 @@ class WinogradForward:
         return {**self.__dict__, "converted": {}}
 
 
-def _converted(conv: nn.Conv2d, algorithm: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    filter = conv.weight.detach().to(dtype)
+def _converted(
+    conv: nn.Conv2d, norm: nn.Module | None, algorithm: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    weight, bias = fold(conv, norm)
+    filter = weight.detach().to(dtype)
     if algorithm == "direct":
         filter = filter.contiguous(memory_format=torch.channels_last)
     else:
         filter = torch.ops.convfirst.winograd_filter(filter, algorithm, False)
-    return filter, None if conv.bias is None else conv.bias.detach().float()
+    return filter, None if bias is None else bias.detach().float()
 
 
 def _aligned(tensor: Tensor | None) -> Tensor | None:
