@@ -154,6 +154,20 @@ def test_its_own_code_where_it_trains(chain, seed, activations, why):
         assert (x if why == "gradient of x" else chain[1].weight).grad is not None
 
 
+def test_a_forward_of_somebody_else_stays(chain, seed):
+    x = pixels(seed)
+    chain.forward = own = lambda x: 2 * nn.Sequential.forward(chain, x)
+    expected = chain(x)
+    ck.accelerate(chain, frozen=True).undo()
+    assert chain.forward is own and torch.equal(chain(x), expected)
+
+
+def test_its_argument_has_a_name(chain, seed):
+    x = pixels(seed)
+    ck.accelerate(chain, frozen=True)
+    assert holders(chain) and torch.equal(chain(input=x), chain(x))
+
+
 def test_what_no_kernel_takes_runs_as_it_was(chain, seed, monkeypatch):
     x = pixels(seed)
     expected = chain(x)

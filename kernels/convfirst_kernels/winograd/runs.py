@@ -27,8 +27,8 @@ class RunsForward:
         self.traced = traced
         self.runs = runs
 
-    def __call__(self, x: Tensor) -> Tensor:
-        module = self.module
+    def __call__(self, *x: Tensor, **named_x: Tensor) -> Tensor:
+        module, (x,) = self.module, (*x, *named_x.values())  # classes name it as they like
         trains = module.training or any(run.norm is not None and run.norm.training for run in self.runs)
         if trains or (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *module.parameters()))):
             return type(module).forward(module, x)
@@ -64,6 +64,8 @@ def find_runs(model: nn.Module, convolutions: Sequence[nn.Conv2d]) -> list[RunsF
 
 
 def _may_be_traced(module: nn.Module) -> bool:
+    if "forward" in module.__dict__:
+        return False  # somebody else's
     try:
         check_hooks(module)
     except Unsupported:
