@@ -1,12 +1,10 @@
 """Sharding of a timm-like model for FSDP2."""
 
-import inspect
 from collections.abc import Iterator
 
 import torch
 import torch._dynamo
 import torch.nn as nn
-from timm.optim import get_optimizer_class, list_optimizers
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
@@ -39,16 +37,6 @@ def compile_sharded(model: nn.Module, **options) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks))
     for piece in filter(None, pieces):
         piece.forward = torch.compile(piece.forward, **options)
-
-
-def fused_where_possible(name: str) -> dict[str, bool]:
-    """``fused=True`` for the optimisers of timm's registry that know it.
-
-    Of sharded weights PyTorch updates one after the other by default, each in operators that are dispatched in Python:
-    ConvFirst-N's 159 take four times as long as in one fused call.
-    """
-    known = name in list_optimizers() and "fused" in inspect.signature(get_optimizer_class(name, False)).parameters
-    return {"fused": True} if known else {}
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3
 from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric, SumMetric
 
-from convfirst.training.fsdp import compile_sharded, fused_where_possible, shard
+from convfirst.training.fsdp import compile_sharded, shard
 from convfirst.training.schedule import create_scheduler
 from convfirst.training.seeding import step_seed
 
@@ -86,11 +86,7 @@ class ClassificationModule(LightningModule):
                 self.model.compile(**self._compile)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        arguments = self._optimizer
-        # float16's loss scale goes with clipping in no fused optimiser
-        if isinstance(self.model, FSDPModule) and self.trainer.precision != "16-mixed" and "foreach" not in arguments:
-            arguments = {**fused_where_possible(arguments.get("opt", "sgd")), **arguments}
-        optimizer = create_optimizer_v2(self.model, **arguments)
+        optimizer = create_optimizer_v2(self.model, **self._optimizer)
         self.schedule = create_scheduler(optimizer, self._epochs, self.steps_per_epoch, **self._scheduler)
         return optimizer
 

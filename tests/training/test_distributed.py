@@ -44,8 +44,6 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, alone, strate
     summary = json.loads((together / "summary.json").read_text())
     assert (summary["processes"], summary["test_images"]) == (2, 360)
     assert summary["test"] == pytest.approx(json.loads((alone / "summary.json").read_text())["test"], rel=1e-4)
-    (group, *_) = last_checkpoint(together)["optimizer_states"][0]["param_groups"]
-    assert bool(group["fused"]) == (strategy != "ddp")  # sharded weights one by one cost the host ten times as long
     assert sorted(path.name for path in tmp_path.iterdir()) == ["digits"]  # no directories of the second process
 
 
