@@ -3,11 +3,12 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from convfirst.analysis import Kernel, Waterline, decompose, device_names, efficiency, ideal_latency, load_device
-from convfirst.analysis.devices import Ceilings
+from convfirst.analysis.devices import DTYPES, Ceilings
 from convfirst.analysis.latency import (
     DATA,
     Accuracy,
@@ -19,6 +20,8 @@ from convfirst.analysis.latency import (
     read_results,
 )
 from convfirst.training.flops import _PEAKS
+
+RESULTS = Path(__file__).parents[2] / "results"
 
 # 100 FLOP/s and 10 bytes/s: the waterline lies at 10 FLOP a byte.
 CEILINGS = Ceilings(flops=100.0, bandwidth=10.0, kind="measured", source="a toy")
@@ -86,6 +89,27 @@ def test_shipped_devices_say_where_their_numbers_come_from(slug):
     if half:
         assert half == pytest.approx(sheet.flops, rel=0.01)
         assert single == pytest.approx(device.ceilings("tfloat32", "datasheet").flops, rel=0.01)
+
+
+@pytest.mark.parametrize("slug", device_names())
+def test_shipped_measurements_are_those_of_the_results(slug):
+    path, shipped = RESULTS / f"device-{slug}.json", load_device(slug).sheets.get("measured")
+    if not path.exists():
+        assert shipped is None, f"devices/{slug}.json has a measured sheet, but {path.name} was not kept"
+        return
+    results = json.loads(path.read_text())
+    copy = f"copy `measured` of results/{path.name} into convfirst/analysis/devices/{slug}.json"
+    assert shipped is not None, copy
+    for key in ("bandwidth_tbps", "tflops"):
+        assert shipped[key] == results["measured"][key], copy
+    for origin in (results["device"], results["date"], results["commit"][:10]):
+        assert origin in shipped["source"], f"{copy}, with device, date and commit in its source"
+    # so that what the scripts take from results/ is what load_device has without it
+    here, packaged = load_device(slug, RESULTS), load_device(slug)
+    assert here.name == packaged.name and set(here.sheets) == set(packaged.sheets)
+    for dtype in DTYPES:
+        assert packaged.ceilings(dtype).kind == here.ceilings(dtype).kind == "measured"
+        assert packaged.ceilings(dtype).waterline == here.ceilings(dtype).waterline
 
 
 def test_own_measurements_win_over_the_shipped(tmp_path):
