@@ -1,7 +1,7 @@
 """Devices by their two ceilings: arithmetic and memory bandwidth, from data sheets and from measurements.
 
-`devices/*.json` ships what is known; `scripts/measure_device.py` measures the GPU at hand and writes
-`results/device-<name>.json`, which wins over what is shipped.
+`devices/*.json` ships what is known, with the measurements of `results/` copied in. `scripts/measure_device.py`
+measures the GPU at hand and writes `results/device-<name>.json`, which wins over what is shipped.
 """
 
 import json
@@ -23,7 +23,7 @@ class Ceilings:
         flops: FLOP/s of dense matrix products in one dtype, accumulated in float32.
         bandwidth: bytes/s of memory, read and written together.
         kind: "measured" or "datasheet".
-        source: where the two numbers come from.
+        source: where the two numbers come from, and whether a data sheet stands in for a measurement.
     """
 
     flops: float
@@ -48,6 +48,8 @@ class Device:
     def ceilings(self, dtype: str = "float16", kind: str | None = None) -> Ceilings:
         """Ceilings for a dtype (or "tfloat32"); by default those measured, where both are, else the data sheet's.
 
+        The source says where the data sheet's take the place of ones that were not measured.
+
         Raises:
             ValueError: the dtype or the kind is unknown, or this device has no such number.
         """
@@ -58,30 +60,36 @@ class Device:
         for each in KINDS if kind is None else (kind,):
             sheet = self.sheets.get(each, {})
             if "bandwidth_tbps" in sheet and dtype in sheet.get("tflops", {}):
-                return Ceilings(sheet["tflops"][dtype] * 1e12, sheet["bandwidth_tbps"] * 1e12, each, sheet["source"])
+                stands_in = kind is None and each != "measured"
+                source = sheet["source"] + (f"; no measured {dtype} for device={self.slug}" if stands_in else "")
+                return Ceilings(sheet["tflops"][dtype] * 1e12, sheet["bandwidth_tbps"] * 1e12, each, source)
         raise ValueError(f"{self.name} has no {kind or 'measured or datasheet'} ceilings for {dtype}")
 
 
 def load_device(slug: str, results: Path | None = None) -> Device:
     """The device of ``devices/<slug>.json``; measurements of ``results``/device-<slug>.json win over the shipped ones.
 
+    Where those are of another GPU with the same short name, as H100s for PCIe have, nothing shipped is taken for it.
+
     Raises:
         ValueError: there is neither file.
     """
     shipped, measured = SHIPPED / f"{slug}.json", None if results is None else results / f"device-{slug}.json"
-    if not shipped.exists() and (measured is None or not measured.exists()):
-        raise ValueError(f"device={slug!r} is unknown; accepted: {', '.join(device_names())}")
-    content = json.loads(shipped.read_text()) if shipped.exists() else {"slug": slug, "sheets": {}}
-    if measured is not None and measured.exists():
-        own = json.loads(measured.read_text())
-        content["name"] = content.get("name", own["device"])
+    content = json.loads(shipped.read_text()) if shipped.exists() else None
+    own = json.loads(measured.read_text()) if measured is not None and measured.exists() else None
+    if content is None and own is None:
+        raise ValueError(f"device={slug!r} is unknown; accepted: {', '.join(device_names(results))}")
+    if own is not None:
+        if content is None or content["driver_name"] != own["device"]:
+            content = {"slug": slug, "name": own["device"], "sheets": {}}
         content["sheets"]["measured"] = own["measured"]
     return Device(content["slug"], content["name"], content["sheets"])
 
 
-def device_names() -> list[str]:
-    """Short names of the shipped devices."""
-    return sorted(path.stem for path in SHIPPED.glob("*.json"))
+def device_names(results: Path | None = None) -> list[str]:
+    """Short names of the shipped devices, and of those measured in the folder ``results``."""
+    measured = [] if results is None else [path.stem.removeprefix("device-") for path in results.glob("device-*.json")]
+    return sorted({*(path.stem for path in SHIPPED.glob("*.json")), *measured})
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -119,6 +119,27 @@ def test_own_measurements_win_over_the_shipped(tmp_path):
     assert load_device("h200", tmp_path).ceilings().waterline == pytest.approx(700 / 4)
     assert load_device("h200", tmp_path).ceilings("bfloat16").kind == "datasheet"  # not among those measured
     assert load_device("b200", tmp_path).name == "NVIDIA B200"
+    with pytest.raises(ValueError, match="device='k80' is unknown; accepted: a100, a5000, b200, h100, h200, rtx-4090"):
+        load_device("k80", tmp_path)
+
+
+def test_a_data_sheet_that_stands_in_for_a_measurement_says_so(tmp_path):
+    own = {"bandwidth_tbps": 4.0, "tflops": {"float16": 700.0}, "source": "scripts/measure_device.py"}
+    (tmp_path / "device-h200.json").write_text(json.dumps({"device": "NVIDIA H200", "measured": own}))
+    device = load_device("h200", tmp_path)
+    assert device.ceilings("float16").source == "scripts/measure_device.py"
+    assert device.ceilings("bfloat16").source.endswith("; no measured bfloat16 for device=h200")
+    assert load_device("a100").ceilings("float16").source.endswith("; no measured float16 for device=a100")
+    assert "no measured" not in device.ceilings("bfloat16", "datasheet").source  # asked for
+
+
+def test_another_gpu_of_the_same_short_name_gets_nothing_that_is_shipped(tmp_path):
+    own = {"bandwidth_tbps": 1.9, "tflops": {"float16": 500.0}, "source": "scripts/measure_device.py"}
+    (tmp_path / "device-h100.json").write_text(json.dumps({"device": "NVIDIA H100 PCIe", "measured": own}))
+    device = load_device("h100", tmp_path)
+    assert (device.name, set(device.sheets)) == ("NVIDIA H100 PCIe", {"measured"})
+    with pytest.raises(ValueError, match="NVIDIA H100 PCIe has no datasheet ceilings for float16"):
+        device.ceilings("float16", "datasheet")
 
 
 @pytest.mark.parametrize(
