@@ -105,6 +105,7 @@ def trace(
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     shadow = copy.deepcopy(model).to("meta", dtype, memory_format=torch.channels_last).eval()
+    shadow.requires_grad_(False)  # ModuleTracker fails on a module's input that is a view of a parameter
     x = torch.empty(batch, in_chans, image_size, image_size, device="meta", dtype=dtype)
     x = x.to(memory_format=torch.channels_last)
     with torch.no_grad(), ModuleTracker() as tracker:

@@ -107,6 +107,22 @@ def test_a_value_used_outside_is_written_though_its_kernel_goes_on():
     assert (conv.read_bytes, add.read_bytes, add.write_bytes) == (one, 2 * one, one)
 
 
+def test_a_view_of_a_parameter_may_be_a_modules_input():
+    """As that of the class token in CaiT and PiT is."""
+
+    class Token(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.relu = nn.Parameter(torch.zeros(1, 3, 1, 1)), nn.ReLU()
+
+        def forward(self, x):
+            return x + self.relu(self.token.expand_as(x))
+
+    model = Token()
+    assert [operation.name for operation in trace(model, 1, 4).operations] == ["relu", "add"]
+    assert model.token.requires_grad
+
+
 def test_layers_and_the_model_itself_are_left_alone():
     model = timm.create_model("convfirst_atto")
     before = {name: (value.dtype, value.device) for name, value in model.state_dict().items()}
