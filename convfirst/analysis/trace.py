@@ -37,6 +37,7 @@ class Operation:
         module: path of the innermost module that ran it, "" for the model itself.
         macs: multiply-adds of a convolution or matrix product; 0 for all else, whose arithmetic isn't counted.
         contraction: whether it is a convolution or a matrix product.
+        dtype: of its first input.
         reads: activations that it reads.
         weights: parameters and buffers that it reads.
         writes: values that it produces.
@@ -46,6 +47,7 @@ class Operation:
     module: str
     macs: int
     contraction: bool
+    dtype: torch.dtype
     reads: tuple[Access, ...]
     weights: tuple[Access, ...]
     writes: tuple[Access, ...]
@@ -76,6 +78,11 @@ class Trace:
     def macs(self) -> int:
         return sum(operation.macs for operation in self.operations)
 
+    @property
+    def contractions(self) -> list[Operation]:
+        """The convolutions and matrix products."""
+        return [operation for operation in self.operations if operation.contraction]
+
 
 def meta_model(name: str) -> nn.Module:
     """A model of timm's registry on the meta device, without weights.
@@ -96,7 +103,8 @@ def trace(
     """Record the forward pass of ``model`` in evaluation mode on a (batch, in_chans, image_size, image_size) input.
 
     Weights and activations are in ``dtype``, channels last. The model itself is left alone, and may be on the meta
-    device; nothing is computed, so any batch costs the same.
+    device; nothing is computed, so any batch costs the same. Fused attention, which the meta device lacks, is recorded
+    as PyTorch's fallback, which computes 16-bit attention in float32: more traffic than a fused kernel's.
 
     Raises:
         ValueError: batch or image_size is below 1.
@@ -164,6 +172,7 @@ class _Recorder(TorchDispatchMode):
                 module=module,
                 macs=flops // 2,
                 contraction=contraction,
+                dtype=inputs[0].dtype,
                 reads=reads,
                 weights=weights,
                 writes=_unique(self._access(tensor) for tensor in outputs),

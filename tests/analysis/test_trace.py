@@ -123,6 +123,20 @@ def test_a_view_of_a_parameter_may_be_a_modules_input():
     assert model.token.requires_grad
 
 
+def test_the_dtype_of_a_contraction_is_told():
+    class Attention(nn.Module):
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Attention())
+    # PyTorch's fallback for attention computes 16 bits in float32.
+    for dtype in (torch.float16, torch.float32):
+        traced = trace(model, 1, 8, dtype)
+        assert [(o.name, o.dtype) for o in traced.contractions] == [
+            ("convolution", dtype), ("bmm", torch.float32), ("bmm", torch.float32),
+        ]  # fmt: skip
+
+
 def test_layers_and_the_model_itself_are_left_alone():
     model = timm.create_model("convfirst_atto")
     before = {name: (value.dtype, value.device) for name, value in model.state_dict().items()}
