@@ -61,6 +61,30 @@ class Waterline:
         ]
 
     @property
+    def macs(self) -> int:
+        return sum(kernel.macs for kernel in self.kernels)
+
+    @property
+    def bytes(self) -> int:
+        """Memory traffic of the sequence."""
+        return sum(kernel.bytes for kernel in self.kernels)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the traffic, parameters and buffers, each as often as a kernel reads it."""
+        return sum(kernel.weight_bytes for kernel in self.kernels)
+
+    @property
+    def intensity(self) -> float:
+        """Operational intensity of the sequence in FLOP per byte."""
+        return 2 * self.macs / self.bytes
+
+    @property
+    def depth(self) -> float:
+        """Waterline over the sequence's intensity, infinite without multiply-adds."""
+        return self.ceilings.waterline / self.intensity if self.macs else math.inf
+
+    @property
     def latency_s(self) -> float:
         """Predicted time of the sequence: no launch costs, every kernel at its roofline."""
         return sum(time.attainable_s for time in self.times)
@@ -69,6 +93,11 @@ class Waterline:
     def compute_s(self) -> float:
         """Time of the arithmetic alone: the ideal latency."""
         return sum(time.compute_s for time in self.times)
+
+    @property
+    def lost_s(self) -> float:
+        """Time that the arithmetic units wait for memory at best, under-water kernels together."""
+        return sum(time.lost_s for time in self.times)
 
     @property
     def efficiency(self) -> float:

@@ -40,7 +40,12 @@ def test_waterline_of_a_toy_sequence():
     assert [time.depth for time in line.times] == [math.inf, 4, 0.25]
     assert [time.under_water for time in line.times] == [True, True, False]
     assert [time.kernel.name for time in line.under_water] == ["depthwise", "norm"]  # 6 s lost, 4 s lost
+    assert [time.lost_s for time in line.times] == [4, 6, 0]
     assert line.latency_s == 4 + 8 + 20
+    assert line.lost_s == line.latency_s - line.compute_s == 10
+    assert (line.macs, line.bytes, line.weight_bytes) == (1100, 170, 0)
+    assert line.intensity == 2200 / 170 and line.depth == pytest.approx(10 * 170 / 2200)
+    assert Waterline([deep], CEILINGS).depth == math.inf
     assert line.efficiency == 22 / 32
     assert line.share_under_water == 12 / 32
 

@@ -241,9 +241,8 @@ def _waterline(findings: Findings, slug: str) -> list[str]:
     rows = []
     for (name, partition), line in lines.items():
         water = (len(line.under_water), line.share_under_water)
-        traffic = sum(kernel.bytes for kernel in line.kernels) / 1e9
         times = (1e3 * line.compute_s, 1e3 * line.latency_s, line.efficiency)
-        rows.append((name, partition.replace("_", " "), len(line.kernels), *water, traffic, *times))
+        rows.append((name, partition.replace("_", " "), len(line.kernels), *water, line.bytes / 1e9, *times))
     headings = ("model", "sequence", "kernels", "under water", "share of time", "GB", "arithmetic ms", "least ms")
     return [
         f"### {device.name}",
