@@ -66,7 +66,8 @@ def _draw_sequence(axes: Axes, line: Waterline) -> None:
     axes.axhline(waterline, color="black", linewidth=1)
     axes.text(1.0, waterline, f" {waterline:.0f}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     axes.set_yscale("log")
-    axes.set_ylim(_LOWEST, 4000)
+    highest = max((kernel.intensity for kernel in line.kernels), default=0)
+    axes.set_ylim(_LOWEST, max(4000, 1.5 * highest))
     axes.set_ylabel("FLOP/byte", fontsize=8)
 
 

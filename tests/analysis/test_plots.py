@@ -1,9 +1,12 @@
-"""The efficiency-gap picture: its labels."""
+"""Pictures: labels of the efficiency gap, heights of the waterline."""
 
 import matplotlib.pyplot as plt
+import pytest
 
+from convfirst.analysis import Kernel, Waterline
+from convfirst.analysis.devices import Ceilings
 from convfirst.analysis.latency import Accuracy, Measurement, Point
-from convfirst.analysis.plots import draw_efficiency_gap
+from convfirst.analysis.plots import draw_efficiency_gap, draw_waterline
 
 
 def point(model: str, top1: float | None, ms: float) -> Point:
@@ -26,3 +29,13 @@ def test_labels_stand_apart_and_inside(tmp_path, monkeypatch):
             assert label.count_overlaps(labels[:i]) == 0
             assert axes.bbox.x0 <= label.x0 and label.x1 <= axes.bbox.x1
     assert sum(len(axes.texts) for axes in figure.axes) == len(points)
+
+
+@pytest.mark.parametrize("intensity, top", [(100, 4000), (20_000, 30_000)])
+def test_no_kernel_is_cut_off(tmp_path, monkeypatch, intensity, top):
+    kernel = Kernel("a", intensity * 50, read_bytes=60, write_bytes=40, weight_bytes=0, block=None)
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    line = Waterline([kernel], Ceilings(1e12, 1e10, "measured", "a test"))
+    draw_waterline({"one": line}, "title", tmp_path / "waterline.png")
+    assert figures[0].axes[0].get_ylim()[1] == pytest.approx(top)
