@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DATA = Path(__file__).parent / "data"
+MODELS_IMAGE_SIZE = 224  # of the suite `models`, whose rows don't name it
 FAMILIES = ("ConvFirst", "ConvNeXt", "EfficientNet", "EfficientNetV2", "RegNet", "ResNet")
 
 
@@ -135,13 +136,18 @@ def read_published_latencies(device: str, path: Path = DATA / "published_latency
 
 
 def read_results(paths: Iterable[Path]) -> list[Measurement]:
-    """Latencies of networks in result files of the suites ``models`` and ``throughput``, ours and their peers'."""
+    """Latencies of networks in result files of the suites ``models`` and ``throughput``, ours and their peers'.
+
+    A row without an image size is taken to be at `MODELS_IMAGE_SIZE`, and its source says so.
+    """
     found = []
     for path in paths:
         results = json.loads(path.read_text())
         for row in results["rows"]:
-            about = (row.get("image_size", 224), row["batch"], row["dtype"])
+            about = (row.get("image_size", MODELS_IMAGE_SIZE), row["batch"], row["dtype"])
             source = f"{path.parent.name}/{path.name} ({results['device']}, {results['date']})"
+            if "image_size" not in row:
+                source += f", whose rows name no image size and are taken to be at {MODELS_IMAGE_SIZE} px"
             if "ours_ms" in row:
                 found.append(Measurement(row["name"], *about, row["ours_ms"], f"fused blocks, {row['path']}", source))
                 if row.get("peer_ms"):

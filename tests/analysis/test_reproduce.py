@@ -68,6 +68,7 @@ def test_convfirst_without_a_gpu(folders, tmp_path):
     assert "RTX A5000, fp16 | recalled, unverified" in text
     assert "`models-h200.json`: NVIDIA H200" in text and "`blocks-h200.json`: NVIDIA H200" in text
     assert "Not measured on this device, ideal only: resnet50." in text  # the H200's
+    assert "Measured: results/models-h200.json (NVIDIA H200, 2026-11-22), whose rows name no image size and are" in text
     assert "| convnext_tiny | 224 | 82.10 | 4.46 | 53.9 | 149 | 95.4 | 0.361 | 1 | 1 | 1 | torch.compile" in text
     assert re.search(r"\| convfirst_tiny \| 224 \| not run \| 3.27 .* \| 0.305 \| 2.67 \| 1.36 \| 1.96 \|", text)
     assert re.search(r"\| convnext_tiny \| block fused \| 28 \|", text)
@@ -80,6 +81,13 @@ def test_convfirst_without_a_gpu(folders, tmp_path):
     html = (tmp_path / "reports/convfirst.html").read_text()
     assert html.count('src="data:image/png;base64,') == 4 and "<table>" in html and "../results" not in html
     assert not list(tmp_path.rglob(".*"))  # nothing half-written
+
+
+def test_devices_without_ceilings_are_named(folders, tmp_path, without_pictures):
+    assert "neither shipped nor measured" not in run("paper=convfirst", *folders)
+    (tmp_path / "results/models-l40s.json").write_text(json.dumps({**ABOUT, "device": "NVIDIA L40S", "rows": []}))
+    text = run("paper=convfirst", *folders)
+    assert "Left out here and below, as their ceilings are neither shipped nor measured: l40s (`python" in text
 
 
 def test_accuracy_comes_from_the_summaries_of_imagenet_runs(folders, tmp_path, without_pictures):

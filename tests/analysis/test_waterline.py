@@ -199,5 +199,8 @@ def test_results_give_our_times_and_the_peers(tmp_path):
     assert [(m.model, m.ms, m.path) for m in found] == [
         ("a", 2.0, "fused blocks, sm90"), ("b", 5.0, "inductor"), ("a", 1.5, "inductor"),
     ]  # fmt: skip
+    # Only a row that names no size is taken to be at one.
+    assert [m.image_size for m in found] == [224] * 3
+    assert [m.source.endswith("name no image size and are taken to be at 224 px") for m in found] == [True, True, False]
     assert fastest(found, "a", 224).ms == 2.0  # 128 images, against 64 in 1.5 ms
     assert fastest(found, "a", 288) is None and fastest(found, "a", 224, ("bfloat16",)) is None

@@ -71,7 +71,7 @@ def sections(findings: Findings) -> list[str]:
     ours = _headline(findings, trained)
     parts = ["## The paper's claims", claims(read_paper("convfirst"), ours)]
     parts += _networks(findings, trained)
-    parts += ["## Efficiency gap", _GAP_TEXT]
+    parts += ["## Efficiency gap", _GAP_TEXT, *_without_ceilings(findings)]
     for slug in _devices(findings):
         parts += _efficiency_gap(findings, slug, trained)
     parts += _blocks(findings)
@@ -96,11 +96,27 @@ _WATERLINE_TEXT = (
 )
 
 
-def _devices(findings: Findings) -> list[str]:
-    """The GPU at hand, the devices of result files and that of published latencies, where their ceilings are known."""
+def _wanted_devices(findings: Findings) -> list[str]:
+    """The GPU at hand, the devices of result files and that of published latencies."""
     own = [findings.slug] if findings.slug else []
     others = [gpu_slug(results["device"]) for _, results in findings.results("models")]
-    return [slug for slug in dict.fromkeys([*own, *others, _PUBLISHED]) if findings.knows(slug)]
+    return list(dict.fromkeys([*own, *others, _PUBLISHED]))
+
+
+def _devices(findings: Findings) -> list[str]:
+    """Those of the wanted devices whose ceilings are known."""
+    return [slug for slug in _wanted_devices(findings) if findings.knows(slug)]
+
+
+def _without_ceilings(findings: Findings) -> list[str]:
+    """What to say of the other ones."""
+    unknown = [slug for slug in _wanted_devices(findings) if not findings.knows(slug)]
+    if not unknown:
+        return []
+    return [
+        f"Left out here and below, as their ceilings are neither shipped nor measured: {', '.join(unknown)} "
+        "(`python scripts/measure_device.py` measures those of the GPU at hand)."
+    ]
 
 
 def _peak(device: Device) -> Ceilings:
