@@ -56,6 +56,11 @@ def without_pictures(monkeypatch):
     monkeypatch.setattr(convfirst_paper, "figure", lambda picture, folder, caption: caption)
 
 
+def _winograd_row(layer: ConvLayer, algorithm: str, ms: float, dtype: str = "float32") -> dict:
+    row = {"layer": f"conv{layer.name}", "N": 8, "dtype": dtype, "algorithm": algorithm, "ours_ms": ms, "peer_ms": 2.0}
+    return {**row, "peer": "cudnn", "speedup": 2.0, "effective_tflops": 1.0, "max_error": 1e-5 * ms}
+
+
 def run(*overrides: str) -> str:
     return reproduce(hydra.compose("reproduce", overrides=list(overrides))).read_text()
 
@@ -73,8 +78,8 @@ def test_convfirst_without_a_gpu(folders, tmp_path):
     assert re.search(r"\| convfirst_tiny \| 224 \| not run \| 3.27 .* \| 0.305 \| 2.67 \| 1.36 \| 1.96 \|", text)
     assert re.search(r"\| convnext_tiny \| block fused \| 28 \|", text)
     for name in ("efficiency-gap-h200", "efficiency-gap-rtx-4090", "waterline-h200"):
-        assert (tmp_path / f"results/{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert f"](../results/{name}.png)" in text
+        assert (tmp_path / f"reports/{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"]({name}.png)" in text
     page = (tmp_path / "reports/efficiency-gap-rtx-4090.html").read_text()
     assert "Plotly.newPlot" in page and "152.872" not in page and "convnext_tiny" in page
     assert not re.search(r'<script[^>]+src="http', page)  # nothing from the network
@@ -88,6 +93,18 @@ def test_devices_without_ceilings_are_named(folders, tmp_path, without_pictures)
     (tmp_path / "results/models-l40s.json").write_text(json.dumps({**ABOUT, "device": "NVIDIA L40S", "rows": []}))
     text = run("paper=convfirst", *folders)
     assert "Left out here and below, as their ceilings are neither shipped nor measured: l40s (`python" in text
+
+
+def test_pictures_that_a_document_shows_are_drawn_anew_and_no_others_beside_them(folders, tmp_path):
+    (tmp_path / "results/winograd-h100-float32.png").write_bytes(b"old")
+    rows = [_winograd_row(layer, "f2", 1.0, dtype) for layer in winograd.LAYERS for dtype in ("float32", "float16")]
+    (tmp_path / "results/winograd-h100.json").write_text(json.dumps({**ABOUT, "rows": rows}))
+    before = {path.name for path in (tmp_path / "results").iterdir()}
+    text = run("paper=winograd", *folders)
+    assert {path.name for path in (tmp_path / "results").iterdir()} == before
+    assert (tmp_path / "results/winograd-h100-float32.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "reports/winograd-h100-float16.png").exists()
+    assert "](../results/winograd-h100-float32.png)" in text and "](winograd-h100-float16.png)" in text
 
 
 def test_accuracy_comes_from_the_summaries_of_imagenet_runs(folders, tmp_path, without_pictures):
@@ -109,7 +126,8 @@ def test_accuracy_comes_from_the_summaries_of_imagenet_runs(folders, tmp_path, w
 def test_winograd_without_results(folders):
     text = run("paper=winograd", *folders)
     assert "| F(4x4,3x3) | 144 | 36 | 4 | 144 | 72 | 100 | wincnn FAQ |" in text
-    assert "| total | 16 | – | – | 39 |" in text
+    assert "| total | 16 | – | – | 39.02 |" in text
+    assert "| layer | direct float32 | F(2x2,3x3) float32 |" in text and "| 1.2 | 4.01e-05 | 1.53e-05 |" in text
     assert "| 1 | 12.5 | 3.12 | 5.55 | 7.03 | 2.26 |" in text and "recalled, unverified" in text
     assert text.count("not measured") >= 4
 
@@ -121,20 +139,8 @@ def test_results_of_a_suite_whose_name_begins_the_same_are_left_alone(folders, t
 
 
 def test_winograd_results_are_picked_up_when_they_appear(folders, tmp_path):
-    common = {"N": 8, "peer": "cudnn", "speedup": 2.0, "effective_tflops": 1.0}
-    rows = [
-        {
-            **common,
-            "layer": f"conv{layer.name}",
-            "dtype": "float32",
-            "algorithm": algorithm,
-            "ours_ms": ms,
-            "peer_ms": 2.0,
-        }
-        | {"max_error": 1e-5 * ms}
-        for layer in winograd.LAYERS
-        for algorithm, ms in (("f2", 1.0), ("f4", 3.0))
-    ]
+    algorithms = (("f2", 1.0), ("f4", 3.0))
+    rows = [_winograd_row(layer, algorithm, ms) for layer in winograd.LAYERS for algorithm, ms in algorithms]
     rows += [{**rows[0], "dtype": "float16"}]
     (tmp_path / "results/winograd-h100.json").write_text(json.dumps({**ABOUT, "rows": rows}))
     text = run("paper=winograd", *folders)
@@ -143,7 +149,26 @@ def test_winograd_results_are_picked_up_when_they_appear(folders, tmp_path):
     assert "layers 1.2, 2.1, 2.2, 3.1, 3.2, 4.1, 4.2, 5 not measured" in text
     assert "| layer | f4 float32 | f2 float32 |" in text and "| 5 | 3.00e-05 | 1.00e-05 |" in text
     assert "`winograd-h100.json`: NVIDIA H100 80GB HBM3, 2026-01-02, commit 0123456789, PyTorch 2.14." in text
-    assert (tmp_path / "results/winograd-h100-float32.png").exists()
+    assert (tmp_path / "reports/winograd-h100-float32.png").exists()
+
+
+def test_side_files_stand_behind_the_suites_own_and_say_how_they_differ(folders, tmp_path):
+    rows = [_winograd_row(layer, "f2", 1.0, dtype) for layer in winograd.LAYERS for dtype in ("float32", "float16")]
+    others = {"bfloat16": ("f2", "bfloat16"), "fused": ("f2-fused", "float16")}
+    (tmp_path / "results/winograd-h100.json").write_text(json.dumps({**ABOUT, "rows": rows}))
+    for name, (algorithm, dtype) in others.items():
+        rows = [_winograd_row(layer, algorithm, 0.5, dtype) for layer in winograd.LAYERS]
+        (tmp_path / f"results/winograd-{name}-h100.json").write_text(json.dumps({**ABOUT, "rows": rows}))
+    text = run("paper=winograd", *folders)
+    fused = "Here, `winograd-fused-h100.json` (algorithm f2-fused instead of f2, beside `winograd-h100.json`):"
+    other = (
+        "Here, `winograd-bfloat16-h100.json` (dtype bfloat16 instead of float16, float32, beside `winograd-h100.json`):"
+    )
+    speed, error = text.split("## Error by layer")
+    for part in (speed, error):
+        assert part.count(fused) == part.count(other) == 1
+        assert part.index("\nHere:") < min(part.index(fused), part.index(other))
+    assert speed.index("### float16") < speed.index(fused) < speed.index("### bfloat16") < speed.index(other)
 
 
 def test_maxdnn_with_and_without_results(folders, tmp_path):
@@ -156,7 +181,22 @@ def test_maxdnn_with_and_without_results(folders, tmp_path):
     (tmp_path / "results/direct-h100.json").write_text(json.dumps({**ABOUT, "rows": rows}))
     text = run("paper=maxdnn", *folders)
     assert "| alexnet_conv2 | forward | 128 | float16 | 0.1 | 0.9 | cudnn | 0.12 | 0.75 | 1.2 |" in text
-    assert "| 96.3 %, forward pass | seen | abstract | 90.0%: alexnet_conv2, float16 (NVIDIA H100 80GB HBM3" in text
+    best = "| 96.3 %, forward pass | seen | abstract | 90.0%: alexnet_conv2, float16 (NVIDIA H100 80GB HBM3"
+    assert f"{best}, direct-h100.json) |" in text
+    side = [{**rows[0], "path": "sm90", "variant": "sm90_first", "efficiency": 0.97}]
+    (tmp_path / "results/direct-first-h100.json").write_text(json.dumps({**ABOUT, "rows": side}))
+    text = run("paper=maxdnn", *folders)
+    assert f"{best}, direct-h100.json) |" in text  # no other
+    assert "### `direct-first-h100.json`: path sm90, beside `direct-h100.json`" in text and "| 0.97 |" in text
+
+
+def test_blocks_of_another_path_stand_under_a_title(folders, tmp_path, without_pictures):
+    results = json.loads((tmp_path / "results/blocks-h200.json").read_text())
+    rows = [{**row, "path": "sm75"} for row in results["rows"]]
+    (tmp_path / "results/blocks-portable-h200.json").write_text(json.dumps({**results, "rows": rows}))
+    text = run("paper=convfirst", *folders)
+    title = re.search(r"### `blocks-portable-h200.json`: path sm75 instead of sm\d+.*, beside `blocks-h200.json`", text)
+    assert text.index("`blocks-h200.json`: NVIDIA H200") < title.start()
 
 
 def test_suites_run_on_a_gpu_and_what_is_missing_is_said(folders, tmp_path, monkeypatch, without_pictures):

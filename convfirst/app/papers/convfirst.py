@@ -183,7 +183,7 @@ def _efficiency_gap(findings: Findings, slug: str, trained: dict[str, Score | st
     device = findings.device(slug)
     peak = _peak(device)
     points = _points(findings, slug, peak, trained)
-    picture = findings.figures / f"efficiency-gap-{slug}.png"
+    picture = findings.picture(f"efficiency-gap-{slug}")
     page = findings.reports / f"efficiency-gap-{slug}{findings.suffix}.html"
     title = f"Efficiency gap on {device.name}: peak {peak.flops / 1e12:.0f} TFLOP/s (float16, {_kind(peak)})"
     draw_efficiency_gap(points, title, picture)
@@ -224,19 +224,26 @@ def _decompositions(points: Sequence[Point]) -> str:
 
 
 def _blocks(findings: Findings) -> list[str]:
-    parts = ["## Fused blocks"]
+    parts = []
     for path, results in findings.results("blocks"):
-        rows = []
-        for row in results["rows"]:
-            floor = max(row["floor_tensor_ms"], row["floor_memory_ms"])
-            binds = "memory" if row["floor_memory_ms"] > row["floor_tensor_ms"] else "arithmetic"
-            rows.append(
-                (row["name"], row["batch"], row["dtype"], row["path"], row["ours_ms"], row["peer"], row["peer_ms"])
-                + (row["speedup"], floor, binds, floor / row["ours_ms"])
-            )
-        headings = ("block", "batch", "dtype", "path", "ms", "peer", "peer ms", "speed-up", "least ms", "bound by")
-        parts += [table((*headings, "reached"), rows), provenance(path, results)]
-    return parts if len(parts) > 1 else [*parts, "Not measured."]
+        parts += [_block_table(results), provenance(path, results)]
+    parts = ["## Fused blocks", *(parts or ["Not measured."])]
+    for path, results, difference in findings.side_results("blocks"):
+        parts += [f"### `{path.name}`: {difference}", _block_table(results), provenance(path, results)]
+    return parts
+
+
+def _block_table(results: Mapping) -> str:
+    rows = []
+    for row in results["rows"]:
+        floor = max(row["floor_tensor_ms"], row["floor_memory_ms"])
+        binds = "memory" if row["floor_memory_ms"] > row["floor_tensor_ms"] else "arithmetic"
+        rows.append(
+            (row["name"], row["batch"], row["dtype"], row["path"], row["ours_ms"], row["peer"], row["peer_ms"])
+            + (row["speedup"], floor, binds, floor / row["ours_ms"])
+        )
+    headings = ("block", "batch", "dtype", "path", "ms", "peer", "peer ms", "speed-up", "least ms", "bound by")
+    return table((*headings, "reached"), rows)
 
 
 def _waterline(findings: Findings, slug: str) -> list[str]:
@@ -247,7 +254,7 @@ def _waterline(findings: Findings, slug: str) -> list[str]:
         for name in NETWORKS
         for partition in PARTITIONS
     }
-    picture = findings.figures / f"waterline-{slug}.png"
+    picture = findings.picture(f"waterline-{slug}")
     title = f"Waterline on {device.name}: {ceilings.flops / 1e12:.0f} TFLOP/s, {ceilings.bandwidth / 1e12:.3g} TB/s"
     title += f" ({_kind(ceilings)}), float16, batch {BATCH}"
     panels = {

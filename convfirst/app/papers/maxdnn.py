@@ -1,5 +1,6 @@
 """Report of arXiv 1501.06633: the layers' arithmetic, and computational efficiency of direct convolution."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from convfirst.analysis.convolutions import ConvLayer, tile_quantisation
@@ -83,14 +84,21 @@ def _efficiency(row: dict) -> float | None:
 def _efficiencies(findings: Findings) -> list[str]:
     parts = []
     for path, results in findings.results("direct"):
-        rows = []
-        for row in results["rows"]:
-            peer = row.get("peer_computational_efficiency") or row.get("peer_efficiency")
-            if peer is None and row.get("peer_ms") and _efficiency(row) is not None:
-                peer = _efficiency(row) * row["ours_ms"] / row["peer_ms"]
-            about = (row.get("layer", row.get("name")), row.get("direction", "forward"), row.get("N", row.get("batch")))
-            times = (row["dtype"], row["ours_ms"], _efficiency(row), row.get("peer"), row.get("peer_ms"), peer)
-            rows.append((*about, *times, row.get("speedup")))
-        headings = ("layer", "direction", "N", "dtype", "ms", "efficiency", "peer", "peer ms", "peer's efficiency")
-        parts += [table((*headings, "speed-up"), rows), provenance(path, results)]
-    return parts or ["Not measured."]
+        parts += [_layer_efficiencies(results), provenance(path, results)]
+    parts = parts or ["Not measured."]
+    for path, results, difference in findings.side_results("direct"):
+        parts += [f"### `{path.name}`: {difference}", _layer_efficiencies(results), provenance(path, results)]
+    return parts
+
+
+def _layer_efficiencies(results: Mapping) -> str:
+    rows = []
+    for row in results["rows"]:
+        peer = row.get("peer_computational_efficiency") or row.get("peer_efficiency")
+        if peer is None and row.get("peer_ms") and _efficiency(row) is not None:
+            peer = _efficiency(row) * row["ours_ms"] / row["peer_ms"]
+        about = (row.get("layer", row.get("name")), row.get("direction", "forward"), row.get("N", row.get("batch")))
+        times = (row["dtype"], row["ours_ms"], _efficiency(row), row.get("peer"), row.get("peer_ms"), peer)
+        rows.append((*about, *times, row.get("speedup")))
+    headings = ("layer", "direction", "N", "dtype", "ms", "efficiency", "peer", "peer ms", "peer's efficiency")
+    return table((*headings, "speed-up"), rows)

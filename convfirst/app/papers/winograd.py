@@ -22,7 +22,8 @@ def suites(folder: Path, slug: str, quick: bool) -> list[list[str]]:
 
 def sections(findings: Findings) -> list[str]:
     """The report's parts in Markdown; draws its figures."""
-    measured = findings.results("winograd")
+    measured = [(*found, "") for found in findings.results("winograd")]
+    measured += findings.side_results("winograd")
     parts = ["## The paper's claims", claims(_PAPER, {}), "## Multiplications", _tiles()]
     parts += ["## VGG-E's convolution layers", _layers()]
     parts += [
@@ -32,7 +33,8 @@ def sections(findings: Findings) -> list[str]:
         f"{_PAPER['speed']['note']}.",
     ]
     for dtype in ("float32", "float16", "bfloat16"):
-        parts += [f"### {dtype}", _paper_speed(dtype)] if dtype in _PAPER["speed"]["rows"][0] else []
+        parts.append(f"### {dtype}")
+        parts += [_paper_speed(dtype)] if dtype in _PAPER["speed"]["rows"][0] else []
         parts += _measured_speed(findings, measured, dtype)
     parts += ["## Error by layer", "Largest error of an element. The paper's values are recalled and unverified."]
     return [*parts, _paper_error(), *_measured_error(measured)]
@@ -67,7 +69,9 @@ def _layers() -> str:
         + tuple(tile.speedup_bound(layer, batch) for tile in algorithms for batch in (1, 64))
         for layer in LAYERS
     ]
-    rows.append(("total", sum(layer.depth for layer in LAYERS), None, None, GFLOP, None, None, None, None, None, None))
+    rows.append(
+        ("total", sum(layer.depth for layer in LAYERS), None, None, f"{GFLOP:.2f}", None, None, None, None, None, None)
+    )
     headings = ["layer", "depth", "CxHxW", "K", "GFLOP an image", "FLOP/byte N=1", "FLOP/byte N=64"]
     headings += [f"{tile.name} N={batch}" for tile in algorithms for batch in (1, 64)]
     note = (
@@ -86,24 +90,24 @@ def _paper_speed(dtype: str) -> str:
     return "Paper:\n\n" + table(headings, rows)
 
 
-def _measured_speed(findings: Findings, measured: Sequence[tuple[Path, dict]], dtype: str) -> list[str]:
+def _measured_speed(findings: Findings, measured: Sequence[tuple[Path, dict, str]], dtype: str) -> list[str]:
     parts = []
-    for path, results in measured:
+    for path, results, difference in measured:
         rows = [row for row in results["rows"] if row["dtype"] == dtype]
         if not rows:
             continue
         totals = {n: _total([row for row in rows if row["N"] == n]) for n in sorted({row["N"] for row in rows})}
         shown = [(n, *_speed(n, total)) for n, total in totals.items()]
-        parts += ["Here:", table(("N", "peer ms", "TFLOP/s", "ours ms", "TFLOP/s", "speed-up"), shown)]
+        parts += [_title(path, difference), table(("N", "peer ms", "TFLOP/s", "ours ms", "TFLOP/s", "speed-up"), shown)]
         parts.append(provenance(path, results))
         complete = {n: total for n, total in totals.items() if not isinstance(total, str)}
         if complete:
-            picture = findings.figures / f"{path.stem}-{dtype}.png"
+            picture = findings.picture(f"{path.stem}-{dtype}")
             lines = {
                 name: {n: GFLOP * n / total[i] for n, total in complete.items()}
                 for i, name in enumerate(("ours", "peer"))
             }
-            title = f"VGG-E's convolutions, {dtype}, {results['device']}"
+            title = f"VGG-E's convolutions, {dtype}, {results['device']}" + (f", {path.stem}" if difference else "")
             draw_lines(lines, "batch size", "effective TFLOP/s", title, picture)
             parts.append(figure(picture, findings.reports, title))
     return parts or [f"Here, {dtype}: not measured."]
@@ -137,9 +141,9 @@ def _paper_error() -> str:
     return "Paper:\n\n" + table(headings, rows)
 
 
-def _measured_error(measured: Sequence[tuple[Path, dict]]) -> list[str]:
+def _measured_error(measured: Sequence[tuple[Path, dict, str]]) -> list[str]:
     parts = []
-    for path, results in measured:
+    for path, results, difference in measured:
         rows = [row for row in results["rows"] if row.get("max_error") is not None]
         if not rows:
             continue
@@ -150,9 +154,13 @@ def _measured_error(measured: Sequence[tuple[Path, dict]]) -> list[str]:
                 errors[key] = max(errors.get(key, 0.0), row.get(column) or 0.0)
         columns = sorted({key[1:] for key, error in errors.items() if error}, reverse=True)  # float32 first
         table_rows = [(layer.name, *(errors.get((layer.name, *column)) for column in columns)) for layer in LAYERS]
-        parts += ["Here:", table(("layer", *(f"{algorithm} {dtype}" for dtype, algorithm in columns)), table_rows)]
-        parts.append(provenance(path, results))
+        headings = ("layer", *(f"{algorithm} {dtype}" for dtype, algorithm in columns))
+        parts += [_title(path, difference), table(headings, table_rows), provenance(path, results)]
     return parts or ["Here: not measured."]
+
+
+def _title(path: Path, difference: str) -> str:
+    return f"Here, `{path.name}` ({difference}):" if difference else "Here:"
 
 
 def _layer_name(row: Mapping) -> str:
