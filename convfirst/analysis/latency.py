@@ -10,6 +10,7 @@ measured latency. The equation is applied here per image, at a stated batch.
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 DATA = Path(__file__).parent / "data"
 MODELS_IMAGE_SIZE = 224  # of the suite `models`, whose rows don't name it
 FAMILIES = ("ConvFirst", "ConvNeXt", "EfficientNet", "EfficientNetV2", "RegNet", "ResNet")
+_RUN_TWICE = ("ConvFirst", "ConvNeXt")  # families that are measured with fused blocks and without
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A measured forward pass: time of a batch, how it was run, and where that is recorded."""
+    """A measured forward pass: time of a batch, how it was run, where it is recorded, and whether blocks were fused."""
 
     model: str
     image_size: int
@@ -41,16 +43,40 @@ class Measurement:
     ms: float
     path: str
     source: str
+    fused: bool = False
+
+    @property
+    def way(self) -> str:
+        """How it was run in a word: "fused", "Inductor", "eager", "torch.compile"."""
+        word = "fused" if self.fused else re.split("[+, ]", self.path)[0]
+        return "Inductor" if word == "inductor" else word
 
 
 @dataclass(frozen=True)
 class Point:
-    """One model of an efficiency-gap plot; without a measurement only the ideal is known. Times per image."""
+    """One model, run in one way, of an efficiency-gap plot. Times per image.
+
+    Attributes:
+        accuracy: the published one.
+        macs: multiply-adds of an image.
+        peak_flops: of the device, FLOP/s.
+        measurement: None where only the ideal is known.
+        own: accuracy of a training run of one's own.
+    """
 
     accuracy: Accuracy
     macs: int
     peak_flops: float
     measurement: Measurement | None
+    own: Accuracy | None = None
+
+    @property
+    def name(self) -> str:
+        """The model, with how it was run where that isn't the same for all: "convnext_tiny, Inductor"."""
+        measured = self.measurement
+        if measured is None or not (measured.fused or self.accuracy.family in _RUN_TWICE):
+            return self.accuracy.model
+        return f"{self.accuracy.model}, {measured.way}"
 
     @property
     def ideal_s(self) -> float:
@@ -95,7 +121,7 @@ def decompose(point: Point, reference: Point) -> Decomposition:
     """
     if point.efficiency is None or reference.efficiency is None:
         missing = point if point.efficiency is None else reference
-        raise ValueError(f"{missing.accuracy.model} has no measured latency")
+        raise ValueError(f"{missing.name} has no measured latency")
     if point.peak_flops != reference.peak_flops:
         raise ValueError(f"peaks differ: {point.peak_flops:g} and {reference.peak_flops:g} FLOP/s")
     return Decomposition(reference.macs / point.macs, point.efficiency / reference.efficiency)
@@ -141,30 +167,45 @@ def read_results(paths: Iterable[Path]) -> list[Measurement]:
     A row without an image size is taken to be at `MODELS_IMAGE_SIZE`, and its source says so.
     """
     found = []
-    for path in paths:
-        results = json.loads(path.read_text())
+    for file in paths:
+        results = json.loads(file.read_text())
         for row in results["rows"]:
             about = (row.get("image_size", MODELS_IMAGE_SIZE), row["batch"], row["dtype"])
-            source = f"{path.parent.name}/{path.name} ({results['device']}, {results['date']})"
+            source = f"{file.parent.name}/{file.name} ({results['device']}, {results['date']})"
             if "image_size" not in row:
                 source += f", whose rows name no image size and are taken to be at {MODELS_IMAGE_SIZE} px"
             if "ours_ms" in row:
-                found.append(Measurement(row["name"], *about, row["ours_ms"], f"fused blocks, {row['path']}", source))
+                path = f"fused blocks, {row['path']}"
+                found.append(Measurement(row["name"], *about, row["ours_ms"], path, source, fused=True))
                 if row.get("peer_ms"):
                     name, _, how = row["peer"].partition(" ")
                     found.append(Measurement(name, *about, row["peer_ms"], how or "peer", source))
             elif "ms" in row:
-                fused = "" if row.get("kernels", "off") == "off" else f", kernels={row['kernels']}"
-                found.append(Measurement(row["name"], *about, row["ms"], row["path"] + fused, source))
+                fused = row.get("kernels", "off") != "off"
+                path = row["path"] + (f", kernels={row['kernels']}" if fused else "")
+                found.append(Measurement(row["name"], *about, row["ms"], path, source, fused))
     return list(dict.fromkeys(found))
 
 
 def fastest(
-    measurements: Sequence[Measurement], model: str, image_size: int, dtypes: Sequence[str] = ("float16",)
+    measurements: Sequence[Measurement],
+    model: str,
+    image_size: int,
+    dtypes: Sequence[str] = ("float16",),
+    *,
+    fused: bool | None = None,
+    batch: int | None = None,
 ) -> Measurement | None:
-    """The measurement of a model with the least time an image, None if there is none in those dtypes."""
+    """The measurement of a model with the least time an image, None if there is none in those dtypes.
+
+    Args:
+        fused: only those with our fused blocks, or only those without; None: both.
+        batch: only those at this batch, unless the model was measured at others alone.
+    """
     matching = [m for m in measurements if (m.model, m.image_size) == (model, image_size) and m.dtype in dtypes]
-    return min(matching, key=lambda m: m.ms / m.batch, default=None)
+    if fused is not None:
+        matching = [m for m in matching if m.fused == fused]
+    return min([m for m in matching if m.batch == batch] or matching, key=lambda m: m.ms / m.batch, default=None)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

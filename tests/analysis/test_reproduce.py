@@ -68,14 +68,19 @@ def run(*overrides: str) -> str:
 def test_convfirst_without_a_gpu(folders, tmp_path):
     text = run("paper=convfirst", *folders)
     assert "device, blocks, models, throughput: there is no CUDA device here" in text
-    assert "| approximately 4x | seen | abstract, version 1 | 2.67x: convfirst_tiny against convnext_tiny" in text
+    assert (
+        "| approximately 4x | seen | abstract, version 1 | 2.67x = 1.36 (less work) x 1.96 (efficiency): convfirst_"
+        in text
+    )
     assert "convfirst_tiny: not run; convnext_tiny: not run" in text
     assert "RTX A5000, fp16 | recalled, unverified" in text
     assert "`models-h200.json`: NVIDIA H200" in text and "`blocks-h200.json`: NVIDIA H200" in text
     assert "Not measured on this device, ideal only: resnet50." in text  # the H200's
     assert "Measured: results/models-h200.json (NVIDIA H200, 2026-11-22), whose rows name no image size and are" in text
-    assert "| convnext_tiny | 224 | 82.10 | 4.46 | 53.9 | 149 | 95.4 | 0.361 | 1 | 1 | 1 | torch.compile" in text
-    assert re.search(r"\| convfirst_tiny \| 224 \| not run \| 3.27 .* \| 0.305 \| 2.67 \| 1.36 \| 1.96 \|", text)
+    published = (
+        "| convnext_tiny, torch.compile | 224 | 82.10 | not run | 4.46 | 53.9 | 149 | 95.4 | 0.361 | 1 | 1 | 1 |"
+    )
+    assert published in text
     assert re.search(r"\| convnext_tiny \| block fused \| 28 \|", text)
     for name in ("efficiency-gap-h200", "efficiency-gap-rtx-4090", "waterline-h200"):
         assert (tmp_path / f"reports/{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -93,6 +98,24 @@ def test_devices_without_ceilings_are_named(folders, tmp_path, without_pictures)
     (tmp_path / "results/models-l40s.json").write_text(json.dumps({**ABOUT, "device": "NVIDIA L40S", "rows": []}))
     text = run("paper=convfirst", *folders)
     assert "Left out here and below, as their ceilings are neither shipped nor measured: l40s (`python" in text
+
+
+def test_speed_ups_are_over_convnext_under_inductor(folders, without_pictures):
+    """The paper's comparison, at one batch: work and efficiency; the fused ConvNeXt is one row more."""
+    text = run("paper=convfirst", *folders)
+    assert "speed-up over convnext_tiny, Inductor | = less work | x efficiency |" in text
+    claim = (
+        "convfirst_tiny, fused, over convnext_tiny, Inductor: 2.67x = 1.36 (less work) x 1.96 (efficiency), batch 128."
+    )
+    assert claim in text
+    rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in text.splitlines()}
+    assert rows["convfirst_tiny, fused"][2:4] == ["–", "not run"]
+    assert rows["convfirst_tiny, fused"][8:11] == ["0.305", "2.67", "1.36"]
+    assert rows["convfirst_tiny, fused"][11] == "1.96"
+    assert rows["convnext_tiny, Inductor"][9:12] == ["1", "1", "1"]
+    assert rows["convnext_tiny, Inductor"][-1] == "inductor, batch 128 |"
+    assert rows["convnext_tiny, fused"][9:12] == ["0.964", "1", "0.964"]
+    assert rows["convfirst_tiny, Inductor"][10] == "1.36"
 
 
 def test_pictures_that_a_document_shows_are_drawn_anew_and_no_others_beside_them(folders, tmp_path):
@@ -120,7 +143,23 @@ def test_accuracy_comes_from_the_summaries_of_imagenet_runs(folders, tmp_path, w
     text = run("paper=convfirst", *folders)
     assert "convfirst_tiny: 81.75 %; convnext_tiny: not run (the run tested 100 images" in text
     assert "| 81.75 | 224 | convfirst_tiny/summary.json, 300 epochs |" in text
-    assert re.search(r"\| convfirst_tiny \| 3.27 \| not run \| 81.75 \|", text)
+    assert re.search(r"\| convfirst_tiny \| 3.27 \| – \| 81.75 \|", text)
+    assert "| convfirst_tiny, fused | 224 | – | 81.75 |" in text
+    assert "| convnext_tiny, Inductor | 224 | 82.10 | not run |" in text
+    assert "| convfirst_tiny | – | 224 | none published:" in text
+
+
+def test_own_runs_stand_beside_the_published_accuracy(folders, tmp_path, monkeypatch, without_pictures):
+    drawn = []
+    monkeypatch.setattr(convfirst_paper, "draw_efficiency_gap", lambda points, *_: drawn.extend(points))
+    (tmp_path / "runs/convnext_tiny").mkdir(parents=True)
+    summary = {"test": {"top1": 81.5}, "test_images": 50_000, "test_image_size": 224, "epochs": 300}
+    (tmp_path / "runs/convnext_tiny/summary.json").write_text(json.dumps(summary))
+    text = run("paper=convfirst", *folders)
+    assert "| convnext_tiny, Inductor | 224 | 82.10 | 81.50 |" in text
+    own = {(point.name, point.accuracy.top1, point.own and point.own.top1) for point in drawn}
+    assert {("convnext_tiny, Inductor", 82.1, 81.5), ("convnext_tiny, fused", 82.1, 81.5)} <= own
+    assert ("convfirst_tiny, fused", None, None) in own
 
 
 def test_winograd_without_results(folders):

@@ -169,7 +169,7 @@ def test_every_accuracy_has_a_source_and_convfirst_has_not_been_run():
     for row in rows:
         assert row.source
         assert (row.top1 is None) == (row.family == "ConvFirst")
-        assert row.family == "ConvFirst" and "not run" in row.source or 70 < row.top1 < 90
+        assert row.family == "ConvFirst" and "none published" in row.source or 70 < row.top1 < 90
 
 
 def test_a_row_without_a_source_is_refused(tmp_path):
@@ -194,13 +194,19 @@ def test_results_give_our_times_and_the_peers(tmp_path):
     row = {"name": "a", "batch": 128, "dtype": "float16", "path": "sm90", "ours_ms": 2.0, "peer": "b inductor"}
     slow = {"name": "a", "batch": 64, "dtype": "float16", "path": "inductor", "ms": 1.5, "image_size": 224}
     (tmp_path / "models-gpu.json").write_text(json.dumps({**about, "rows": [{**row, "peer_ms": 5.0}]}))
-    (tmp_path / "throughput.json").write_text(json.dumps({**about, "rows": [slow]}))
+    (tmp_path / "throughput.json").write_text(json.dumps({**about, "rows": [slow, {**slow, "kernels": "required"}]}))
     found = read_results(sorted(tmp_path.iterdir()))
     assert [(m.model, m.ms, m.path) for m in found] == [
         ("a", 2.0, "fused blocks, sm90"), ("b", 5.0, "inductor"), ("a", 1.5, "inductor"),
+        ("a", 1.5, "inductor, kernels=required"),
+    ]  # fmt: skip
+    assert [(m.fused, m.way) for m in found] == [
+        (True, "fused"), (False, "Inductor"), (False, "Inductor"), (True, "fused"),
     ]  # fmt: skip
     # Only a row that names no size is taken to be at one.
     assert [m.image_size for m in found] == [224] * 3
     assert [m.source.endswith("name no image size and are taken to be at 224 px") for m in found] == [True, True, False]
     assert fastest(found, "a", 224).ms == 2.0  # 128 images, against 64 in 1.5 ms
+    assert fastest(found, "a", 224, fused=False).ms == 1.5 and fastest(found, "b", 224, fused=True) is None
+    assert fastest(found, "a", 224, batch=64).ms == 1.5 and fastest(found, "b", 224, batch=64).ms == 5.0
     assert fastest(found, "a", 288) is None and fastest(found, "a", 224, ("bfloat16",)) is None
