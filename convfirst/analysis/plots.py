@@ -3,6 +3,7 @@
 The web page needs plotly, from the extra `analysis`.
 """
 
+import html
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -199,8 +200,10 @@ def write_efficiency_gap_page(points: Sequence[Point], title: str, path: Path) -
     Raises:
         ModuleNotFoundError: plotly isn't installed.
     """
-    figure = _interactive(points, title)
-    _replace(path, lambda partial: figure.write_html(partial, include_plotlyjs=True, full_html=True))
+    plot = _interactive(points, title).to_html(include_plotlyjs=True, full_html=False, div_id="efficiency-gap")
+    head = f'<meta charset="utf-8"><title>{html.escape(title.partition(chr(10))[0])}</title>'
+    page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{plot}\n</body></html>\n'
+    _replace(path, lambda partial: partial.write_text(page, encoding="utf-8"))
 
 
 def _interactive(points: Sequence[Point], title: str) -> Any:
