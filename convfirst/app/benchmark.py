@@ -61,7 +61,7 @@ def benchmark(config: DictConfig) -> list[dict]:
             written = write_results(output, config.suite, kept + rows, here)
     finally:
         if rows:
-            _print_rows(config.suite, rows)
+            print_rows(config.suite, rows)
         if written:
             log.info("wrote %s", written)
     return rows
@@ -183,7 +183,7 @@ def _check(option: str, value: str, accepted) -> None:
         raise ValueError(f"{option}={value!r} is unknown; accepted: {', '.join(accepted)}")
 
 
-def _print_rows(suite: str, rows: list[dict]) -> None:
+def print_rows(suite: str, rows: list[dict]) -> None:
     """One table of what differs between the rows, above a line of what doesn't; curves are left to the file."""
     columns = list(dict.fromkeys(key for row in rows for key in row if not isinstance(row[key], list)))
     same = [key for key in columns if len(rows) > 1 and len({str(row.get(key)) for row in rows}) == 1]

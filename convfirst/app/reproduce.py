@@ -1,6 +1,8 @@
 """One command a paper: measure, train if asked, and report the paper's figures beside ours."""
 
 import importlib.util
+import itertools
+import json
 import logging
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from types import ModuleType
 
 import hydra
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from convfirst.app import benchmark as benchmarks
@@ -18,30 +20,56 @@ from convfirst.app.measure_device import measure_device
 from convfirst.app.papers import Findings, convfirst, maxdnn, winograd
 from convfirst.app.papers.findings import read_paper
 from convfirst.app.report import table, write_report
-from convfirst.app.results import REPOSITORY, environment, gpu_slug
+from convfirst.app.results import MEASURED_ALIKE, REPOSITORY, environment, gpu_slug, write_json, write_results
 
 log = logging.getLogger(__name__)
 
 # A paper's module says which suites to run (`suites`) and writes the report's sections (`sections`).
 PAPERS: Mapping[str, ModuleType] = {"convfirst": convfirst, "winograd": winograd, "maxdnn": maxdnn}
 _NEED_KERNELS = ("blocks", "models", "winograd", "direct")
+# Lists of a suite's options, outermost first: it is measured in parts of one value each, an interrupted one of which
+# begins anew.
+_PARTS = {
+    "blocks": ("blocks.dtypes",),
+    "models": ("networks.dtypes", "networks.batches"),
+    "throughput": ("models", "throughput.modes", "throughput.batches"),
+    "winograd": ("winograd.dtypes", "winograd.batches"),
+    "direct": ("direct.dtypes",),
+}
 
 
 def reproduce(config: DictConfig) -> Path:
     """Do what `configs/reproduce.yaml` describes; return the report, whose HTML stands beside it.
+
+    An interrupted run that is started again doesn't measure again what it has measured on the same device, at the same
+    commit and with the same versions.
 
     Raises:
         ValueError: an option is unknown or can't be honoured, or a training failed.
         ModuleNotFoundError: what the report is rendered with isn't installed (extra `analysis`).
         FileNotFoundError: ``train=true``, but ``data.root`` is no folder.
     """
-    paper = _check(config)
     slug = gpu_slug() if torch.cuda.is_available() else None
+    why_not = _why_not_measured(config, slug)
+    paper = _check(config)
     results = REPOSITORY / config.results
     own = results / "quick" if config.quick else results
-    skipped = _measure(config, PAPERS[paper], slug, own)
+    suites = PAPERS[paper].suites(own, slug or "gpu", config.quick)
+    skipped = _skipped(suites, why_not)
+    if why_not is None:
+        measure_device(hydra.compose("measure_device", overrides=[f"output={own / f'device-{slug}.json'}"]))
+        _measure([overrides for overrides in suites if _suite(overrides) not in skipped])
     if config.train:
         _train(config)
+    path = _report(config, slug, own, skipped)
+    if why_not is None:
+        for output in {_output(overrides) for overrides in suites}:
+            _unfinished(output).unlink(missing_ok=True)
+    return path
+
+
+def _report(config: DictConfig, slug: str | None, own: Path, skipped: dict[str, str]) -> Path:
+    paper, results = config.paper, REPOSITORY / config.results
     findings = Findings(
         folders=(own, results) if config.quick else (results,),
         figures=own,
@@ -54,6 +82,12 @@ def reproduce(config: DictConfig) -> Path:
     path = write_report([*header, *PAPERS[paper].sections(findings)], findings.reports, paper + findings.suffix)
     log.info("wrote %s and %s", path, path.with_suffix(".html"))
     return path
+
+
+def _why_not_measured(config: DictConfig, slug: str | None) -> str | None:
+    if config.measure == "off":
+        return "measure=off"
+    return "there is no CUDA device here" if slug is None else None
 
 
 def _check(config: DictConfig) -> str:
@@ -78,28 +112,78 @@ def _check(config: DictConfig) -> str:
     return paper
 
 
-def _measure(config: DictConfig, paper: ModuleType, slug: str | None, folder: Path) -> dict[str, str]:
-    """Run the paper's suites; return those that were not measured, each with the reason."""
-    wanted = paper.suites(folder, slug or "gpu", config.quick)
-    names = list(dict.fromkeys(_suite(overrides) for overrides in wanted))
-    if slug is None or config.measure == "off":
-        why = "measure=off" if config.measure == "off" else "there is no CUDA device here"
-        return dict.fromkeys(["device", *names], why)
-    measure_device(hydra.compose("measure_device", overrides=[f"output={folder / f'device-{slug}.json'}"]))
+def _skipped(suites: list[list[str]], why_not: str | None) -> dict[str, str]:
+    """The suites that are not measured, each with the reason."""
+    names = list(dict.fromkeys(_suite(overrides) for overrides in suites))
+    if why_not is not None:
+        return dict.fromkeys(["device", *names], why_not)
     skipped = {}
     for name in names:
         if name not in benchmarks.SUITES:
             skipped[name] = "scripts/benchmark.py has no such suite yet"
         elif name in _NEED_KERNELS and importlib.util.find_spec("convfirst_kernels") is None:
             skipped[name] = "the package convfirst_kernels isn't installed (pip install ./kernels)"
-    for overrides in wanted:
-        if _suite(overrides) not in skipped:
-            benchmarks.benchmark(hydra.compose("benchmark", overrides=overrides))
     return skipped
+
+
+def _measure(suites: list[list[str]]) -> None:
+    """Measure result files one after another, each of the suites that write to it."""
+    here = environment()  # a commit made while a suite measures is not the one that it measures
+    files: dict[Path, list[list[str]]] = {}
+    for overrides in suites:
+        files.setdefault(_output(overrides), []).extend(_parts(overrides))
+    for output, parts in files.items():
+        _measure_file(output, parts, here)
+
+
+def _measure_file(output: Path, parts: list[list[str]], here: dict) -> None:
+    """Measure the parts that an earlier run hasn't, and replace ``output`` when all are there."""
+    suite, keys = _suite(parts[0]), [" ".join(part) for part in parts]
+    measured = _taken_up(_unfinished(output), here)
+    for key, part in zip(keys, parts, strict=True):
+        if key in measured:
+            continue
+        config = hydra.compose("benchmark", overrides=part)
+        measured[key] = list(benchmarks.SUITES[suite](config))
+        if all(key in measured for key in keys):
+            # Before the last part is noted: what is noted as whole has been written, and isn't written again.
+            rows = [row for key in keys for row in measured[key]]
+            benchmarks.print_rows(suite, rows)
+            log.info("wrote %s", write_results(output, suite, rows, here))
+        write_json(_unfinished(output), {"suite": suite, **here, "parts": measured})
+
+
+def _taken_up(unfinished: Path, here: dict) -> dict[str, list[dict]]:
+    """Rows of the parts that an interrupted run has measured in the same circumstances."""
+    if not unfinished.exists():
+        return {}
+    before = json.loads(unfinished.read_text())
+    for key in MEASURED_ALIKE:
+        if before[key] != here[key]:
+            log.warning("%s has %s=%s, this run %s: measuring anew", unfinished, key, before[key], here[key])
+            return {}
+    log.info("going on from %s", unfinished)
+    return before["parts"]
+
+
+def _unfinished(output: Path) -> Path:
+    """Where a result file's rows are kept until the run ends: the folder `unfinished` beside it."""
+    return output.parent / "unfinished" / output.name
+
+
+def _parts(overrides: list[str]) -> list[list[str]]:
+    """Overrides of a suite's parts, which give its rows together."""
+    config = hydra.compose("benchmark", overrides=overrides)
+    lists = [[f"{key}=[{value}]" for value in OmegaConf.select(config, key)] for key in _PARTS.get(config.suite, ())]
+    return [[*overrides, *values] for values in itertools.product(*lists)]
 
 
 def _suite(overrides: list[str]) -> str:
     return overrides[0].removeprefix("suite=")
+
+
+def _output(overrides: list[str]) -> Path:
+    return Path(overrides[1].removeprefix("output="))
 
 
 def _train(config: DictConfig) -> None:

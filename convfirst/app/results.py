@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).parents[2]
+# Of an `environment`, what rows of one file share.
+MEASURED_ALIKE = ("device", "commit", "versions")
 
 
 def write_results(path: str | Path, suite: str, rows: list[dict], here: dict | None = None) -> Path:
@@ -31,7 +33,7 @@ def kept_rows(path: str | Path, here: dict) -> list[dict]:
     if not Path(path).exists():
         return []
     before = json.loads(Path(path).read_text())
-    for key in ("device", "commit", "versions"):
+    for key in MEASURED_ALIKE:
         if before[key] != here[key]:
             raise ValueError(f"append=true, but {path} has {key}={before[key]} and this run {here[key]}")
     return before["rows"]

@@ -61,6 +61,55 @@ def _winograd_row(layer: ConvLayer, algorithm: str, ms: float, dtype: str = "flo
     return {**row, "peer": "cudnn", "speedup": 2.0, "effective_tflops": 1.0, "max_error": 1e-5 * ms}
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU in name, whose ceilings are not measured; the names of those that would be, as they are asked for."""
+    ran = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA GeForce RTX 3090")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90000)
+    monkeypatch.setattr(reproduce_module, "measure_device", lambda config: ran.append(("device", config.output)))
+    return ran
+
+
+@pytest.fixture
+def measured(gpu, monkeypatch):
+    """The parts that stand-ins for the suites have measured, two rows each; the report shows nothing of them.
+
+    ``measured.fails_at = n`` stops the n-th part after its first row, once.
+    """
+
+    class Parts(list):
+        fails_at = None
+
+    parts = Parts()
+
+    def stand_in(options):
+        def suite(config):
+            node = OmegaConf.select(config, options) if options else config
+            names = config.models if config.suite == "throughput" else [node.get("select", "")]
+            about = (config.suite, *names, *node.get("dtypes", []), *node.get("batches", []))
+            parts.append(about)
+            yield {"part": len(parts), "about": list(about), "row": 1}
+            if parts.fails_at == len(parts):
+                parts.fails_at = None
+                raise ValueError("interrupted")
+            yield {"part": len(parts), "about": list(about), "row": 2}
+
+        return suite
+
+    names = {"blocks": "blocks", "models": "networks", "winograd": "winograd", "direct": "direct", "throughput": None}
+    monkeypatch.setattr(benchmark_module, "SUITES", {suite: stand_in(options) for suite, options in names.items()})
+    monkeypatch.setattr(reproduce_module, "_NEED_KERNELS", ())
+    for paper in reproduce_module.PAPERS.values():
+        monkeypatch.setattr(paper, "sections", lambda findings: ["sections"])
+    return parts
+
+
+def rows(path: Path) -> list[dict]:
+    return json.loads(path.read_text())["rows"]
+
+
 def run(*overrides: str) -> str:
     return reproduce(hydra.compose("reproduce", overrides=list(overrides))).read_text()
 
@@ -238,13 +287,14 @@ def test_blocks_of_another_path_stand_under_a_title(folders, tmp_path, without_p
     assert text.index("`blocks-h200.json`: NVIDIA H200") < title.start()
 
 
-def test_suites_run_on_a_gpu_and_what_is_missing_is_said(folders, tmp_path, monkeypatch, without_pictures):
-    ran = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA GeForce RTX 3090")
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90000)
-    monkeypatch.setattr(reproduce_module, "measure_device", lambda config: ran.append(("device", config.output)))
-    monkeypatch.setattr(benchmark_module, "benchmark", lambda config: ran.append((config.suite, config.output)))
+def test_suites_run_on_a_gpu_and_what_is_missing_is_said(folders, tmp_path, monkeypatch, without_pictures, gpu):
+    def throughput(config):
+        gpu.append((config.suite, config.output))
+        return [
+            {"name": "resnet50", "batch": 128, "image_size": 224, "path": "eager+graph", "dtype": "float16", "ms": 1.0}
+        ]
+
+    monkeypatch.setattr(benchmark_module, "SUITES", {**benchmark_module.SUITES, "throughput": throughput})
     find = importlib.util.find_spec
     without_kernels = lambda name, *rest: None if name == "convfirst_kernels" else find(name, *rest)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", without_kernels)
@@ -256,7 +306,7 @@ def test_suites_run_on_a_gpu_and_what_is_missing_is_said(folders, tmp_path, monk
     assert "nonesuch: scripts/benchmark.py has no such suite yet" in text
     text = run("paper=convfirst", "quick=true", *folders)
     quick = tmp_path / "results/quick"
-    assert ran[1:] == [("device", f"{quick}/device-rtx-3090.json"), ("throughput", f"{quick}/throughput-rtx-3090.json")]
+    assert gpu[1:] == [("device", f"{quick}/device-rtx-3090.json"), ("throughput", f"{quick}/throughput-rtx-3090.json")]
     assert "blocks, models: the package convfirst_kernels isn't installed" in text
     assert "Waterline on NVIDIA GeForce RTX 3090: 70 TFLOP/s, 0.85 TB/s (measured)" in text
     assert sorted(path.name for path in (tmp_path / "reports").glob("*.md")) == ["convfirst-quick.md", "winograd.md"]
@@ -270,6 +320,57 @@ def test_the_suites_options_exist(paper, quick):
         assert config.suite in ("blocks", "models", "throughput", "winograd", "direct")
         assert config.output.startswith("results/") and config.output.endswith("-h100.json")
         OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def test_interrupted_measuring_replaces_no_result_file_and_goes_on(folders, tmp_path, measured, monkeypatch):
+    path, command = tmp_path / "results/winograd-rtx-3090.json", ("paper=winograd", *folders)
+    path.write_text(json.dumps({**ABOUT, "rows": [{"shipped": 1}]}))
+    shipped = path.read_text()
+    measured.fails_at = 3
+    with pytest.raises(ValueError, match="interrupted"):
+        run(*command)
+    assert path.read_text() == shipped and len(measured) == 3
+    assert not (tmp_path / "reports/winograd.md").exists()
+    run(*command)
+    batches = list(winograd.BATCHES)
+    parts = [("winograd", "", dtype, batch) for dtype in ("float32", "float16") for batch in batches]
+    assert measured == [*parts[:3], *parts[2:]]  # the interrupted one again, those before it not
+    assert [(tuple(row["about"]), row["row"]) for row in rows(path)] == [(part, i) for part in parts for i in (1, 2)]
+    assert json.loads(path.read_text())["suite"] == "winograd"
+    assert not list((tmp_path / "results").rglob("unfinished/*"))
+    measured.clear()
+    run(*command)
+    assert measured == parts  # a run that has ended is not taken up
+
+
+def test_rows_of_another_commit_are_not_taken_up(folders, tmp_path, measured, monkeypatch, caplog):
+    monkeypatch.setenv("GIT_COMMIT", "before")
+    measured.fails_at = 2
+    with pytest.raises(ValueError, match="interrupted"):
+        run("paper=maxdnn", *folders)
+    monkeypatch.setenv("GIT_COMMIT", "after")
+    measured.clear()
+    run("paper=maxdnn", *folders)
+    assert measured == [("direct", "", "float16"), ("direct", "", "float32")]
+    assert "has commit=before, this run after: measuring anew" in caplog.text
+    result = json.loads((tmp_path / "results/direct-rtx-3090.json").read_text())
+    assert result["commit"] == "after" and {row["part"] for row in result["rows"]} == {1, 2}
+
+
+def test_suites_that_are_whole_are_not_measured_again_before_the_run_has_ended(folders, tmp_path, measured):
+    results = tmp_path / "results"
+    measured.fails_at = 2  # the first of suite=models
+    with pytest.raises(ValueError, match="interrupted"):
+        run("paper=convfirst", *folders)
+    assert {row["part"] for row in rows(results / "blocks-rtx-3090.json")} == {1}
+    assert not (results / "models-rtx-3090.json").exists()
+    (results / "blocks-rtx-3090.json").write_text('{"rows": []}')  # meanwhile by someone else
+    run("paper=convfirst", *folders)
+    assert [part[0] for part in measured].count("blocks") == 1
+    assert rows(results / "blocks-rtx-3090.json") == []
+    names = [row["about"][1] for row in rows(results / "throughput-rtx-3090.json") if row["row"] == 1]
+    assert names == ["convfirst_tiny", "convnext_tiny", "resnet50"]
+    assert not list(results.rglob("unfinished/*"))
 
 
 def test_training_runs_train_py_for_each_recipe(folders, tmp_path, monkeypatch):

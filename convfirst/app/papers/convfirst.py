@@ -59,10 +59,7 @@ def _throughputs(folder: Path, slug: str, quick: bool) -> list[list[str]]:
         sizes = {224: ["resnet50"]}
     common = ["suite=throughput", f"output={folder / f'throughput-{slug}.json'}", f"throughput.batches=[{BATCH}]"]
     common += [f"throughput.modes=[{'eager' if quick else 'inductor'}+graph]"]  # a compilation takes longest
-    return [
-        [*common, f"models=[{','.join(models)}]", f"image_size={size}"] + [f"append={str(i > 0).lower()}"]
-        for i, (size, models) in enumerate(sizes.items())
-    ]
+    return [[*common, f"models=[{','.join(models)}]", f"image_size={size}"] for size, models in sizes.items()]
 
 
 def sections(findings: Findings) -> list[str]:
