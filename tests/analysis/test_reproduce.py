@@ -359,18 +359,36 @@ def test_rows_of_another_commit_are_not_taken_up(folders, tmp_path, measured, mo
 
 def test_suites_that_are_whole_are_not_measured_again_before_the_run_has_ended(folders, tmp_path, measured):
     results = tmp_path / "results"
-    measured.fails_at = 2  # the first of suite=models
+    measured.fails_at = 3  # the first of suite=models, after both of suite=blocks
     with pytest.raises(ValueError, match="interrupted"):
         run("paper=convfirst", *folders)
-    assert {row["part"] for row in rows(results / "blocks-rtx-3090.json")} == {1}
+    assert {row["part"] for row in rows(results / "blocks-rtx-3090.json")} == {1, 2}
     assert not (results / "models-rtx-3090.json").exists()
     (results / "blocks-rtx-3090.json").write_text('{"rows": []}')  # meanwhile by someone else
     run("paper=convfirst", *folders)
-    assert [part[0] for part in measured].count("blocks") == 1
+    assert [part[0] for part in measured].count("blocks") == 2
     assert rows(results / "blocks-rtx-3090.json") == []
     names = [row["about"][1] for row in rows(results / "throughput-rtx-3090.json") if row["row"] == 1]
     assert names == ["convfirst_tiny", "convnext_tiny", "resnet50"]
     assert not list(results.rglob("unfinished/*"))
+
+
+def test_a_whole_run_measures_what_the_shipped_files_show(tmp_path):
+    suites = convfirst_paper.suites(tmp_path, "h200", quick=False)
+    selects = [hydra.compose("benchmark", overrides=suite) for suite in suites if suite[0] == "suite=models"]
+    default = hydra.compose("benchmark").networks
+    shipped = rows(REPOSITORY / "results/models-h200.json")
+    for name in {row["name"] for row in shipped}:
+        assert re.search(default.select, name)
+        assert sum(bool(re.search(config.networks.select, name)) for config in selects) == 1
+    for config in (default, *(config.networks for config in selects)):
+        assert {row["batch"] for row in shipped} <= set(config.batches)
+        assert {row["dtype"] for row in shipped} <= set(config.dtypes)
+        assert not any(re.search(config.select, name) for name in ("convfirst_atto", "resnet50", "vgg19"))
+    blocks = hydra.compose("benchmark", overrides=suites[0]).blocks
+    assert {row["dtype"] for row in rows(REPOSITORY / "results/blocks-h200.json")} <= set(blocks.dtypes)
+    quick = convfirst_paper.suites(tmp_path, "h200", quick=True)
+    assert [len(reproduce_module._parts(suite)) for suite in quick] == [1, 1, 1]
 
 
 def test_training_runs_train_py_for_each_recipe(folders, tmp_path, monkeypatch):

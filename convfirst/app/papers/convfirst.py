@@ -25,6 +25,7 @@ from convfirst.app.results import gpu_slug
 
 NETWORKS = ("convnext_tiny", "convfirst_tiny")
 REFERENCE = "convnext_tiny"
+SIZES = ("nano", "tiny", "small", "base")  # of the networks with fused blocks, each beside its counterpart
 BATCH = 128
 IMAGENET_IMAGES = 50_000  # of the validation set
 _PUBLISHED = "rtx-4090"  # the device of published_latency.csv
@@ -42,13 +43,13 @@ class Score:
 def suites(folder: Path, slug: str, quick: bool) -> list[list[str]]:
     """Overrides of scripts/benchmark.py: fused blocks, networks with them, and the networks of the efficiency gap."""
     blocks = ["suite=blocks", f"output={folder / f'blocks-{slug}.json'}"]
-    networks = ["suite=models", f"output={folder / f'models-{slug}.json'}"]
+    models = ["suite=models", f"output={folder / f'models-{slug}.json'}"]
     if quick:
-        blocks += ["++blocks.select='^convfirst-c64$|^convnext-c96$'", "blocks.iterations=5"]
-        networks += ["networks.select='^convfirst_tiny$'", "networks.iterations=5"]
-    else:
-        networks += ["networks.select='^conv(first|next)_(tiny|small|base)$'"]
-    return [blocks, networks, *_throughputs(folder, slug, quick)]
+        blocks += ["++blocks.select='^convfirst-c64$|^convnext-c96$'", "blocks.dtypes=[float16]", "blocks.iterations=5"]
+        models += ["networks.select='^convfirst_tiny$'", f"networks.batches=[{BATCH}]", "networks.iterations=5"]
+        return [blocks, models, *_throughputs(folder, slug, quick)]
+    networks = [[*models, f"networks.select='^conv(first|next)_{size}$'"] for size in SIZES]
+    return [blocks, *networks, *_throughputs(folder, slug, quick)]
 
 
 def _throughputs(folder: Path, slug: str, quick: bool) -> list[list[str]]:
