@@ -41,8 +41,8 @@ _PARTS = {
 def reproduce(config: DictConfig) -> Path:
     """Do what `configs/reproduce.yaml` describes; return the report, whose HTML stands beside it.
 
-    An interrupted run that is started again doesn't measure again what it has measured on the same device, at the same
-    commit and with the same versions.
+    With ``train=true`` it is written before the training too. An interrupted run that is started again doesn't measure
+    again what it has measured on the same device, at the same commit and with the same versions.
 
     Raises:
         ValueError: an option is unknown or can't be honoured, or a training failed.
@@ -59,9 +59,10 @@ def reproduce(config: DictConfig) -> Path:
     if why_not is None:
         measure_device(hydra.compose("measure_device", overrides=[f"output={own / f'device-{slug}.json'}"]))
         _measure([overrides for overrides in suites if _suite(overrides) not in skipped])
+    path = _report(config, slug, own, skipped)
     if config.train:
         _train(config)
-    path = _report(config, slug, own, skipped)
+        path = _report(config, slug, own, skipped)
     if why_not is None:
         for output in {_output(overrides) for overrides in suites}:
             _unfinished(output).unlink(missing_ok=True)
@@ -195,7 +196,8 @@ def _train(config: DictConfig) -> None:
         status = subprocess.run(command, check=False).returncode
         if status:
             raise ValueError(
-                f"train.py recipe={recipe} ended with status {status}; the same command goes on from there"
+                f"train.py recipe={recipe} ended with status {status}; the report is written without it. "
+                "The same command with measure=off goes on from there"
             )
 
 

@@ -407,6 +407,30 @@ def test_training_runs_train_py_for_each_recipe(folders, tmp_path, monkeypatch):
         run(*train, "train_overrides=[fail]")
 
 
+def test_the_report_is_written_before_training_and_after_it(folders, tmp_path, measured, monkeypatch):
+    report = tmp_path / "reports/convfirst.md"
+    (tmp_path / "train.py").write_text(
+        "import pathlib, sys\n"
+        f"assert 'trained: []' in pathlib.Path({str(report)!r}).read_text()\n"
+        "if 'fail' in sys.argv: sys.exit(1)\n"
+        "pathlib.Path('runs', sys.argv[1].removeprefix('recipe=')).mkdir(parents=True)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce_module, "REPOSITORY", tmp_path)
+    trained = lambda findings: [name for name, path in findings.runs.items() if path.exists()]  # noqa: E731
+    monkeypatch.setattr(convfirst_paper, "sections", lambda findings: [f"trained: {trained(findings)}"])
+    train = ["paper=convfirst", "train=true", f"data.root={tmp_path}", *folders]
+    with pytest.raises(ValueError, match="the report is written .* same command with measure=off goes on from there"):
+        run(*train, "train_overrides=[fail]")
+    assert "trained: []" in report.read_text()
+    parts = len(measured)
+    assert parts > 0
+    assert "trained: ['convfirst_tiny', 'convnext_tiny']" in run(*train, "measure=off")
+    shutil.rmtree(tmp_path / "runs")
+    assert "trained: ['convfirst_tiny', 'convnext_tiny']" in run(*train)  # nor without measure=off
+    assert len(measured) == parts
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
