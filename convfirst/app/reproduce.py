@@ -12,6 +12,7 @@ from types import ModuleType
 
 import hydra
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
@@ -47,11 +48,12 @@ def reproduce(config: DictConfig) -> Path:
     Raises:
         ValueError: an option is unknown or can't be honoured, or a training failed.
         ModuleNotFoundError: what the report is rendered with isn't installed (extra `analysis`).
-        FileNotFoundError: ``train=true``, but ``data.root`` is no folder.
+        FileNotFoundError: ``train=true``, but ``data.root`` is no folder; or ``results`` is none, and nothing is
+            measured into it.
     """
     slug = gpu_slug() if torch.cuda.is_available() else None
     why_not = _why_not_measured(config, slug)
-    paper = _check(config)
+    paper = _check(config, why_not)
     results = REPOSITORY / config.results
     own = results / "quick" if config.quick else results
     suites = PAPERS[paper].suites(own, slug or "gpu", config.quick)
@@ -91,7 +93,7 @@ def _why_not_measured(config: DictConfig, slug: str | None) -> str | None:
     return "there is no CUDA device here" if slug is None else None
 
 
-def _check(config: DictConfig) -> str:
+def _check(config: DictConfig, why_not: str | None) -> str:
     try:
         paper = config.paper
     except MissingMandatoryValue as error:
@@ -103,6 +105,12 @@ def _check(config: DictConfig) -> str:
     for package in ("markdown_it", "plotly"):  # before hours of measuring
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"the report needs {package}: pip install -e '.[analysis]'")
+    if why_not is not None and not (REPOSITORY / config.results).is_dir():
+        raise FileNotFoundError(f"results={config.results}: no such folder, and nothing is measured into it: {why_not}")
+    known = GlobalHydra.instance().config_loader().get_group_options("recipe")
+    for recipe in config.recipes:
+        if recipe not in known:
+            raise ValueError(f"recipes=[{recipe}] is unknown; accepted: {', '.join(known)}")
     if config.train and paper != "convfirst":
         raise ValueError(f"train=true, but paper={paper} trains nothing; accepted with paper=convfirst")
     if config.train:

@@ -440,11 +440,30 @@ def test_the_report_is_written_before_training_and_after_it(folders, tmp_path, m
         (["paper=winograd", "train=true"], "train=true, but paper=winograd trains nothing"),
         (["paper=convfirst", "train=true"], "train=true needs ImageNet: give data.root=FOLDER"),
         (["paper=convfirst", "train=true", "data.root=/nowhere"], "data.root=/nowhere: no such folder"),
+        (
+            ["paper=convfirst", "recipes=[convfirst_tiny,foo]"],
+            "recipes=[foo] is unknown; accepted: convfirst_base, con",
+        ),
+        (["paper=convfirst", "results=/nosuch"], "results=/nosuch: no such folder, and nothing is measured into it: "),
     ],
 )
 def test_bad_options_are_named(overrides, message):
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         run(*overrides)
+
+
+def test_results_may_be_a_new_folder_where_something_is_measured_into_it(folders, tmp_path, measured):
+    new = f"results={tmp_path / 'new'}"
+    with pytest.raises(FileNotFoundError, match="/new: no such folder, and nothing is measured into it: measure=off"):
+        run("paper=maxdnn", *folders, new, "measure=off")
+    run("paper=maxdnn", *folders, new)
+    assert len(rows(tmp_path / "new/direct-rtx-3090.json")) == 4
+
+
+def test_recipes_are_checked_before_anything_is_measured(folders, gpu, measured):
+    with pytest.raises(ValueError, match=r"recipes=\[foo\] is unknown"):
+        run("paper=convfirst", "recipes=[foo]", *folders)
+    assert not gpu and not measured
 
 
 def test_device_measurement_writes_what_the_analysis_reads(tmp_path):
