@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,8 +28,11 @@ class CheckSubmission(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
             check_submission(config)
-        except ValueError as error:
+            check_slurm()
+        except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")  # Hydra turns a callback's Exception into a warning and goes on
+        for text in without_requeue(config):
+            print(f"warning: {text}", file=sys.stderr, flush=True)
         os.environ[SWEPT] = ",".join(sorted(_swept(config)))
 
 
@@ -47,19 +51,13 @@ def check_submission(config: DictConfig) -> None:
         raise ValueError(f"trainer.devices={trainer.devices}: a submission needs the number of GPUs of a node")
     _check_equal("hydra.launcher.nodes", launcher.nodes, "trainer.num_nodes", trainer.num_nodes)
     _check_equal("hydra.launcher.tasks_per_node", launcher.tasks_per_node, "trainer.devices", trainer.devices)
-    if trainer.accelerator == "cpu":
-        if launcher.gpus_per_node is not None:
-            raise ValueError(
-                f"trainer.accelerator=cpu, but hydra.launcher.gpus_per_node={launcher.gpus_per_node}; "
-                "add hydra.launcher.gpus_per_node=null"
-            )
-    elif launcher.gpus_per_node is not None or (launcher.gpus_per_task is None and launcher.gres is None):
-        _check_equal("hydra.launcher.gpus_per_node", launcher.gpus_per_node, "trainer.devices", trainer.devices)
+    _check_gpus(launcher, trainer)
     if launcher.cpus_per_task is None or launcher.cpus_per_task <= config.data.num_workers:
         raise ValueError(
             f"hydra.launcher.cpus_per_task={launcher.cpus_per_task} must be more than "
             f"data.num_workers={config.data.num_workers}: a process computes beside its workers"
         )
+    _check_requeue(launcher)
     if launcher.signal_delay_s >= 60 * launcher.timeout_min:
         raise ValueError(
             f"hydra.launcher.signal_delay_s={launcher.signal_delay_s} leaves nothing of "
@@ -72,6 +70,110 @@ def check_submission(config: DictConfig) -> None:
             trainer.num_nodes,
             config.data.batch_size,
             config.batch.accumulate,
+        )
+
+
+def check_slurm() -> None:
+    """Check that jobs can be submitted from here.
+
+    Raises:
+        OSError: Slurm's programs are missing, or its controller doesn't answer; the message says which.
+    """
+    missing = [program for program in ("sbatch", "srun") if shutil.which(program) is None]
+    if missing:
+        raise OSError(
+            f"launcher=slurm: there is no {' and no '.join(missing)} on PATH; submit on a machine of the cluster, "
+            "or leave launcher=slurm out to train on this one"
+        )
+    if shutil.which("scontrol") is None:  # sbatch may be a script that submits elsewhere
+        return
+    shown, error = _scontrol("ping")
+    if error:
+        reason = shown.partition("\n")[0] or " ".join(error.split())
+        raise OSError(f"launcher=slurm: Slurm can't be reached; scontrol ping says: {reason}")
+
+
+def without_requeue(config: DictConfig) -> list[str]:
+    """One text for each setting of ``config.hydra.launcher`` with which a job that could go on isn't requeued."""
+    launcher, texts = config.hydra.launcher, []
+    if launcher.max_num_timeout == 0:
+        texts.append(
+            "hydra.launcher.max_num_timeout=0: at its time limit the run saves and the job is not requeued; "
+            "submit it again to go on"
+        )
+    if "requeue" not in launcher.additional_parameters:
+        texts.append(
+            "hydra.launcher.additional_parameters has no requeue=true: at its time limit and when it is preempted "
+            "the job is requeued only if the cluster's JobRequeue lets it"
+        )
+    return texts
+
+
+def _check_gpus(launcher: DictConfig, trainer: DictConfig) -> None:
+    gres = _gpus_of(launcher.gres)
+    if trainer.accelerator == "cpu":
+        for key in ("gpus_per_node", "gpus_per_task", "gres"):
+            value = launcher[key]
+            if value is not None and (key != "gres" or gres is not None):
+                raise ValueError(
+                    f"trainer.accelerator=cpu, but hydra.launcher.{key}={value}; add hydra.launcher.{key}=null"
+                )
+        return
+    if launcher.gpus_per_node is not None or (launcher.gpus_per_task is None and gres is None):
+        _check_equal("hydra.launcher.gpus_per_node", launcher.gpus_per_node, "trainer.devices", trainer.devices)
+    if gres is not None and gres != trainer.devices:
+        raise ValueError(
+            f"hydra.launcher.gres={launcher.gres} has {gres} GPUs of a node, trainer.devices={trainer.devices}: "
+            "they must be equal, one GPU for each process"
+        )
+    if launcher.gpus_per_task is not None:
+        _check_gpus_per_task(launcher, trainer.devices)
+
+
+def _check_gpus_per_task(launcher: DictConfig, devices: int) -> None:
+    if launcher.gpus_per_task != 1:
+        raise ValueError(
+            f"hydra.launcher.gpus_per_task={launcher.gpus_per_task} must be null or 1: one GPU for each process"
+        )
+    parameters = launcher.additional_parameters
+    bound = parameters.get("gpu_bind", parameters.get("gpu-bind"))
+    if devices > 1 and bound != "none":
+        raise ValueError(
+            f"hydra.launcher.gpus_per_task=1 lets a process see its own GPU only, and trainer.devices={devices} "
+            f"looks for {devices}; add +hydra.launcher.additional_parameters.gpu_bind=none, or give "
+            "hydra.launcher.gpus_per_node instead"
+        )
+
+
+def _gpus_of(gres: str | None) -> int | None:
+    """GPUs of a node in sbatch's --gres, a list of name[[:type]:count]; None if it has no entry `gpu`."""
+    counts = []
+    for entry in (gres or "").split(","):
+        name, *rest = entry.strip().split(":")
+        if name != "gpu":
+            continue
+        if len(rest) > 2 or "" in rest or (len(rest) == 2 and not rest[1].isdecimal()):
+            raise ValueError(f"hydra.launcher.gres={gres}: accepted for GPUs are gpu:COUNT and gpu:TYPE:COUNT")
+        counts.append(int(rest[-1]) if rest and rest[-1].isdecimal() else 1)
+    return sum(counts) if counts else None
+
+
+def _check_requeue(launcher: DictConfig) -> None:
+    if launcher.signal_delay_s < 1:
+        raise ValueError(
+            f"hydra.launcher.signal_delay_s={launcher.signal_delay_s} must be at least 1: the seconds before its time "
+            "limit in which a run saves and is requeued"
+        )
+    if launcher.max_num_timeout < 0:
+        raise ValueError(
+            f"hydra.launcher.max_num_timeout={launcher.max_num_timeout} must be at least 0: "
+            "how often a job is requeued at its time limit"
+        )
+    requeue = launcher.additional_parameters.get("requeue", True)
+    if requeue is not True:
+        raise ValueError(
+            f"hydra.launcher.additional_parameters.requeue={requeue} must be true: sbatch takes no other value, and a "
+            "run goes on after its time limit or a preemption only if its job may be requeued"
         )
 
 

@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
 
 from convfirst.app import train
-from convfirst.app.slurm import SWEPT, CheckSubmission, check_submission, requeue
+from convfirst.app.slurm import SWEPT, CheckSubmission, check_submission, requeue, without_requeue
 from tests.training.helpers import REPOSITORY
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
@@ -20,7 +20,7 @@ pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 
 def submission(*overrides: str):
     with initialize_config_dir(version_base="1.3", config_dir=str(REPOSITORY / "configs")):
-        fixed = [override for override in overrides if "," not in override]
+        fixed = [override for override in overrides if "," not in override or "'" in override]
         config = compose("train", overrides=["launcher=slurm", *fixed], return_hydra_config=True)
     with open_dict(config):
         config.hydra.overrides.task = list(overrides)  # a sweep's values aren't in the configuration
@@ -28,6 +28,8 @@ def submission(*overrides: str):
 
 
 FITS = ["trainer.devices=2", "data.batch_size=32"]
+NO_GPUS_PER_NODE = [*FITS, "hydra.launcher.gpus_per_node=null"]
+UNBOUND = "+hydra.launcher.additional_parameters.gpu_bind=none"
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,13 @@ FITS = ["trainer.devices=2", "data.batch_size=32"]
         FITS,
         [*FITS, "seed=0,1", "optimizer.lr=1e-3,2e-3"],
         [*FITS, "trainer.accelerator=cpu", "hydra.launcher.gpus_per_node=null"],
-        [*FITS, "hydra.launcher.gpus_per_node=null", "hydra.launcher.gres=gpu:h100:2"],
+        [*NO_GPUS_PER_NODE, "hydra.launcher.gres=gpu:h100:2"],
+        [*NO_GPUS_PER_NODE, "hydra.launcher.gres='tmpdisk:4,gpu:2'"],
+        [*NO_GPUS_PER_NODE, "hydra.launcher.gres='gpu:h100,gpu:a100:1'"],
+        [*FITS, "hydra.launcher.gres=gpu:2"],
+        [*NO_GPUS_PER_NODE, "hydra.launcher.gpus_per_task=1", UNBOUND],
+        [*FITS, "hydra.launcher.gpus_per_task=1", UNBOUND],
+        ["hydra.launcher.gpus_per_node=null", "hydra.launcher.gpus_per_task=1"],
         ["trainer.devices=2", "trainer.num_nodes=4", "recipe=convnext_tiny", "hydra.launcher.timeout_min=60"],
     ],
 )
@@ -47,11 +55,63 @@ def test_what_fits_together_is_submitted(overrides):
     assert (launcher.nodes, launcher.tasks_per_node) == (config.trainer.num_nodes, config.trainer.devices)
 
 
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Programs of Slurm that do nothing, alone on PATH; what writes others in their place."""
+
+    def write(name: str, script: str) -> None:
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+
+    for name in ("sbatch", "srun", "scontrol"):
+        write(name, "exit 0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv(SWEPT, "")
+    return write
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        CheckSubmission().on_multirun_start(submission(*overrides))
+    assert "\n" not in stop.value.code
+    return stop.value.code
+
+
+def test_a_slurm_that_is_not_there_is_one_line(slurm, tmp_path):
+    slurm("scontrol", "echo 'Slurmctld(primary) at head is DOWN'; echo; exit 1")
+    assert "Slurm can't be reached; scontrol ping says: Slurmctld(primary) at head is DOWN" in refusal(*FITS)
+    slurm("scontrol", "echo 'no such file' >&2; echo fatal >&2; exit 1")
+    assert "scontrol ping says: no such file fatal" in refusal(*FITS)
+    (tmp_path / "sbatch").unlink()
+    assert "there is no sbatch on PATH" in refusal(*FITS)
+
+
+def test_a_slurm_without_scontrol_is_submitted_to(slurm, tmp_path):
+    (tmp_path / "scontrol").unlink()
+    CheckSubmission().on_multirun_start(submission(*FITS))
+
+
+@pytest.mark.parametrize(
+    ("override", "warning"),
+    [
+        ("seed=1", ""),
+        ("hydra.launcher.max_num_timeout=0", "max_num_timeout=0: at its time limit the run saves and the job is not"),
+        ("~hydra.launcher.additional_parameters.requeue", "additional_parameters has no requeue=true"),
+    ],
+)
+def test_what_is_not_requeued_is_said(override, warning, slurm, capsys):
+    config = submission(*FITS, override)
+    CheckSubmission().on_multirun_start(config)
+    assert warning in capsys.readouterr().err
+    assert len(without_requeue(config)) == bool(warning)
+
+
 @pytest.mark.parametrize(
     ("overrides", "swept"),
     [(FITS, ""), ([*FITS, "seed=0,1", "+model.dims=[8,16],[8,8]"], "model.dims,seed")],
 )
-def test_jobs_are_told_what_is_swept(overrides, swept, monkeypatch):
+def test_jobs_are_told_what_is_swept(overrides, swept, slurm, monkeypatch):
     monkeypatch.setenv(SWEPT, "")
     CheckSubmission().on_multirun_start(submission(*overrides))
     assert os.environ[SWEPT] == swept
@@ -88,6 +148,26 @@ def test_runs_are_named_after_what_is_swept(monkeypatch):
             ["hydra.launcher.cpus_per_task=4", "data.num_workers=4"],
             "cpus_per_task=4 must be more than data.num_workers=4",
         ),
+        (
+            [*NO_GPUS_PER_NODE, "hydra.launcher.gres=gpu:h100:4"],
+            "gres=gpu:h100:4 has 4 GPUs of a node, trainer.devices=2",
+        ),
+        ([*FITS, "hydra.launcher.gres=gpu"], "gres=gpu has 1 GPUs of a node, trainer.devices=2"),
+        ([*NO_GPUS_PER_NODE, "hydra.launcher.gres=gpu:a:b"], "gres=gpu:a:b: accepted for GPUs are gpu:COUNT"),
+        ([*NO_GPUS_PER_NODE, "hydra.launcher.gres=tmpdisk:4"], "gpus_per_node=None must be trainer.devices=2"),
+        ([*NO_GPUS_PER_NODE, "hydra.launcher.gpus_per_task=2"], "gpus_per_task=2 must be null or 1"),
+        ([*FITS, "hydra.launcher.gpus_per_task=2"], "gpus_per_task=2 must be null or 1"),
+        (
+            [*FITS, "hydra.launcher.gpus_per_task=1"],
+            r"trainer.devices=2 looks for 2; add \+hydra.launcher.additional_parameters.gpu_bind=none",
+        ),
+        (
+            ["trainer.accelerator=cpu", "hydra.launcher.gpus_per_node=null", "hydra.launcher.gres=gpu:1"],
+            "add hydra.launcher.gres=null",
+        ),
+        (["hydra.launcher.signal_delay_s=0"], "signal_delay_s=0 must be at least 1"),
+        (["hydra.launcher.max_num_timeout=-1"], "max_num_timeout=-1 must be at least 0"),
+        (["hydra.launcher.additional_parameters.requeue=false"], "additional_parameters.requeue=False must be true"),
         (["hydra.launcher.timeout_min=3"], "signal_delay_s=180 leaves nothing of hydra.launcher.timeout_min=3"),
         (["trainer.devices=2"], r"2 devices x 1 nodes x data.batch_size=64 = 128 images"),
     ],
