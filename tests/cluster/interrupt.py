@@ -57,11 +57,15 @@ def submit(run_root: Path, overrides: list[str]) -> tuple[str, Path]:
     return slurm("sbatch", "--parsable", *resources, "scripts/train.sbatch", *overrides), log
 
 
-def warn_and_preempt(job: str, run: Path) -> None:
-    """As before the time limit, and then by a job that is more urgent."""
+def warn(job: str, run: Path) -> None:
+    """As before the time limit."""
     wait("update 2", lambda: updates(run) >= 2)
     slurm("scancel", "--signal=USR1", job)
     wait_for_requeue(job, 1)
+
+
+def preempt(job: str, run: Path) -> None:
+    """By a job that is more urgent, after `warn` or `rehearse`."""
     before = updates(run)
     wait("2 more updates", lambda: updates(run) >= before + 2)
     urgent = slurm("sbatch", "--parsable", "--partition=urgent", "--ntasks=4", "--output=/dev/null", "--wrap=true")
@@ -95,13 +99,15 @@ def main() -> None:
     os.chdir(REPOSITORY)
     if way == "sbatch":
         job, log = submit(run_root, overrides)
-        warn_and_preempt(job, run)
+        warn(job, run)
+        preempt(job, run)
         wait_for_end(job, log)
         return
     cpus = ["trainer.devices=2", "hydra.launcher.gpus_per_node=null", "hydra.launcher.cpus_per_task=1"]
     launcher = subprocess.Popen([sys.executable, "train.py", "launcher=slurm", *overrides, *cpus], stdout=sys.stderr)
     try:
         job = rehearse(run)
+        preempt(job, run)
         wait_for_end(job, run_root / "slurm" / job / f"{job}_0_log.out")
         if launcher.wait(timeout=100) != 0:
             sys.exit("the launcher failed")
