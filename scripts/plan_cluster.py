@@ -39,7 +39,7 @@ GPUS_PER_NODE = 8
 GLOBAL_BATCH = 4096  # configs/recipe/base/convnext.yaml
 TRAIN_IMAGES = 1_281_167  # ImageNet-1K
 EPOCHS = 300
-WAITING = 0.1  # data_wait from which on a training's rate is taken to be its loader's
+WAITING = 0.5  # data_wait from which on a training's rate is taken to be its loader's: most of the time
 
 # Assumed: nobody measured these here.
 LATENCY_S = 5e-6  # one hop between nodes

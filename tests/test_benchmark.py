@@ -19,7 +19,7 @@ from convfirst.app import training_throughput as training_throughput_module
 from convfirst.app.bare_loop import bare_loop
 from convfirst.app.benchmark import SUITES, benchmark
 from convfirst.app.kernels_agreement import compare, pairs_of
-from convfirst.app.results import REPOSITORY, environment, git_object, kept_rows, write_results
+from convfirst.app.results import REPOSITORY, environment, git_object, gpu_slug, kept_rows, write_results
 from convfirst.app.timing import median_ms
 
 CONFIGS = str(Path(__file__).parents[1] / "configs")
@@ -370,3 +370,17 @@ def test_modes_on_a_gpu(tmp_path, mode):
     overrides = ["device=cuda", "dtype=float16", f"throughput.modes=[{mode}]", "throughput.batches=[2]"]
     (row,) = benchmark(compose(*SMALL, *overrides, f"output={tmp_path / 'out.json'}"))
     assert row["ms"] > 0 and row["peak_memory_mib"] > 0
+
+
+@pytest.mark.parametrize(
+    "name, slug",
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA RTX A5000", "a5000"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+    ],
+)
+def test_short_names_are_those_of_the_shipped_devices(name, slug):
+    assert gpu_slug(name) == slug

@@ -76,8 +76,8 @@ class Waterline:
 
     @property
     def intensity(self) -> float:
-        """Operational intensity of the sequence in FLOP per byte."""
-        return 2 * self.macs / self.bytes
+        """Operational intensity of the sequence in FLOP per byte, 0 of an empty one."""
+        return 2 * self.macs / self.bytes if self.bytes else 0.0
 
     @property
     def depth(self) -> float:

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -42,11 +43,12 @@ _PARTS = {
 def reproduce(config: DictConfig) -> Path:
     """Do what `configs/reproduce.yaml` describes; return the report, whose HTML stands beside it.
 
-    With ``train=true`` it is written before the training too. An interrupted run that is started again doesn't measure
-    again what it has measured on the same device, at the same commit and with the same versions.
+    With ``train=true`` it is written before each training too. A run that is started again after its measurements were
+    interrupted doesn't repeat those that it has made on the same device, at the same commit, with the same versions.
 
     Raises:
-        ValueError: an option is unknown or can't be honoured, or a training failed.
+        ValueError: an option is unknown or can't be honoured, a suite gave no rows, or a training failed.
+        PermissionError: the folder ``reports`` can't be made or written to.
         ModuleNotFoundError: what the report is rendered with isn't installed (extra `analysis`).
         FileNotFoundError: ``train=true``, but ``data.root`` is no folder; or ``results`` is none, and nothing is
             measured into it.
@@ -62,12 +64,9 @@ def reproduce(config: DictConfig) -> Path:
         measure_device(hydra.compose("measure_device", overrides=[f"output={own / f'device-{slug}.json'}"]))
         _measure([overrides for overrides in suites if _suite(overrides) not in skipped])
     path = _report(config, slug, own, skipped)
-    if config.train:
-        _train(config)
+    for recipe in config.recipes if config.train else []:
+        _train(config, recipe)
         path = _report(config, slug, own, skipped)
-    if why_not is None:
-        for output in {_output(overrides) for overrides in suites}:
-            _unfinished(output).unlink(missing_ok=True)
     return path
 
 
@@ -105,6 +104,10 @@ def _check(config: DictConfig, why_not: str | None) -> str:
     for package in ("markdown_it", "plotly"):  # before hours of measuring
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"the report needs {package}: pip install -e '.[analysis]'")
+    reports = REPOSITORY / config.reports
+    reports.mkdir(parents=True, exist_ok=True)
+    if not os.access(reports, os.W_OK):
+        raise PermissionError(f"reports={config.reports}: this user may not write to that folder")
     if why_not is not None and not (REPOSITORY / config.results).is_dir():
         raise FileNotFoundError(f"results={config.results}: no such folder, and nothing is measured into it: {why_not}")
     known = GlobalHydra.instance().config_loader().get_group_options("recipe")
@@ -143,40 +146,43 @@ def _measure(suites: list[list[str]]) -> None:
         files.setdefault(_output(overrides), []).extend(_parts(overrides))
     for output, parts in files.items():
         _measure_file(output, parts, here)
+    for output in files:
+        _unfinished(output).unlink(missing_ok=True)
 
 
 def _measure_file(output: Path, parts: list[list[str]], here: dict) -> None:
     """Measure the parts that an earlier run hasn't, and replace ``output`` when all are there."""
     suite, keys = _suite(parts[0]), [" ".join(part) for part in parts]
-    measured = _taken_up(_unfinished(output), here)
+    began = _taken_up(_unfinished(output), {"suite": suite, **here, "parts": {}})
+    measured = began["parts"]
     for key, part in zip(keys, parts, strict=True):
         if key in measured:
             continue
         config = hydra.compose("benchmark", overrides=part)
         measured[key] = list(benchmarks.SUITES[suite](config))
-        if all(key in measured for key in keys):
-            # Before the last part is noted: what is noted as whole has been written, and isn't written again.
-            rows = [row for key in keys for row in measured[key]]
-            benchmarks.print_rows(suite, rows)
-            log.info("wrote %s", write_results(output, suite, rows, here))
-        write_json(_unfinished(output), {"suite": suite, **here, "parts": measured})
+        write_json(_unfinished(output), began)
+    rows = [row for key in keys for row in measured[key]]
+    if not rows:
+        raise ValueError(f"suite={suite} gave no rows; {output} stays as it is")
+    benchmarks.print_rows(suite, rows)
+    log.info("wrote %s", write_results(output, suite, rows, {key: began[key] for key in here}))
 
 
-def _taken_up(unfinished: Path, here: dict) -> dict[str, list[dict]]:
-    """Rows of the parts that an interrupted run has measured in the same circumstances."""
+def _taken_up(unfinished: Path, fresh: dict) -> dict:
+    """What an interrupted run has noted in the same circumstances as ``fresh``; else that."""
     if not unfinished.exists():
-        return {}
+        return fresh
     before = json.loads(unfinished.read_text())
     for key in MEASURED_ALIKE:
-        if before[key] != here[key]:
-            log.warning("%s has %s=%s, this run %s: measuring anew", unfinished, key, before[key], here[key])
-            return {}
+        if before[key] != fresh[key] or fresh[key] == "unknown":
+            log.warning("%s has %s=%s, this run %s: measuring anew", unfinished, key, before[key], fresh[key])
+            return fresh
     log.info("going on from %s", unfinished)
-    return before["parts"]
+    return before
 
 
 def _unfinished(output: Path) -> Path:
-    """Where a result file's rows are kept until the run ends: the folder `unfinished` beside it."""
+    """Where a result file's rows are kept until all are measured: the folder `unfinished` beside it."""
     return output.parent / "unfinished" / output.name
 
 
@@ -195,18 +201,17 @@ def _output(overrides: list[str]) -> Path:
     return Path(overrides[1].removeprefix("output="))
 
 
-def _train(config: DictConfig) -> None:
-    """Train each recipe by train.py, in a process that Lightning can start again on every device."""
-    for recipe in config.recipes:
-        arguments = [f"recipe={recipe}", f"data.root={config.data.root}", f"run_root={REPOSITORY / config.run_root}"]
-        command = [sys.executable, str(REPOSITORY / "train.py"), *arguments, *config.train_overrides]
-        log.info("training: %s", " ".join(command))
-        status = subprocess.run(command, check=False).returncode
-        if status:
-            raise ValueError(
-                f"train.py recipe={recipe} ended with status {status}; the report is written without it. "
-                "The same command with measure=off goes on from there"
-            )
+def _train(config: DictConfig, recipe: str) -> None:
+    """Train a recipe by train.py, in a process that Lightning can start again on every device."""
+    arguments = [f"recipe={recipe}", f"data.root={config.data.root}", f"run_root={REPOSITORY / config.run_root}"]
+    command = [sys.executable, str(REPOSITORY / "train.py"), *arguments, *config.train_overrides]
+    log.info("training: %s", " ".join(command))
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        raise ValueError(
+            f"train.py recipe={recipe} ended with status {status}; the report is written without it. "
+            "The same command with measure=off goes on from there"
+        )
 
 
 def _header(paper: dict, config: DictConfig, skipped: dict[str, str]) -> list[str]:

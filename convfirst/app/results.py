@@ -94,7 +94,13 @@ def git_object(revision: str, variable: str) -> str:
 
 
 def gpu_slug(name: str | None = None) -> str:
-    """A GPU's short name, by default this machine's: "NVIDIA H100 80GB HBM3" -> "h100", "RTX 4090" -> "rtx-4090"."""
+    """A GPU's short name, by default this machine's.
+
+    >>> [gpu_slug(f"NVIDIA {name}") for name in ("H100 80GB HBM3", "A100-SXM4-80GB", "RTX A5000", "GeForce RTX 4090")]
+    ['h100', 'a100', 'a5000', 'rtx-4090']
+    """
     name = (torch.cuda.get_device_name() if name is None else name).lower()
     words = name.replace("nvidia", "").replace("geforce", "").split()
-    return "-".join(words[:2]) if words[0] == "rtx" else words[0]
+    if words[0] != "rtx":
+        return words[0].partition("-")[0]
+    return words[1] if words[1].startswith("a") else "-".join(words[:2])

@@ -119,6 +119,13 @@ def _check_gpus(launcher: DictConfig, trainer: DictConfig) -> None:
                     f"trainer.accelerator=cpu, but hydra.launcher.{key}={value}; add hydra.launcher.{key}=null"
                 )
         return
+    for key in ("gres", "gpus", "gpus_per_node", "gpus_per_task"):
+        if key in launcher.additional_parameters:
+            raise ValueError(
+                f"hydra.launcher.additional_parameters.{key}={launcher.additional_parameters[key]}: ask for GPUs by "
+                f"hydra.launcher.gpus_per_node={trainer.devices} or by hydra.launcher.gpus_per_node=null "
+                f"hydra.launcher.gres=gpu:TYPE:{trainer.devices}"
+            )
     if launcher.gpus_per_node is not None or (launcher.gpus_per_task is None and gres is None):
         _check_equal("hydra.launcher.gpus_per_node", launcher.gpus_per_node, "trainer.devices", trainer.devices)
     if gres is not None and gres != trainer.devices:

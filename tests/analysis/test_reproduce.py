@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from convfirst.app.measure_device import measure_device
 from convfirst.app.papers import convfirst as convfirst_paper
 from convfirst.app.papers import winograd
 from convfirst.app.reproduce import reproduce
+from convfirst.app.results import write_json
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = str(REPOSITORY / "configs")
@@ -364,13 +366,50 @@ def test_suites_that_are_whole_are_not_measured_again_before_the_run_has_ended(f
         run("paper=convfirst", *folders)
     assert {row["part"] for row in rows(results / "blocks-rtx-3090.json")} == {1, 2}
     assert not (results / "models-rtx-3090.json").exists()
-    (results / "blocks-rtx-3090.json").write_text('{"rows": []}')  # meanwhile by someone else
+    (results / "blocks-rtx-3090.json").unlink()
+    noted = json.loads((results / "unfinished/blocks-rtx-3090.json").read_text())
+    write_json(results / "unfinished/blocks-rtx-3090.json", {**noted, "date": "2020-02-02"})
     run("paper=convfirst", *folders)
     assert [part[0] for part in measured].count("blocks") == 2
-    assert rows(results / "blocks-rtx-3090.json") == []
+    again = json.loads((results / "blocks-rtx-3090.json").read_text())
+    assert {row["part"] for row in again["rows"]} == {1, 2} and again["date"] == "2020-02-02"
     names = [row["about"][1] for row in rows(results / "throughput-rtx-3090.json") if row["row"] == 1]
     assert names == ["convfirst_tiny", "convnext_tiny", "resnet50"]
     assert not list(results.rglob("unfinished/*"))
+
+
+def test_code_that_is_not_known_is_not_gone_on_with(folders, measured, monkeypatch):
+    monkeypatch.setenv("GIT_COMMIT", "unknown")
+    measured.fails_at = 3
+    with pytest.raises(ValueError, match="interrupted"):
+        run("paper=convfirst", *folders)
+    run("paper=convfirst", *folders)
+    assert [part[0] for part in measured].count("blocks") == 4
+
+
+def test_what_is_not_measured_keeps_its_unfinished_rows(folders, tmp_path, measured, monkeypatch):
+    measured.fails_at = 2
+    with pytest.raises(ValueError, match="interrupted"):
+        run("paper=convfirst", *folders)
+    without = {suite: why for suite, why in benchmark_module.SUITES.items() if suite != "blocks"}
+    monkeypatch.setattr(benchmark_module, "SUITES", without)
+    run("paper=convfirst", *folders)
+    assert [path.name for path in tmp_path.rglob("unfinished/*")] == ["blocks-rtx-3090.json"]
+
+
+def test_a_suite_without_rows_leaves_its_file(folders, tmp_path, measured, monkeypatch):
+    (tmp_path / "results/blocks-rtx-3090.json").write_text('{"rows": ["shipped"]}')
+    monkeypatch.setattr(benchmark_module, "SUITES", {**benchmark_module.SUITES, "blocks": lambda config: []})
+    with pytest.raises(ValueError, match="^suite=blocks gave no rows; .*blocks-rtx-3090.json stays as it is$"):
+        run("paper=convfirst", *folders)
+    assert rows(tmp_path / "results/blocks-rtx-3090.json") == ["shipped"]
+
+
+def test_reports_must_be_writable_before_anything_is_measured(folders, tmp_path, measured, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "reports")
+    with pytest.raises(PermissionError, match="^reports=.*reports: this user may not write to that folder$"):
+        run("paper=convfirst", *folders)
+    assert not measured
 
 
 def test_a_whole_run_measures_what_the_shipped_files_show(tmp_path):
@@ -407,11 +446,12 @@ def test_training_runs_train_py_for_each_recipe(folders, tmp_path, monkeypatch):
         run(*train, "train_overrides=[fail]")
 
 
-def test_the_report_is_written_before_training_and_after_it(folders, tmp_path, measured, monkeypatch):
+def test_the_report_is_written_before_each_training_and_after_it(folders, tmp_path, measured, monkeypatch):
     report = tmp_path / "reports/convfirst.md"
     (tmp_path / "train.py").write_text(
         "import pathlib, sys\n"
-        f"assert 'trained: []' in pathlib.Path({str(report)!r}).read_text()\n"
+        "done = sorted(path.name for path in pathlib.Path().glob('runs/*'))\n"
+        f"assert f'trained: {{done}}' in pathlib.Path({str(report)!r}).read_text()\n"
         "if 'fail' in sys.argv: sys.exit(1)\n"
         "pathlib.Path('runs', sys.argv[1].removeprefix('recipe=')).mkdir(parents=True)\n"
     )
@@ -427,8 +467,9 @@ def test_the_report_is_written_before_training_and_after_it(folders, tmp_path, m
     assert parts > 0
     assert "trained: ['convfirst_tiny', 'convnext_tiny']" in run(*train, "measure=off")
     shutil.rmtree(tmp_path / "runs")
-    assert "trained: ['convfirst_tiny', 'convnext_tiny']" in run(*train)  # nor without measure=off
     assert len(measured) == parts
+    assert "trained: ['convfirst_tiny', 'convnext_tiny']" in run(*train)
+    assert len(measured) == 2 * parts  # all had been measured, so that was another run
 
 
 @pytest.mark.parametrize(

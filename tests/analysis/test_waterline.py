@@ -46,6 +46,7 @@ def test_waterline_of_a_toy_sequence():
     assert (line.macs, line.bytes, line.weight_bytes) == (1100, 170, 0)
     assert line.intensity == 2200 / 170 and line.depth == pytest.approx(10 * 170 / 2200)
     assert Waterline([deep], CEILINGS).depth == math.inf
+    assert (Waterline([], CEILINGS).intensity, Waterline([], CEILINGS).depth) == (0, math.inf)
     assert line.efficiency == 22 / 32
     assert line.share_under_water == 12 / 32
 
@@ -204,8 +205,9 @@ def test_results_give_our_times_and_the_peers(tmp_path):
         (True, "fused"), (False, "Inductor"), (False, "Inductor"), (True, "fused"),
     ]  # fmt: skip
     # Only a row that names no size is taken to be at one.
-    assert [m.image_size for m in found] == [224] * 3
-    assert [m.source.endswith("name no image size and are taken to be at 224 px") for m in found] == [True, True, False]
+    assert [m.image_size for m in found] == [224] * 4
+    unnamed = [m.source.endswith("name no image size and are taken to be at 224 px") for m in found]
+    assert unnamed == [True, True, False, False]
     assert fastest(found, "a", 224).ms == 2.0  # 128 images, against 64 in 1.5 ms
     assert fastest(found, "a", 224, fused=False).ms == 1.5 and fastest(found, "b", 224, fused=True) is None
     assert fastest(found, "a", 224, batch=64).ms == 1.5 and fastest(found, "b", 224, batch=64).ms == 5.0

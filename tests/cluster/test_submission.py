@@ -154,6 +154,10 @@ def test_runs_are_named_after_what_is_swept(monkeypatch):
         ),
         ([*FITS, "hydra.launcher.gres=gpu"], "gres=gpu has 1 GPUs of a node, trainer.devices=2"),
         ([*NO_GPUS_PER_NODE, "hydra.launcher.gres=gpu:a:b"], "gres=gpu:a:b: accepted for GPUs are gpu:COUNT"),
+        (
+            [*NO_GPUS_PER_NODE, "+hydra.launcher.additional_parameters.gres=gpu:2"],
+            "additional_parameters.gres=gpu:2: ask for GPUs by hydra.launcher.gpus_per_node=2 or by",
+        ),
         ([*NO_GPUS_PER_NODE, "hydra.launcher.gres=tmpdisk:4"], "gpus_per_node=None must be trainer.devices=2"),
         ([*NO_GPUS_PER_NODE, "hydra.launcher.gpus_per_task=2"], "gpus_per_task=2 must be null or 1"),
         ([*FITS, "hydra.launcher.gpus_per_task=2"], "gpus_per_task=2 must be null or 1"),
