@@ -128,6 +128,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     trainer = build_trainer(config)
     module = build_module(config, data, trainer.world_size, steps_per_epoch=_plan(config, trainer, data))
     accelerate_training(_models(module), trainer.strategy.root_device, config.kernels, config.trainer.precision)
+    is_new = not run.config.exists()
     if trainer.is_global_zero:
         run.freeze(config)
     if start is not None:
@@ -135,6 +136,10 @@ def train(config: DictConfig) -> dict[str, Any]:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=start)
         summary = _finish(config, run, trainer, module, data)
+    except BaseException:
+        if is_new and trainer.is_global_zero and trainer.global_step == 0 and not run.checkpoints:
+            run.config.unlink(missing_ok=True)  # nothing was trained: the corrected command may have the directory
+        raise
     finally:
         finish_wandb()
         data.teardown("fit")  # Lightning leaves the loader's workers to the interpreter's exit after an exception

@@ -51,6 +51,14 @@ def test_dying_anywhere_changes_nothing(tmp_path, whole, step, at):
     check_same(whole, tmp_path / "digits")
 
 
+@pytest.mark.parametrize("wrong", ["scheduler.warmup_epochs=3", "optimizer.opt=nosuch"])
+def test_a_command_that_trained_nothing_may_be_corrected(tmp_path, whole, wrong):
+    with pytest.raises(ValueError):
+        train(tiny_config(tmp_path, wrong))
+    train(tiny_config(tmp_path))
+    check_same(whole, tmp_path / "digits")
+
+
 def test_dying_twice_changes_nothing(tmp_path, whole):
     for step in (5, 10):
         with pytest.raises(Dies):
