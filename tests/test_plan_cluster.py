@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from convfirst.app import plan_cluster as plan_cluster_module
+
 REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def plan_cluster(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
-    import plan_cluster
-
-    return plan_cluster
+def plan_cluster():
+    return plan_cluster_module
 
 
 @pytest.fixture
