@@ -19,7 +19,7 @@ from convfirst.analysis.latency import (
 )
 from convfirst.analysis.plots import draw_efficiency_gap, draw_waterline, write_efficiency_gap_page
 from convfirst.analysis.waterline import KernelTime, Waterline
-from convfirst.app.papers.findings import Findings, claims, provenance, read_paper, traced
+from convfirst.app.papers.findings import Findings, claims, measured_tables, provenance, read_paper, traced
 from convfirst.app.report import figure, table
 from convfirst.app.results import gpu_slug
 
@@ -72,7 +72,7 @@ def sections(findings: Findings) -> list[str]:
     parts += ["## Efficiency gap", _GAP_TEXT, *_without_ceilings(findings)]
     for slug in _devices(findings):
         parts += _efficiency_gap(findings, slug, trained)
-    parts += _blocks(findings)
+    parts += ["## Fused blocks", *measured_tables(findings, "blocks", _block_table)]
     parts += ["## Waterline", _WATERLINE_TEXT]
     for slug in _devices(findings):
         parts += _waterline(findings, slug)
@@ -245,16 +245,6 @@ def _decompositions(points: Sequence[Point]) -> str:
     headings = ("model", "px", "top-1 % published", "here", "GMACs", "ideal µs", "measured µs", "gap µs", "efficiency")
     over = f"speed-up over {REFERENCE if reference is None else reference.name}"
     return table((*headings, over, "= less work", "x efficiency", "how"), rows)
-
-
-def _blocks(findings: Findings) -> list[str]:
-    parts = []
-    for path, results in findings.results("blocks"):
-        parts += [_block_table(results), provenance(path, results)]
-    parts = ["## Fused blocks", *(parts or ["Not measured."])]
-    for path, results, difference in findings.side_results("blocks"):
-        parts += [f"### `{path.name}`: {difference}", _block_table(results), provenance(path, results)]
-    return parts
 
 
 def _block_table(results: Mapping) -> str:

@@ -1,7 +1,7 @@
 """What a report is made from: result files, training runs, and the papers' own values."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -103,6 +103,17 @@ def _difference(side: Mapping, path: Path | None = None, own: Mapping | None = N
             instead = f" instead of {', '.join(sorted(old - new))}" if old - new else ""
             parts.append(f"{column} {', '.join(sorted(new - old))}{instead}")
     return f"{'; '.join(parts) or 'measured apart'}, beside `{path.name}`"
+
+
+def measured_tables(findings: Findings, suite: str, as_table: Callable[[dict], str]) -> list[str]:
+    """A suite's own files as tables, then its side files under what they differ in; each with its provenance."""
+    parts = []
+    for path, results in findings.results(suite):
+        parts += [as_table(results), provenance(path, results)]
+    parts = parts or ["Not measured."]
+    for path, results, difference in findings.side_results(suite):
+        parts += [f"### `{path.name}`: {difference}", as_table(results), provenance(path, results)]
+    return parts
 
 
 def provenance(path: Path, results: dict) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from convfirst.analysis.convolutions import ConvLayer, tile_quantisation
 from convfirst.analysis.devices import device_names
-from convfirst.app.papers.findings import Findings, claims, provenance, read_paper
+from convfirst.app.papers.findings import Findings, claims, measured_tables, read_paper
 from convfirst.app.report import table
 
 _PAPER = read_paper("maxdnn")
@@ -28,7 +28,8 @@ def sections(findings: Findings) -> list[str]:
         _layers(),
         _waterlines(findings),
     ]
-    return [*parts, "## Computational efficiency", _EFFICIENCY_TEXT, *_efficiencies(findings)]
+    tables = measured_tables(findings, "direct", _layer_efficiencies)
+    return [*parts, "## Computational efficiency", _EFFICIENCY_TEXT, *tables]
 
 
 _LAYERS_TEXT = (
@@ -79,16 +80,6 @@ def _best(findings: Findings) -> dict[str, str]:
 
 def _efficiency(row: dict) -> float | None:
     return row.get("computational_efficiency") or row.get("efficiency")
-
-
-def _efficiencies(findings: Findings) -> list[str]:
-    parts = []
-    for path, results in findings.results("direct"):
-        parts += [_layer_efficiencies(results), provenance(path, results)]
-    parts = parts or ["Not measured."]
-    for path, results, difference in findings.side_results("direct"):
-        parts += [f"### `{path.name}`: {difference}", _layer_efficiencies(results), provenance(path, results)]
-    return parts
 
 
 def _layer_efficiencies(results: Mapping) -> str:
